@@ -1,0 +1,209 @@
+"""Settings of the backend: options passed to torch.compile, their environment twins, and their defaults.
+
+    torch.compile(model, backend="dkfuse", options={"dkfuse.rules": "-gated_residual", "max_autotune": True})
+
+An option beats its environment variable (`DKFUSE_RULES`), which beats the default. Keys without the `dkfuse.` prefix
+belong to Inductor and are handed on untouched. torch.compile takes `mode` or `options` but not both, therefore
+`options={"mode": "max-autotune", ...}` is understood here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+from .errors import SettingsError, did_you_mean
+
+PREFIX = "dkfuse."
+ENVIRONMENT_PREFIX = "DKFUSE_"
+TARGETS = ("current", "cpu", "sm80", "sm89", "sm90", "sm100")
+REMAINDERS = ("inductor", "eager")
+ROUNDINGS = ("fused", "eager")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+# Read by the command line only, therefore not an option of the backend.
+OTHER_VARIABLES = {"DKFUSE_DEBUG": "1 prints the traceback of an error that the command line reports in one sentence"}
+
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+
+def _flag(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    text = str(value).strip().lower()
+    if text in _TRUE or text in _FALSE:
+        return text in _TRUE
+    raise ValueError("true or false (also 1/0, yes/no, on/off)")
+
+
+def _names(value: Any) -> tuple[str, ...] | None:
+    """`None`, "a,b" or a list of names; an empty list means "none of them", an empty string "not set"."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip()) or None
+    if isinstance(value, (list, tuple)) and all(isinstance(part, str) and part.strip() for part in value):
+        return tuple(part.strip() for part in value)
+    raise ValueError("a list of names, or one string with commas between them")
+
+
+def _count(value: Any) -> int | None:
+    if value is None:
+        return None
+    try:
+        number = int(value) if isinstance(value, str) else value
+    except ValueError:
+        number = None
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise ValueError("a whole number, 0 or more")
+    return number
+
+
+def _choice(*choices: str) -> Callable[[Any], Any]:
+    def parse(value: Any) -> str:
+        if isinstance(value, str) and value.strip().lower() in choices:
+            return value.strip().lower()
+        raise ValueError("one of " + ", ".join(choices))
+
+    return parse
+
+
+def _optional(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: None if value is None else parse(value)
+
+
+def _path(value: Any) -> str:
+    if isinstance(value, (str, os.PathLike)) and os.fspath(value):
+        return os.fspath(value)  # type: ignore[return-value]
+    raise ValueError("a path")
+
+
+def _setting(default: Any, parse: Callable[[Any], Any], text: str) -> Any:
+    return field(default=default, metadata={"parse": parse, "help": text})
+
+
+class Row(NamedTuple):
+    """One line of the settings table of `dkfuse doctor`. `origin` is "option", "environment" or "default"."""
+
+    option: str
+    variable: str
+    default: Any
+    value: Any
+    origin: str
+    help: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a compilation was asked to do. Immutable and hashable, so that it can be part of a cache key."""
+
+    disable: bool = _setting(False, _flag, "hand every graph to Inductor unchanged")
+    rules: tuple[str, ...] | None = _setting(
+        None, _names, 'names of the rules to use; "-name" removes one from all of them'
+    )
+    kernels: tuple[str, ...] | None = _setting(None, _names, "kernel providers, best first (triton, native)")
+    target: str = _setting("current", _choice(*TARGETS), "device to choose kernels for: " + ", ".join(TARGETS))
+    report: str | None = _setting(
+        None, _optional(_path), "file for the coverage report after each compile (.json, .html, .md or .txt)"
+    )
+    fuel: int | None = _setting(None, _count, "fuse at most this many sites, to bisect a wrong result")
+    remainder: str = _setting(
+        "inductor", _choice(*REMAINDERS), "what runs the code that was not fused: inductor, or eager for instant start"
+    )
+    roundings: str = _setting(
+        "fused", _choice(*ROUNDINGS), "fused: one rounding per output; eager: every rounding that eager would do"
+    )
+    log: str | None = _setting(None, _optional(_choice(*LOG_LEVELS)), "log level: " + ", ".join(LOG_LEVELS))
+    cache_dir: str | None = _setting(
+        None, _optional(_path), "folder for stored coverage records (default: beside Inductor's cache)"
+    )
+    pointwise: bool = _setting(False, _flag, "also fuse regions that contain no norm, where Inductor usually does well")
+    origins: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
+
+    @classmethod
+    def parse(
+        cls,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        environ: Mapping[str, str] = os.environ,
+    ) -> tuple[Settings, str | None, dict[str, Any]]:
+        """Split what torch.compile was given into (settings, Inductor's mode, Inductor's options).
+
+        Raises SettingsError for an unknown `dkfuse.` option, a value that is not allowed, or two different modes.
+        """
+        if options is not None and not isinstance(options, Mapping):
+            raise SettingsError(f"options must be a dict from option name to value, not {type(options).__name__}")
+        rest = dict(options or {})
+        if not all(isinstance(key, str) for key in rest):
+            bad = next(key for key in rest if not isinstance(key, str))
+            raise SettingsError(f"options must have strings as keys, not {bad!r}")
+        given = {key: rest.pop(key) for key in list(rest) if key.startswith(PREFIX)}
+        inner = rest.pop("mode", None)
+        if mode is not None and inner is not None and mode != inner:
+            raise SettingsError(f"mode={mode!r} and options={{'mode': {inner!r}}} disagree; give one of them")
+        mode = inner if mode is None else mode
+        if mode is not None and not isinstance(mode, str):
+            raise SettingsError(f"mode must be the name of an Inductor mode, not {mode!r}")
+        return cls.read(given, environ), mode, rest
+
+    @classmethod
+    def read(cls, options: Mapping[str, Any] | None = None, environ: Mapping[str, str] = os.environ) -> Settings:
+        """Settings from `{"dkfuse.target": "sm90", ...}`, the environment and the defaults, in this precedence."""
+        options, known = dict(options or {}), [PREFIX + f.name for f in setting_fields()]
+        for key in options:
+            if key not in known:
+                raise SettingsError(f"unknown option {key!r}{did_you_mean(key, known)}")
+        values: dict[str, Any] = {}
+        origins = []
+        for f in setting_fields():
+            option, variable = PREFIX + f.name, ENVIRONMENT_PREFIX + f.name.upper()
+            if option in options:
+                values[f.name], origin = _parse(f, option, options[option]), "option"
+            elif environ.get(variable, "").strip():
+                values[f.name], origin = _parse(f, variable, environ[variable]), "environment"
+            else:
+                origin = "default"
+            origins.append((f.name, origin))
+        return cls(**values, origins=tuple(origins))
+
+    def allows(self, rule: str) -> bool:
+        """Whether the rule of this name may fuse: listed if any name is listed, and not removed by "-name"."""
+        if self.rules is None:
+            return True
+        listed = [name for name in self.rules if not name.startswith("-")]
+        only_removals = bool(self.rules) and not listed
+        return f"-{rule}" not in self.rules and (rule in listed or only_removals)
+
+    def table(self) -> list[Row]:
+        """One row per setting, in the order of the class."""
+        origins = dict(self.origins)
+        return [
+            Row(
+                PREFIX + f.name,
+                ENVIRONMENT_PREFIX + f.name.upper(),
+                f.default,
+                getattr(self, f.name),
+                origins.get(f.name, "default" if getattr(self, f.name) == f.default else "option"),
+                f.metadata["help"],
+            )
+            for f in setting_fields()
+        ]
+
+
+def setting_fields() -> list[Any]:
+    """The dataclass fields that are settings (all but `origins`)."""
+    return [f for f in fields(Settings) if "parse" in f.metadata]
+
+
+def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Set variables that start with DKFUSE_ but mean nothing: most likely spelling mistakes."""
+    known = {ENVIRONMENT_PREFIX + f.name.upper() for f in setting_fields()} | set(OTHER_VARIABLES)
+    return sorted(name for name in environ if name.startswith(ENVIRONMENT_PREFIX) and name not in known)
+
+
+def _parse(f: Any, name: str, value: Any) -> Any:
+    try:
+        return f.metadata["parse"](value)
+    except ValueError as error:
+        raise SettingsError(f"{name}={value!r} is not allowed: give {error}") from None

@@ -1,0 +1,1 @@
+"""The families of code that dkfuse knows how to fuse, one module per family."""
