@@ -1,0 +1,150 @@
+"""How a dkfuse op is launched: kernel, grid, arguments. Made from shapes and strides only, also from fake tensors.
+
+A compiler pass turns a `Launch` into a Triton kernel node of the compiled program; the eager CUDA implementation of
+the ops runs it directly. Sizes and strides may be `SymInt`s, which are never guarded on. Triton is imported when a plan
+is made, not before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .axes import Axis, Int, collapse, inner_stride
+from .configs import Config, choose
+from .support import supports
+from .unsupported import Unsupported
+
+__all__ = ["Launch", "Unsupported", "plan", "run", "supports"]
+
+_NORM_POINTERS = (
+    ("x", "residual"),
+    ("gate", "weight", "bias", "scale", "shift", "scale2", "shift2"),
+    ("sum", "out", "out2"),
+)
+_POINTWISE_POINTERS = (("x", "residual"), ("gate", "scale", "shift"), ("out",))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch.
+
+    tensors: kernel pointer parameter -> op argument or output ("sum", "out", "out2") that it points to
+    scalars: run-time integers (row counts, strides, offsets), int or SymInt
+    constants: tl.constexpr parameters, and None for every parameter that this call does not use
+    Together the three name every parameter of `kernel`.
+    """
+
+    kernel: Any
+    grid: tuple[Int, ...]
+    tensors: dict[str, str]
+    scalars: dict[str, Int]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+def plan(
+    op: str,
+    arguments: Mapping[str, Any],
+    outputs: Mapping[str, Any],
+    *,
+    sm_count: int,
+    offsets: Mapping[str, Int] | None = None,
+    config: Config | None = None,
+) -> Launch:
+    """The launch of `op` for these arguments and output tensors; raises `Unsupported` as `supports` reports it.
+
+    arguments: the op's arguments by name, tensor-likes (shape, dtype, device, stride()) or values; defaults may miss
+    outputs: "out", "out2", "sum" -> tensor-like of x's shape with inner stride 1 and any outer strides; an absent one
+        is not written ("sum" where sum_dtype is None)
+    sm_count: multiprocessors of the target
+    offsets: output -> element offset from its data pointer, for writing into a slice of a bigger buffer
+    config: overrides the tuned configuration
+    """
+    reason = supports(op, arguments)
+    if reason is not None:
+        raise reason
+    x = arguments["x"]
+    shape = tuple(x.shape)
+    pointwise = op in ("gated_residual", "scale_shift")
+    full, broadcast, results = _POINTWISE_POINTERS if pointwise else _NORM_POINTERS
+    tensors = {name: arguments[name] for name in (*full, *broadcast) if arguments.get(name) is not None}
+    for name in results:
+        if outputs.get(name) is not None:
+            tensors[name] = _checked(name, outputs[name], shape)
+    if "out" not in tensors:
+        raise ValueError(f"plan({op!r}) needs the output tensor 'out'; got {sorted(outputs)}.")
+    axes = collapse(tensors, shape, tuple(name for name in broadcast if name in tensors))
+    chosen = config or choose(shape[-1])
+
+    values: dict[str, Any] = {"rows": axes[0].size, "n1": axes[1].size if len(axes) == 3 else None}
+    for name in (*full, *broadcast, *results):
+        values.update(_strides(name, name in tensors, axes))
+    for name in broadcast:
+        values[f"{name}_si"] = inner_stride(tensors[name]) if name in tensors else None
+    for name in results:
+        offset = (offsets or {}).get(name, 0)
+        values[f"{name}_offset"] = None if isinstance(offset, int) and offset == 0 else offset
+    constants: dict[str, Any] = {name: None for name in (*full, *broadcast, *results) if name not in tensors}
+    constants.update((name, value) for name, value in values.items() if value is None)
+    constants.update(_constants(arguments, pointwise, shape[-1], len(axes), chosen))
+
+    from .triton_norm import row_norm
+    from .triton_pointwise import row_pointwise
+
+    programs = axes[0].size if chosen.rows == 1 else (axes[0].size + chosen.rows - 1) // chosen.rows
+    for axis in axes[1:]:
+        programs = programs * axis.size
+    return Launch(
+        kernel=row_pointwise if pointwise else row_norm,
+        grid=(programs, 1, 1),
+        tensors={name: name for name in tensors},
+        scalars={name: value for name, value in values.items() if value is not None},
+        constants=constants,
+        num_warps=chosen.num_warps,
+        num_stages=chosen.num_stages,
+    )
+
+
+def _checked(name: str, output: Any, shape: tuple[Int, ...]) -> Any:
+    if len(output.shape) != len(shape):
+        raise ValueError(f"output {name!r} has shape {tuple(output.shape)} but x {shape}; they must be equal.")
+    if shape[-1] != 1 and output.stride(-1) != 1:
+        raise ValueError(f"output {name!r} has inner stride {output.stride(-1)}; the kernels write dense rows only.")
+    return output
+
+
+def _strides(name: str, used: bool, axes: list[Axis]) -> dict[str, Int | None]:
+    """`name`_s0.._s2, innermost row dim first; None where the dim or the tensor is absent or the stride is 0."""
+    strides: dict[str, Int | None] = {}
+    for i in range(3):
+        stride = axes[i].strides[name] if used and i < len(axes) else 0
+        strides[f"{name}_s{i}"] = None if isinstance(stride, int) and stride == 0 else stride
+    return strides
+
+
+def _constants(arguments: Mapping[str, Any], pointwise: bool, width: int, axes: int, config: Config) -> dict[str, Any]:
+    constants = {
+        "D": width,
+        "CHUNK": config.chunk,
+        "CHUNKS": config.chunks,
+        "ROWS": config.rows,
+        "AXES": axes,
+        "SCALE_OFFSET": float(arguments.get("scale_offset", 1.0)),
+        "ROUNDINGS": int(arguments.get("roundings", 0)),
+    }
+    if not pointwise:
+        constants["CENTER"] = arguments["norm"] == "layer"
+        constants["EPS"] = float(arguments["eps"])
+        constants["WEIGHT_OFFSET"] = float(arguments.get("weight_offset", 0.0))
+    return constants
+
+
+def run(launch: Launch, tensors: Mapping[str, Any]) -> None:
+    """Launch on real tensors; `tensors` maps op arguments and outputs to tensors."""
+    pointers = {parameter: tensors[name] for parameter, name in launch.tensors.items()}
+    launch.kernel[launch.grid](
+        **pointers, **launch.scalars, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages
+    )

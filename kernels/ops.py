@@ -1,0 +1,213 @@
+"""The dkfuse ops: `torch.ops.dkfuse.*`, functional, inference only.
+
+    z   = residual + gate*x                       gate None: residual + x; ops without a residual: z = x
+    n   = (z - mean(z)) * rsqrt(var(z) + eps)     norm="layer", biased variance
+        = z * rsqrt(mean(z^2) + eps)              norm="rms"; both over the last dim, eps may be 0
+    a   = n*(weight_offset + weight) + bias       weight, bias optional
+    out = a*(scale_offset + scale) + shift        scale, shift optional; scale None: factor 1
+    out2 = a*(scale_offset + scale2) + shift2     likewise
+    sum = z
+
+    norm_modulate                 out            gated_residual   out = z
+    residual_norm_modulate        sum, out       scale_shift      out = x*(scale_offset + scale) + shift
+    norm_modulate_dual            out, out2
+    residual_norm_modulate_dual   sum, out, out2
+
+Shapes: x and residual `[..., D]`, equal; gate, weight, bias, scale, shift, scale2, shift2 right-broadcast to it (last
+dim D or 1, or 0-D) with any strides and are read in place. Results are contiguous, of x's shape; `sum` is an empty
+`[0]` tensor where sum_dtype is None.
+Dtypes: fp16, bf16 or fp32, mixed freely; arithmetic is fp32; outputs are rounded once to out_dtype and sum_dtype.
+`roundings` (kernels.rounding.Rounding) adds eager's roundings of intermediates to x.dtype; the norm reads the rounded
+sum only under SUM.
+Errors: ValueError for fp64 or integer tensors, shapes that do not fit, an unknown norm, another result dtype.
+
+Implementations: `CompositeExplicitAutograd` is plain torch (`reference.py`), `CUDA` launches Triton and falls back to
+plain torch where `supports` says no or triton is missing.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .launch import plan, run, supports
+from .rounding import ALL_ROUNDINGS
+from .support import ACTIVATIONS, NORMS, OPERANDS
+
+_NORM_TAIL = (
+    "*, str norm, float eps, float weight_offset=0., float scale_offset=1., {sums}ScalarType out_dtype, int roundings=0"
+)
+_MODULATION = "Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift"
+_SECOND = "Tensor? scale2, Tensor? shift2"
+
+SCHEMAS: dict[str, str] = {
+    "norm_modulate": f"(Tensor x, {_MODULATION}, {_NORM_TAIL.format(sums='')}) -> Tensor",
+    "residual_norm_modulate": (
+        f"(Tensor x, Tensor residual, Tensor? gate, {_MODULATION}, {_NORM_TAIL.format(sums='ScalarType? sum_dtype, ')})"
+        " -> (Tensor sum, Tensor out)"
+    ),
+    "norm_modulate_dual": (
+        f"(Tensor x, {_MODULATION}, {_SECOND}, {_NORM_TAIL.format(sums='')}) -> (Tensor out, Tensor out2)"
+    ),
+    "residual_norm_modulate_dual": (
+        f"(Tensor x, Tensor residual, Tensor? gate, {_MODULATION}, {_SECOND}, "
+        f"{_NORM_TAIL.format(sums='ScalarType? sum_dtype, ')}) -> (Tensor sum, Tensor out, Tensor out2)"
+    ),
+    "gated_residual": "(Tensor x, Tensor residual, Tensor? gate, *, ScalarType out_dtype, int roundings=0) -> Tensor",
+    "scale_shift": (
+        "(Tensor x, Tensor? scale, Tensor? shift, *, float scale_offset=1., ScalarType out_dtype, int roundings=0)"
+        " -> Tensor"
+    ),
+}
+OPS = tuple(SCHEMAS)
+
+
+def check(op: str, arguments: dict[str, Any]) -> None:
+    """Raise ValueError, in one sentence, for a call that no implementation can serve."""
+    full, broadcast, _ = OPERANDS[op]
+    x = arguments["x"]
+    for name in (*full, *broadcast):
+        tensor = arguments[name]
+        if tensor is not None and tensor.dtype not in ACTIVATIONS:
+            raise ValueError(
+                f"dkfuse::{op}: {name} has dtype {tensor.dtype}; use float16, bfloat16 or float32, cast it first."
+            )
+    for key in ("out_dtype", "sum_dtype"):
+        if arguments.get(key) is not None and arguments[key] not in ACTIVATIONS:
+            raise ValueError(f"dkfuse::{op}: {key} is {arguments[key]}; use float16, bfloat16 or float32.")
+    if x.dim() == 0:
+        raise ValueError(f"dkfuse::{op}: x has no dims; it needs at least one.")
+    if "norm" in arguments and arguments["norm"] not in NORMS:
+        raise ValueError(f"dkfuse::{op}: norm is {arguments['norm']!r}; use one of {', '.join(NORMS)}.")
+    if not 0 <= arguments["roundings"] <= ALL_ROUNDINGS:
+        raise ValueError(
+            f"dkfuse::{op}: roundings is {arguments['roundings']}; Rounding flags are 0 to {ALL_ROUNDINGS}."
+        )
+    for name in full[1:]:
+        shape = tuple(arguments[name].shape)
+        if shape != tuple(x.shape):
+            raise ValueError(f"dkfuse::{op}: {name} has shape {shape} but x {tuple(x.shape)}; they must be equal.")
+    for name in broadcast:
+        if arguments[name] is not None and not _broadcasts(arguments[name].shape, x.shape):
+            raise ValueError(
+                f"dkfuse::{op}: {name} of shape {tuple(arguments[name].shape)} does not broadcast to x of shape "
+                f"{tuple(x.shape)}."
+            )
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    return len(shape) <= len(to) and all(a == 1 or a == b for a, b in zip(reversed(shape), reversed(to), strict=False))
+
+
+def _empty_outputs(op: str, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """Contiguous outputs of x's shape; a sum that is not stored is a `[0]` tensor of x's dtype."""
+    x = arguments["x"]
+    outputs = {}
+    for name in OPERANDS[op][2]:
+        dtype = arguments["sum_dtype"] if name == "sum" else arguments["out_dtype"]
+        shape = x.shape if dtype is not None else (0,)
+        outputs[name] = torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
+    return outputs
+
+
+def _returned(outputs: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
+    results = tuple(outputs.values())
+    return results[0] if len(results) == 1 else results
+
+
+def reference_outputs(op: str, arguments: dict[str, Any], compute: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The outputs of `op` in plain torch, still in `compute`."""
+    x, roundings = arguments["x"], arguments["roundings"]
+    if op == "gated_residual":
+        return {"out": reference.gate_and_add(x, arguments["residual"], arguments["gate"], roundings, compute)}
+    if op == "scale_shift":
+        scale, shift, offset = (arguments[name] for name in ("scale", "shift", "scale_offset"))
+        return {"out": reference.modulate(x.to(compute), scale, shift, offset, roundings, x.dtype)}
+    operands = ("residual", "gate", "weight", "bias", "scale", "shift", "scale2", "shift2")
+    values = ("norm", "eps", "weight_offset", "scale_offset", "roundings")
+    results = reference.residual_norm_modulate_dual(
+        x,
+        *(arguments.get(name) for name in operands),
+        **{name: arguments[name] for name in values},
+        compute=compute,
+    )
+    return {name: value for name, value in zip(("sum", "out", "out2"), results, strict=True) if name in OPERANDS[op][2]}
+
+
+def _fake(op: str, arguments: dict[str, Any]) -> Tensor | tuple[Tensor, ...]:
+    check(op, arguments)
+    return _returned(_empty_outputs(op, arguments))
+
+
+def _plain(op: str, arguments: dict[str, Any]) -> Tensor | tuple[Tensor, ...]:
+    check(op, arguments)
+    outputs = _empty_outputs(op, arguments)
+    for name, value in reference_outputs(op, arguments).items():
+        if name != "sum" or arguments["sum_dtype"] is not None:
+            outputs[name].copy_(value)
+    return _returned(outputs)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _sm_count(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _triton(op: str, arguments: dict[str, Any]) -> Tensor | tuple[Tensor, ...]:
+    check(op, arguments)
+    outputs = _empty_outputs(op, arguments)
+    x = arguments["x"]
+    if x.numel() == 0:
+        return _returned(outputs)
+    if not _has_triton() or supports(op, arguments) is not None:
+        return _plain(op, arguments)
+    written = {name: tensor for name, tensor in outputs.items() if name != "sum" or arguments["sum_dtype"] is not None}
+    with torch.cuda.device(x.device):
+        launch = plan(op, arguments, written, sm_count=_sm_count(x.device.index))
+        run(launch, {**arguments, **written})
+    return _returned(outputs)
+
+
+def _bound(op: str, function: Callable[[str, dict[str, Any]], Any]) -> Callable[..., Any]:
+    """`function(op, arguments)` as an implementation of `op`, with arguments bound by name and defaults filled in."""
+    schema = getattr(torch.ops.dkfuse, op).default._schema
+    parameters = []
+    for argument in schema.arguments:
+        kind = inspect.Parameter.KEYWORD_ONLY if argument.kwarg_only else inspect.Parameter.POSITIONAL_OR_KEYWORD
+        default = argument.default_value if argument.has_default_value() else inspect.Parameter.empty
+        parameters.append(inspect.Parameter(argument.name, kind, default=default))
+    signature = inspect.Signature(parameters)
+
+    def implementation(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return function(op, dict(bound.arguments))
+
+    implementation.__name__ = implementation.__qualname__ = op
+    return implementation
+
+
+_library = torch.library.Library("dkfuse", "FRAGMENT")
+
+
+def _register() -> None:
+    for op, schema in SCHEMAS.items():
+        _library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"dkfuse::{op}", _bound(op, _fake), lib=_library)
+        _library.impl(op, _bound(op, _plain), "CompositeExplicitAutograd")
+        _library.impl(op, _bound(op, _triton), "CUDA")
+
+
+_register()

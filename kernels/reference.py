@@ -1,0 +1,87 @@
+"""Plain torch meaning of the dkfuse ops: the CPU implementation, and what the kernels are tested against.
+
+`compute` is the dtype of everything inside (fp32 for the ops, fp64 for an accuracy reference). Intermediates are
+rounded to `x.dtype` where `roundings` says so.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .rounding import Rounding
+
+
+def _rounded(value: Tensor, dtype: torch.dtype, roundings: int, flag: Rounding) -> Tensor:
+    return value.to(dtype).to(value.dtype) if roundings & flag else value
+
+
+def gate_and_add(
+    x: Tensor, residual: Tensor | None, gate: Tensor | None, roundings: int, compute: torch.dtype
+) -> Tensor:
+    """z = residual + gate*x, in `compute`; without a residual z = x, without a gate the factor is 1."""
+    z = x.to(compute)
+    if residual is None:
+        return z
+    if gate is not None:
+        z = _rounded(z * gate.to(compute), x.dtype, roundings, Rounding.GATE_PRODUCT)
+    return _rounded(residual.to(compute) + z, x.dtype, roundings, Rounding.SUM)
+
+
+def normalize(z: Tensor, norm: str, eps: float) -> Tensor:
+    """layer: (z-mean)*rsqrt(var+eps), biased variance; rms: z*rsqrt(mean(z^2)+eps). Over the last dim."""
+    if norm == "layer":
+        z = z - z.mean(-1, keepdim=True)
+    return z * torch.rsqrt(z.square().mean(-1, keepdim=True) + eps)
+
+
+def affine(
+    n: Tensor, weight: Tensor | None, bias: Tensor | None, weight_offset: float, roundings: int, dtype: torch.dtype
+) -> Tensor:
+    """a = n*(weight_offset+weight) + bias, each optional."""
+    n = _rounded(n, dtype, roundings, Rounding.NORM)
+    if weight is not None:
+        n = _rounded(n * (weight_offset + weight.to(n.dtype)), dtype, roundings, Rounding.WEIGHTED)
+    if bias is not None:
+        n = _rounded(n + bias.to(n.dtype), dtype, roundings, Rounding.AFFINE)
+    return n
+
+
+def modulate(
+    a: Tensor, scale: Tensor | None, shift: Tensor | None, scale_offset: float, roundings: int, dtype: torch.dtype
+) -> Tensor:
+    """a*(scale_offset+scale) + shift, each optional; without a scale the factor is 1."""
+    if scale is not None:
+        factor = _rounded(scale_offset + scale.to(a.dtype), dtype, roundings, Rounding.ONE_PLUS)
+        a = _rounded(a * factor, dtype, roundings, Rounding.PRODUCT)
+    if shift is not None:
+        a = a + shift.to(a.dtype)
+    return a
+
+
+def residual_norm_modulate_dual(
+    x: Tensor,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    scale2: Tensor | None,
+    shift2: Tensor | None,
+    *,
+    norm: str,
+    eps: float,
+    weight_offset: float,
+    scale_offset: float,
+    roundings: int,
+    compute: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(z, out, out2) in `compute`, before the outputs are rounded to their dtypes."""
+    z = gate_and_add(x, residual, gate, roundings, compute)
+    a = affine(normalize(z, norm, eps), weight, bias, weight_offset, roundings, x.dtype)
+    return (
+        z,
+        modulate(a, scale, shift, scale_offset, roundings, x.dtype),
+        modulate(a, scale2, shift2, scale_offset, roundings, x.dtype),
+    )

@@ -1,0 +1,127 @@
+"""Which calls of the dkfuse ops the Triton kernels take: facts about dtypes, shapes, strides and devices only.
+
+Works on fake tensors with symbolic sizes and never guards on a symbol: a fact that is not statically known counts as
+not given. Imports neither triton nor a GPU library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from .axes import collapse, contiguous_strides
+from .unsupported import Unsupported
+
+MAX_ROW = 16384
+NORMS = ("layer", "rms")
+ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
+
+# op -> (operands of x's full shape, operands that broadcast to it, outputs)
+OPERANDS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "norm_modulate": (("x",), ("weight", "bias", "scale", "shift"), ("out",)),
+    "residual_norm_modulate": (("x", "residual"), ("gate", "weight", "bias", "scale", "shift"), ("sum", "out")),
+    "norm_modulate_dual": (("x",), ("weight", "bias", "scale", "shift", "scale2", "shift2"), ("out", "out2")),
+    "residual_norm_modulate_dual": (
+        ("x", "residual"),
+        ("gate", "weight", "bias", "scale", "shift", "scale2", "shift2"),
+        ("sum", "out", "out2"),
+    ),
+    "gated_residual": (("x", "residual"), ("gate",), ("out",)),
+    "scale_shift": (("x",), ("scale", "shift"), ("out",)),
+}
+
+
+def present(op: str, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The tensor operands of a call that are not None, as (name, tensor-like)."""
+    full, broadcast, _ = OPERANDS[op]
+    for name in (*full, *broadcast):
+        if arguments.get(name) is not None:
+            yield name, arguments[name]
+
+
+def broadcasts(shape: tuple[Any, ...], to: tuple[Any, ...]) -> bool:
+    """True if it is statically known that `shape` right-broadcasts to `to` without enlarging it."""
+    if len(shape) > len(to):
+        return False
+    pairs = zip(reversed(shape), reversed(to), strict=False)
+    return all(statically_known_true(a == b) or statically_known_true(a == 1) for a, b in pairs)
+
+
+def supports(op: str, arguments: Mapping[str, Any]) -> Unsupported | None:
+    """None if the Triton kernels take this call, else the first reason why not.
+
+    Codes: "op", "dtype", "device", "rank", "row_too_long", "symbolic_row", "empty", "shape", "broadcast",
+    "inner_stride", "outer_dims".
+    `arguments` maps the op's argument names to tensor-likes (shape, dtype, device, stride()) or values.
+    """
+    if op not in OPERANDS:
+        return Unsupported("op", f"dkfuse has no op {op!r}; known: {', '.join(OPERANDS)}.")
+    x = arguments["x"]
+    for name, tensor in present(op, arguments):
+        if tensor.dtype not in ACTIVATIONS:
+            return Unsupported(
+                "dtype", f"{name} has dtype {tensor.dtype}; the kernels read float16, bfloat16 and float32."
+            )
+        if tensor.device != x.device:
+            return Unsupported("device", f"{name} is on {tensor.device} but x on {x.device}; move it to x's device.")
+    for key in ("out_dtype", "sum_dtype"):
+        dtype = arguments.get(key)
+        if dtype is not None and dtype not in ACTIVATIONS:
+            return Unsupported("dtype", f"{key} is {dtype}; the kernels write float16, bfloat16 and float32.")
+    if x.dim() == 0:
+        return Unsupported("rank", "x has no dims; the ops work on rows, give it at least one dim.")
+    return _row(x) or _shapes(op, arguments) or _outer_dims(op, arguments)
+
+
+def _row(x: Any) -> Unsupported | None:
+    width = x.shape[-1]
+    if not isinstance(width, int):
+        return Unsupported(
+            "symbolic_row", f"the last dim of x is the symbol {width}; kernels are built per width, mark it static."
+        )
+    if width > MAX_ROW:
+        return Unsupported(
+            "row_too_long", f"rows of {width} elements exceed {MAX_ROW}, the most that a program holds in registers."
+        )
+    if any(statically_known_true(size == 0) for size in x.shape):
+        return Unsupported("empty", f"x has no elements (shape {tuple(x.shape)}); there is nothing to launch.")
+    return None
+
+
+def _shapes(op: str, arguments: Mapping[str, Any]) -> Unsupported | None:
+    full = OPERANDS[op][0]
+    x = arguments["x"]
+    shape = tuple(x.shape)
+    for name, tensor in present(op, arguments):
+        if name in full:
+            same = len(tensor.shape) == len(shape) and all(
+                statically_known_true(a == b) for a, b in zip(tensor.shape, shape, strict=True)
+            )
+            if not same:
+                return Unsupported(
+                    "shape", f"{name} has shape {tuple(tensor.shape)} but x {shape}; they must be equal."
+                )
+            if shape[-1] != 1 and not statically_known_true(tensor.stride(-1) == 1):
+                return Unsupported(
+                    "inner_stride", f"{name} has inner stride {tensor.stride(-1)}; rows must be dense (inner stride 1)."
+                )
+        elif not broadcasts(tuple(tensor.shape), shape):
+            return Unsupported(
+                "broadcast", f"{name} of shape {tuple(tensor.shape)} does not broadcast to x of shape {shape}."
+            )
+    return None
+
+
+def _outer_dims(op: str, arguments: Mapping[str, Any]) -> Unsupported | None:
+    """The outputs are contiguous when nobody asks for more; `plan` decides for other output layouts."""
+    tensors = dict(present(op, arguments))
+    shape = tuple(arguments["x"].shape)
+    parameters = tuple(name for name in OPERANDS[op][1] if name in tensors)
+    try:
+        collapse(tensors, shape, parameters, extra={"out": contiguous_strides(shape)})
+    except Unsupported as reason:
+        return reason
+    return None

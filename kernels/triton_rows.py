@@ -1,0 +1,111 @@
+"""Triton helpers that read and write one row of a tensor in equal power-of-two chunks.
+
+A row of D elements is a tuple of CHUNKS tensors of CHUNK elements: D need not be a power of two, only the last chunk is
+masked, and a reduction adds the chunks before it crosses lanes once. A stride of None means 0 and a pointer of None
+means that the operand is missing; both vanish at compile time. Offsets are int64.
+"""
+
+# ruff: noqa: RUF005 - Triton has no starred tuples
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def place(i1, i2, s1, s2):
+    """Element offset of the outer indices (i1, i2), int64; strides of None count as 0."""
+    offset = tl.full((), 0, tl.int64)
+    if s1 is not None:
+        offset += i1.to(tl.int64) * s1
+    if s2 is not None:
+        offset += i2.to(tl.int64) * s2
+    return offset
+
+
+@triton.jit
+def at(base, row, s0):
+    """`base` advanced to `row` of the innermost row dim; a stride of None counts as 0."""
+    if s0 is not None:
+        base += row.to(tl.int64) * s0
+    return base
+
+
+@triton.jit
+def load_row(pointer, offset, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """A dense row as a tuple of chunks in the tensor's own dtype; lanes past D read 0. None for a missing operand."""
+    if pointer is None:
+        row = None
+    else:
+        row = ()
+        for i in tl.static_range(CHUNKS):
+            columns = i * CHUNK + tl.arange(0, CHUNK)
+            if (i + 1) * CHUNK > D:
+                row = row + (tl.load(pointer + offset + columns, mask=columns < D, other=0.0),)
+            else:
+                row = row + (tl.load(pointer + offset + columns),)
+    return row
+
+
+@triton.jit
+def load_operand(pointer, offset, inner, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """A broadcast operand's row with inner stride `inner` (None: one scalar for the whole row), as `load_row`."""
+    if pointer is None:
+        row = None
+    elif inner is None:
+        value = tl.load(pointer + offset)
+        row = ()
+        for _ in tl.static_range(CHUNKS):
+            row = row + (value,)
+    else:
+        row = ()
+        for i in tl.static_range(CHUNKS):
+            columns = i * CHUNK + tl.arange(0, CHUNK)
+            places = pointer + offset + columns.to(tl.int64) * inner
+            if (i + 1) * CHUNK > D:
+                row = row + (tl.load(places, mask=columns < D, other=0.0),)
+            else:
+                row = row + (tl.load(places),)
+    return row
+
+
+@triton.jit
+def store_chunk(pointer, offset, i: tl.constexpr, value, D: tl.constexpr, CHUNK: tl.constexpr):
+    """Chunk `i` of a dense row, rounded to the output's dtype."""
+    columns = i * CHUNK + tl.arange(0, CHUNK)
+    value = value.to(pointer.dtype.element_ty)
+    if (i + 1) * CHUNK > D:
+        tl.store(pointer + offset + columns, value, mask=columns < D)
+    else:
+        tl.store(pointer + offset + columns, value)
+
+
+@triton.jit
+def rounded(value, DTYPE: tl.constexpr, ON: tl.constexpr):
+    """`value` rounded to DTYPE and back to fp32 if ON."""
+    if ON:
+        value = value.to(DTYPE).to(tl.float32)
+    return value
+
+
+@triton.jit
+def modulated(a, i: tl.constexpr, scale, shift, OFFSET: tl.constexpr, DTYPE: tl.constexpr, ROUNDINGS: tl.constexpr):
+    """a*(OFFSET+scale[i]) + shift[i], each optional (None)."""
+    if scale is not None:
+        factor = rounded(OFFSET + scale[i].to(tl.float32), DTYPE, ROUNDINGS & 32)
+        a = rounded(a * factor, DTYPE, ROUNDINGS & 64)
+    if shift is not None:
+        a = a + shift[i].to(tl.float32)
+    return a
+
+
+@triton.jit
+def gated(x, i: tl.constexpr, residual, gate, DTYPE: tl.constexpr, ROUNDINGS: tl.constexpr):
+    """residual[i] + gate[i]*x[i] in fp32; x[i] without a residual."""
+    z = x[i].to(tl.float32)
+    if residual is not None:
+        if gate is not None:
+            z = rounded(z * gate[i].to(tl.float32), DTYPE, ROUNDINGS & 1)
+        z = rounded(residual[i].to(tl.float32) + z, DTYPE, ROUNDINGS & 2)
+    return z

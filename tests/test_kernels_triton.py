@@ -1,0 +1,124 @@
+"""The Triton kernels against the plain torch ops, on CPU under Triton's interpreter.
+
+The interpreter is chosen when triton is imported, so the tests run in a process of their own with TRITON_INTERPRET=1;
+outside it this file holds one test, which starts that process.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if not INTERPRETED:
+
+    def test_under_the_interpreter() -> None:
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+else:
+    from dkfuse.kernels import ops
+    from dkfuse.kernels.configs import Config
+    from dkfuse.kernels.launch import plan, run
+    from dkfuse.kernels.support import OPERANDS, supports
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+
+    DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+    TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-9, torch.float32: 3e-6}
+
+    def ours(op: str, arguments: dict[str, Any], config: Config | None = None) -> dict[str, torch.Tensor]:
+        """The op's outputs by its Triton kernel, poisoned first."""
+        outputs = ops._empty_outputs(op, arguments)
+        for tensor in outputs.values():
+            tensor.fill_(float("nan"))
+        written = {k: v for k, v in outputs.items() if k != "sum" or arguments["sum_dtype"] is not None}
+        run(plan(op, arguments, written, sm_count=4, config=config), {**arguments, **written})
+        return outputs
+
+    def plain(op: str, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
+        result = ops._plain(op, arguments)
+        results = result if isinstance(result, tuple) else (result,)
+        return dict(zip(OPERANDS[op][2], results, strict=True))
+
+    def assert_same(op: str, arguments: dict[str, Any], config: Config | None = None) -> None:
+        expected, actual = plain(op, arguments), ours(op, arguments, config)
+        for name, value in expected.items():
+            assert actual[name].shape == value.shape
+            assert actual[name].dtype == value.dtype
+            if value.numel() == 0:
+                continue
+            # A rounding that falls on the other side of a tie moves later values by one step of the rounded dtype.
+            coarsest = arguments["x"].dtype if arguments["roundings"] else value.dtype
+            tolerance = 3 * max(TOLERANCE[value.dtype], TOLERANCE[coarsest])
+            torch.testing.assert_close(actual[name], value, rtol=tolerance, atol=tolerance * 4, equal_nan=True)
+
+    def strided(draw: Any, shape: tuple[int, ...], dtype: torch.dtype, dense_rows: bool) -> torch.Tensor:
+        """A tensor of `shape` whose memory layout is drawn: permuted outer dims, padding, an offset, inner stride."""
+        seed = draw(st.integers(0, 2**16))
+        generator = torch.Generator().manual_seed(seed)
+        order = draw(st.permutations(range(len(shape) - 1))) if len(shape) > 1 else []
+        pad = draw(st.integers(0, 3))
+        inner = 1 if dense_rows else draw(st.sampled_from([1, 1, 2, 6]))
+        sizes = [shape[i] for i in order] + [(shape[-1] + pad) * inner]
+        storage = torch.randn(sizes, generator=generator).to(dtype)
+        view = storage[..., pad * inner :: inner]
+        return view.permute([*(list(order).index(i) for i in range(len(order))), len(order)])
+
+    @st.composite
+    def calls(draw: Any) -> tuple[str, dict[str, Any], Config | None]:
+        op = draw(st.sampled_from(sorted(OPERANDS)))
+        rank = draw(st.integers(0, 3))
+        outer = tuple(draw(st.sampled_from([1, 2, 3])) for _ in range(rank))
+        width = draw(st.sampled_from([1, 2, 7, 8, 24, 33]))
+        shape = (*outer, width)
+        full, broadcast, _ = OPERANDS[op]
+        arguments: dict[str, Any] = {name: strided(draw, shape, draw(st.sampled_from(DTYPES)), True) for name in full}
+        for name in broadcast:
+            if draw(st.integers(0, 3)) == 0:
+                arguments[name] = None
+                continue
+            kept = draw(st.integers(0, rank + 1))
+            sizes = shape[len(shape) - kept :] if kept else ()
+            sizes = tuple(1 if draw(st.booleans()) and size != width else size for size in sizes)
+            if sizes and draw(st.integers(0, 7)) == 0:
+                sizes = (*sizes[:-1], 1)
+            dtype = draw(st.sampled_from(DTYPES))
+            arguments[name] = strided(draw, sizes, dtype, False) if sizes else torch.randn(()).to(dtype)
+        if "weight" in broadcast:
+            arguments.update(
+                norm=draw(st.sampled_from(["layer", "rms"])),
+                eps=draw(st.sampled_from([1e-6, 1e-5, 1e-2])),
+                weight_offset=draw(st.sampled_from([0.0, 1.0])),
+            )
+        if "scale" in broadcast:
+            arguments["scale_offset"] = draw(st.sampled_from([0.0, 1.0]))
+        if "sum" in OPERANDS[op][2]:
+            arguments["sum_dtype"] = draw(st.sampled_from([None, *DTYPES]))
+        arguments["out_dtype"] = draw(st.sampled_from(DTYPES))
+        arguments["roundings"] = draw(st.sampled_from([0, 0, 127, draw(st.integers(0, 127))]))
+        chunk = draw(st.sampled_from([4, 8, 16]))
+        rows = draw(st.sampled_from([1, 1, 2, 3]))
+        config = Config(chunk=chunk, chunks=-(-width // chunk), rows=rows, num_warps=1)
+        return op, arguments, draw(st.sampled_from([None, config]))
+
+    @settings(max_examples=150, deadline=None, derandomize=True)
+    @given(calls())
+    def test_kernel_means_what_the_op_means(call: tuple[str, dict[str, Any], Config | None]) -> None:
+        op, arguments, config = call
+        if arguments["x"].shape[-1] == 1 and arguments.get("norm") == "layer":
+            return  # the variance of one element is rounding noise
+        assert supports(op, arguments) is None or supports(op, arguments).code == "outer_dims"
+        if supports(op, arguments) is None:
+            assert_same(op, arguments, config)
