@@ -1,0 +1,228 @@
+"""From a binding to a candidate: the checks that every rule shares.
+
+A candidate is sound when replacing its outputs by the op keeps every other value of the graph: operands broadcast,
+dtypes are ones the op takes, nothing outside reads an interior value, no operand depends on a result, and no operand
+is an input that the graph writes to. Sizes are compared with `statically_known_true`, so no check adds a guard.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from .pattern import Binding
+from .rules import Candidate, Code, Reject, Rule, Stage
+from .terms import FLOATS, Term, TermView, broadcast_shape, same_shape, same_size, short_dtype
+from .views import is_view_of_input
+
+FULL = ("x", "residual")
+
+
+def build(rule: Rule, view: TermView, root: Term, binding: Binding, roundings: str = "fused") -> Candidate:
+    """The candidate for `binding`, or Reject."""
+    node = view.nodes(root)[0]
+    shape = tuple(node.meta["val"].shape)
+    site = Candidate(rule, view, root, binding, shape, node.meta["val"].device, family=rule.family)
+    site.outputs["out"] = root
+    if rule.check is not None:
+        rule.check(site)
+    _check_operands(site)
+    _collect_interior(site)
+    _check_escapes(site)
+    _check_cycles(site)
+    _check_mutation(site)
+    _set_attributes(site, roundings)
+    return site
+
+
+def _check_operands(site: Candidate) -> None:
+    shape, operands = site.shape, site.operands
+    if not shape or not isinstance(shape[-1], int):
+        raise Reject(Code.SYMBOLIC, f"the row length {shape[-1] if shape else '()'} is not a known number")
+    for name, term in operands.items():
+        val = fake(site.view, term)
+        if val.dtype not in FLOATS:
+            raise Reject(Code.DTYPE, f"{name} is {short_dtype(val.dtype)}; bf16, fp16 and fp32 are supported")
+        if val.device != site.device:
+            raise Reject(Code.DEVICE, f"{name} is on {val.device}, the result on {site.device}")
+        if name in FULL:
+            if not same_shape(term.shape, shape):
+                text = f"{name} has shape {text_shape(term.shape)}, the result {text_shape(shape)}"
+                raise Reject(Code.BROADCAST, text + "; both must be the same")
+        elif not same_shape(broadcast_shape([term.shape, shape]), shape):
+            text = f"{name} of shape {text_shape(term.shape)} does not broadcast to {text_shape(shape)}"
+            raise Reject(Code.BROADCAST, text)
+    if (norm := site.norm) is not None:
+        if not same_shape(norm.shape, shape):
+            text = f"the norm has shape {text_shape(norm.shape)}, the result {text_shape(shape)}"
+            raise Reject(Code.BROADCAST, text + "; the modulation must not enlarge it")
+        _check_eps(site, norm)
+    elif site.rule.op == "gated_residual":
+        if not is_row_parameter(operands["gate"], shape):
+            raise Reject(Code.BROADCAST, "no factor is broadcast over the tokens: not a gate")
+    elif not all(is_row_parameter(operands[name], shape) for name in ("scale", "shift")):
+        raise Reject(Code.BROADCAST, "scale and shift are not broadcast over the tokens: not a modulation")
+
+
+def is_row_parameter(term: Term, shape: tuple) -> bool:
+    """Smaller than the site, and with a value for each of the D columns."""
+    if not term.shape or not same_size(term.shape[-1], shape[-1]) or same_size(shape[-1], 1):
+        return False
+    return not same_shape(term.shape, shape)
+
+
+def _check_eps(site: Candidate, norm: Term) -> None:
+    eps = norm.attrs[0]
+    reduction = site.view.reductions[norm]
+    if reduction.op == "var" and reduction.attrs != (0,):
+        raise Reject(Code.VARIANCE, f"the variance has correction {reduction.attrs[0]}; a LayerNorm's is 0")
+    dtype = site.view.statistics_dtype.get(norm, torch.float32)
+    tiny = torch.finfo(dtype).smallest_normal
+    if eps < 0 or 0 < eps < tiny:
+        limit = f"the smallest normal {short_dtype(dtype)} number, {tiny:.3g}, in which the statistics are computed"
+        raise Reject(Code.EPS, f"eps={eps:g} is below {limit}")
+
+
+def _collect_interior(site: Candidate) -> None:
+    """Every node whose work the op takes over, roots excluded: the terms walked, and the inside of the norm."""
+    view, stop = site.view, set(site.binding.terms.values()) - {site.norm}
+    for term in site.binding.interior:
+        if term is not site.root and term not in stop:
+            site.interior.update(view.nodes(term))
+    if site.norm is not None:
+        below = set()
+        for operand in (site.binding.terms.get("x"), site.binding.terms.get("sum")):
+            below.update(view.nodes(operand) if operand is not None else ())
+        pending = [n for t in site.binding.interior if t.op in ("layer_norm", "rms_norm") for n in view.nodes(t)]
+        site.interior.update(pending)
+        norm_input = site.norm.args[0]
+        while pending:
+            for source in pending.pop().all_input_nodes:
+                term = view.term(source)
+                inside = term is None or (term is not norm_input and term.op != "leaf" and term not in stop)
+                if inside and source.op == "call_function" and source not in site.interior and source not in below:
+                    if term is not None and _below_norm_input(view, term, norm_input):
+                        continue
+                    site.interior.add(source)
+                    pending.append(source)
+
+
+def _below_norm_input(view: TermView, term: Term, norm_input: Term) -> bool:
+    """`term` is part of what the norm reads rather than of the norm."""
+    seen = norm_input
+    while seen.op in ("round", "view"):
+        seen = seen.args[0]
+        if seen is term:
+            return True
+    return False
+
+
+def _check_escapes(site: Candidate) -> None:
+    view = site.view
+    roots = set(site.output_nodes("out"))
+    if "sum" in site.binding.terms:
+        total = site.binding.terms["sum"]
+        own = set(view.nodes(total))
+        site.interior -= own
+        inside = site.interior | roots | own
+        if any(user not in inside for node in own for user in node.users):
+            site.outputs["sum"] = total
+    owned = site.interior | roots | set(view.nodes(site.binding.terms["sum"]) if "sum" in site.binding.terms else ())
+    for node in site.interior:
+        val = node.meta.get("val")
+        full = isinstance(val, torch.Tensor) and same_shape(_padded(val.shape, site.shape), site.shape)
+        statistic = view.term(node) is None or bool(val.shape) and same_size(val.shape[-1], 1) and val.dim() > 1
+        if not (full or statistic):
+            continue  # a row parameter such as 1 + scale: cheap to compute twice
+        for user in node.users:
+            if user not in owned and not _dead(user):
+                raise Reject(Code.ESCAPES, f"{node.name} ({node.target}) inside the site is also read by {user.name}")
+
+
+def _padded(shape: Any, like: tuple) -> tuple:
+    return tuple(shape)
+
+
+def _dead(node: fx.Node) -> bool:
+    return not node.users and node.op == "call_function" and not node.is_impure()
+
+
+def _check_cycles(site: Candidate) -> None:
+    """No operand may depend on a result: walk up from each operand, no further than the earliest result."""
+    order = site.view.order
+    results = {n for name in site.outputs for n in site.output_nodes(name)}
+    if "sum" in site.binding.terms:
+        results.update(site.view.nodes(site.binding.terms["sum"]))
+    earliest = min(order[n] for n in results)
+    seen: set[fx.Node] = set()
+    pending = [(name, base_node(site.view, t)) for name, t in site.operands.items()]
+    while pending:
+        name, node = pending.pop()
+        if node in results:
+            raise Reject(Code.CYCLE, f"{name} depends on {node.name}, a result of the site")
+        if node in seen or order[node] < earliest:
+            continue
+        seen.add(node)
+        pending.extend((name, source) for source in node.all_input_nodes)
+
+
+def _check_mutation(site: Candidate) -> None:
+    for name, term in site.operands.items():
+        source = is_view_of_input(base_node(site.view, term))
+        if source is not None and source in site.view.written_inputs:
+            raise Reject(Code.MUTATED, f"{name} is a view of the input {source.name}, which the graph writes to")
+
+
+ROUNDING_ORDER = ("GATE_PRODUCT", "SUM", "NORM", "WEIGHTED", "AFFINE", "ONE_PLUS", "PRODUCT")
+
+
+def _set_attributes(site: Candidate, roundings: str) -> None:
+    """The op's keyword arguments, from the binding."""
+    from dkfuse.kernels.rounding import Rounding
+
+    view, binding, terms = site.view, site.binding, site.binding.terms
+    flags = Rounding(0)
+    x_dtype = fake(view, terms["x"]).dtype
+    if roundings == "eager":
+        for label, dtype in binding.roundings.items():
+            if dtype != x_dtype:
+                text = f"{label} is rounded to {short_dtype(dtype)}, the kernel rounds to {short_dtype(x_dtype)}"
+                raise Reject(Code.ROUNDING, text, Stage.KERNEL)
+            flags |= Rounding[label]
+    attributes: dict[str, Any] = {}
+    if site.norm is not None:
+        attributes["norm"] = "layer" if site.norm.op == "layer_norm" else "rms"
+        attributes["eps"] = site.norm.attrs[0]
+        attributes["weight_offset"] = binding.numbers.get("weight_offset", 0.0)
+    if site.rule.op != "gated_residual":
+        attributes["scale_offset"] = binding.numbers.get("offset", 0.0)
+    if site.rule.op.startswith("residual"):
+        attributes["sum_dtype"] = site.output_nodes("sum")[0].meta["val"].dtype if "sum" in site.outputs else None
+    attributes["out_dtype"] = site.output_nodes("out")[0].meta["val"].dtype
+    attributes["roundings"] = int(flags)
+    site.attributes = attributes
+
+
+# -- operands as tensors ---------------------------------------------------------------------------------------------
+
+
+def base_node(view: TermView, term: Term) -> fx.Node:
+    """The node under the views of an operand."""
+    while not view.nodes(term):
+        term = term.args[0]
+    return view.nodes(term)[0]
+
+
+def fake(view: TermView, term: Term) -> torch.Tensor:
+    """The fake value of an operand, its views applied."""
+    if nodes := view.nodes(term):
+        return nodes[0].meta["val"]
+    from .views import apply
+
+    return apply(term, fake(view, term.args[0]))
+
+
+def text_shape(shape: Any) -> str:
+    return "[" + ", ".join(str(s) for s in shape) + "]"

@@ -1,0 +1,268 @@
+"""The pass: one pure function over an `fx.Graph` with ``meta["val"]``, usable on any ATen graph.
+
+    TermView(graph)                  nothing mutated
+    anchors                          what could be fused, found without the rules
+    rules, widest first, from the last node up
+        match -> checks -> gain -> kernel
+    replace, sort, drop dead code    only for the sites that were taken
+
+The result says what became of every anchor.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from dkfuse import patterns
+
+from . import anchors, choose, gain, origin
+from .anchors import Anchor
+from .checks import build, fake
+from .pattern import matches
+from .report import Graph, Reason, Site, Status
+from .rules import Candidate, Code, NotThisRule, Reject, Rule, Stage
+from .settings import Settings
+from .terms import Term, TermView, render, short_dtype
+
+log = logging.getLogger("dkfuse")
+
+QK_NORM = (
+    "norm of a query or key: Inductor joins it with the rotation or transpose that follows, "
+    "a norm of its own would add a pass over memory"
+)
+
+
+@dataclass
+class Plan:
+    """What was decided for one graph: the sites to replace, and the record of every anchor."""
+
+    view: TermView
+    taken: list[Candidate] = field(default_factory=list)
+    record: Graph = field(default_factory=lambda: Graph(index=0, nodes=0, seconds=0.0))
+
+
+@dataclass
+class _State:
+    """One anchor while the rules are tried."""
+
+    anchor: Anchor
+    site: Candidate | None = None
+    attempts: list[tuple[Reject, Rule]] = field(default_factory=list)
+    absorbed_by: _State | None = None
+
+
+def plan(graph: fx.Graph, settings: Settings) -> Plan:
+    """Decide what to fuse in `graph`; the graph is not touched."""
+    started = time.perf_counter()
+    view = TermView(graph)
+    result = Plan(view)
+    states = {a.key: _State(a) for a in anchors.find(view)}
+    queries = anchors.qk_reductions(view)
+    claimed: dict[fx.Node, Candidate] = {}
+    seen: set[Term] = set()
+    for node in reversed(graph.nodes):
+        term = view.term(node)
+        if term is None or term.op == "view" or term in seen or not (term.norm_reach is not None or _is_sum(term)):
+            continue
+        seen.add(term)
+        for rule in _rules(term, settings):
+            if _try(rule, term, result, states, claimed, queries, settings):
+                break
+    result.taken.reverse()
+    _absorb(states)
+    result.record = Graph(index=0, nodes=len(view.order), seconds=0.0, sites=_sites(states, view))
+    result.record.seconds = time.perf_counter() - started
+    return result
+
+
+def run(graph: fx.Graph, settings: Settings) -> Graph:
+    """Fuse `graph` in place and return its record."""
+    from .lower import replace
+
+    started = time.perf_counter()
+    decided = plan(graph, settings)
+    replace(graph, decided.view, decided.taken)
+    decided.record.seconds = time.perf_counter() - started
+    return decided.record
+
+
+def _is_sum(term: Term) -> bool:
+    inner = term.args[0] if term.op == "round" else term
+    return inner.op == "add"
+
+
+def _rules(term: Term, settings: Settings) -> list[Rule]:
+    rules = patterns.RULES if term.norm_reach is not None else ()
+    pointwise = patterns.POINTWISE if _is_sum(term) else ()
+    return [r for r in (*rules, *pointwise)]
+
+
+def _allowed(rule: Rule, settings: Settings) -> bool:
+    if settings.rules is None:
+        return True
+    wanted = [n for n in settings.rules if not n.startswith("-")]
+    return (not wanted or rule.name in wanted) and f"-{rule.name}" not in settings.rules
+
+
+def _try(
+    rule: Rule,
+    term: Term,
+    result: Plan,
+    states: dict[object, _State],
+    claimed: dict[fx.Node, Candidate],
+    queries: set[fx.Node],
+    settings: Settings,
+) -> bool:
+    view, best = result.view, None
+    for binding in matches(rule.pattern, view, term):
+        norm = binding.terms.get("norm")
+        key = anchors.key_of(view, norm) if norm is not None else ("sum", term.args[0] if term.op == "round" else term)
+        state = states.get(key)
+        if state is None or state.site is not None or state.anchor.node in claimed:
+            continue
+        try:
+            if not _allowed(rule, settings):
+                raise Reject(Code.DISABLED, f"rule {rule.name} is switched off by dkfuse.rules", Stage.KERNEL)
+            if state.anchor.node in queries:
+                raise Reject(Code.QK_NORM, QK_NORM, Stage.KERNEL, left=True)
+            site = build(rule, view, term, binding, settings.roundings)
+            _check_claims(site, claimed)
+            site.kernel = choose.choose(site, settings)
+            if not (settings.pointwise or (site.kernel == "native" and not rule.has_norm)):
+                gain.check(site, claimed)
+            if settings.fuel is not None and len(result.taken) >= settings.fuel:
+                raise Reject(Code.FUEL, f"dkfuse.fuel={settings.fuel} sites are fused already", Stage.KERNEL)
+        except NotThisRule:
+            continue
+        except Reject as reject:
+            if best is None or reject.stage == Stage.KERNEL:
+                best = (reject, rule, state)
+            continue
+        site.bytes_before, site.bytes_after = gain.traffic(site)
+        state.site = site
+        result.taken.append(site)
+        for node in _all_nodes(site):
+            claimed[node] = site
+        return True
+    if best is not None:
+        best[2].attempts.append((best[0], best[1]))
+    return False
+
+
+def _all_nodes(site: Candidate) -> set[fx.Node]:
+    nodes = site.interior | set(site.output_nodes("out"))
+    if "sum" in site.binding.terms:
+        nodes.update(site.view.nodes(site.binding.terms["sum"]))
+    return nodes
+
+
+def _check_claims(site: Candidate, claimed: dict[fx.Node, Candidate]) -> None:
+    for node in _all_nodes(site):
+        if node in claimed and not _is_parameter(node, site):
+            raise Reject(Code.CLAIMED, f"{node.name} already belongs to a {claimed[node].rule.name} site")
+
+
+def _is_parameter(node: fx.Node, site: Candidate) -> bool:
+    """A row parameter such as ``1 + scale`` may serve several sites."""
+    val = node.meta.get("val")
+    return isinstance(val, torch.Tensor) and val.dim() > 0 and tuple(val.shape) != site.shape and val.shape[-1] != 1
+
+
+def _absorb(states: dict[object, _State]) -> None:
+    """A gated residual inside a taken norm site is that site's work."""
+    owners = {node: s for s in states.values() if s.site is not None for node in _all_nodes(s.site)}
+    for state in states.values():
+        if state.site is None and state.anchor.kind != "norm":
+            owner = owners.get(state.anchor.node)
+            if owner is not None and owner is not state:
+                state.absorbed_by = owner
+
+
+# -- records -----------------------------------------------------------------------------------------------------------
+
+
+def _sites(states: dict[object, _State], view: TermView) -> list[Site]:
+    counts: Counter[str] = Counter()
+    names: dict[int, str] = {}
+    for state in states.values():
+        where = origin.module(state.anchor.node) or "graph"
+        counts[f"{where}:{state.anchor.kind}"] += 1
+        names[id(state)] = f"{where}:{state.anchor.kind}#{counts[f'{where}:{state.anchor.kind}'] - 1}"
+    return [_site(state, names, view) for state in states.values()]
+
+
+def _site(state: _State, names: dict[int, str], view: TermView) -> Site:
+    node = state.anchor.node
+    record = Site(
+        id=names[id(state)],
+        family=_family(state),
+        status=Status.UNMATCHED,
+        source=origin.source(node),
+        module=origin.module(node),
+        attempts=[reject.reason(rule.name) for reject, rule in state.attempts],
+    )
+    value = node.meta["val"] if isinstance(node.meta.get("val"), torch.Tensor) else node.args[0].meta["val"]
+    record.dtype = short_dtype(value.dtype)
+    record.shapes = {"x": _shape(value)}
+    done = state.absorbed_by.site if state.absorbed_by is not None else state.site
+    if done is not None:
+        record.status, record.rule, record.op, record.kernel = (
+            Status.FUSED,
+            done.rule.name,
+            f"dkfuse::{done.rule.op}",
+            done.kernel,
+        )
+        values = {name: fake(view, t) for name, t in done.operands.items()}
+        record.dtype = short_dtype(values["x"].dtype)
+        record.shapes = {name: _shape(v) for name, v in values.items()}
+        if state.absorbed_by is not None:
+            record.with_site = names[id(state.absorbed_by)]
+        else:
+            record.bytes_before, record.bytes_after = done.bytes_before, done.bytes_after
+        return record
+    if state.attempts:
+        reject, rule = _deepest(state.attempts)
+        record.status = Status.LEFT_TO_INDUCTOR if reject.left else Status.REJECTED
+        record.rule, record.op, record.reason = rule.name, f"dkfuse::{rule.op}", reject.reason(rule.name)
+        return record
+    record.reason, record.term = _unexplained(state, view)
+    return record
+
+
+def _deepest(attempts: list[tuple[Reject, Rule]]) -> tuple[Reject, Rule]:
+    """The attempt to show: a decision to leave the site first, then the widest rule."""
+    return next((a for a in attempts if a[0].left), attempts[0])
+
+
+def _unexplained(state: _State, view: TermView) -> tuple[Reason, str]:
+    node = state.anchor.node
+    term = view.term(node) or view.term(next(iter(node.users), node))
+    text = render(term) if term is not None else str(node.target)
+    if state.anchor.kind == "norm" and state.anchor.key is node:
+        dims = node.args[1] if len(node.args) > 1 else None
+        message = f"{node.target} over dims {dims}: only norms over the last dim are fused"
+        return Reason(Stage.STRUCTURE.value, Code.NORM_DIM.value, message), text
+    return Reason(Stage.STRUCTURE.value, Code.NO_RULE.value, f"no rule explains {node.name}"), text
+
+
+def _family(state: _State) -> str:
+    done = state.site or (state.absorbed_by.site if state.absorbed_by else None)
+    if state.anchor.kind != "norm":
+        return state.anchor.kind
+    if done is not None:
+        return done.family
+    if any(reject.code == Code.QK_NORM.value for reject, _ in state.attempts):
+        return "qk_norm"
+    if state.attempts:
+        return state.attempts[0][1].family
+    return "other_norm"
+
+
+def _shape(value: torch.Tensor) -> list[int | str]:
+    return [s if isinstance(s, int) else str(s) for s in value.shape]

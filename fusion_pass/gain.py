@@ -1,0 +1,130 @@
+"""Is a fused kernel worth having here? Static facts about what Inductor would do with the same nodes.
+
+Inductor joins pointwise ops with the reductions around them, which an opaque kernel prevents. A site is left to it when
+
+* it has no reduction and removes no copy (``pointwise``);
+* every reader of its result is pointwise: Inductor would finish them in the same kernel (``feeds_pointwise``);
+* a full-size operand is a pointwise result that exists only for this site and would have to be written to memory
+  (``pointwise_producer``), for instance the stream of a wider rule that did not match;
+* the norm belongs to a query or key and is followed by a rotation (``qk_norm``).
+
+Measured reasons: a modulate-only kernel ran 2x slower than Inductor's own fusion (vllm-omni#3186).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import fx
+
+from .checks import base_node, fake
+from .rules import Candidate, Code, Reject, Stage
+from .terms import getitem_source, same_shape
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+_EXTRA_POINTWISE = (prims.convert_element_type.default, aten._to_copy.default)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_pointwise(target: Any) -> bool:
+    return target in _EXTRA_POINTWISE or torch.Tag.pointwise in getattr(target, "tags", ())
+
+
+def is_elementwise(node: fx.Node) -> bool:
+    """A pointwise op that Inductor generates code for."""
+    return node.op == "call_function" and _is_pointwise(node.target)
+
+
+def is_view(node: fx.Node) -> bool:
+    """An op whose result shares its input's memory."""
+    from .views import view_readers
+
+    return node.op == "call_function" and node.target in view_readers() and node.target is not aten.clone.default
+
+
+def check(site: Candidate, claimed: Collection[fx.Node] = ()) -> None:
+    """Raise Reject(left=True) where Inductor is expected to do at least as well.
+
+    `claimed` are the nodes of sites already taken: what they read must be in memory anyway.
+    """
+    if not site.rule.has_norm:
+        text = "no reduction and no removed copy: Inductor joins this with its neighbours (dkfuse.pointwise=True fuses it)"
+        raise _left(Code.POINTWISE, text)
+    readers = [u for n in site.output_nodes("out") for u in _readers(n)]
+    if readers and all(is_elementwise(u) and u not in claimed for u in readers):
+        names = ", ".join(sorted({str(u.target) for u in readers})[:3])
+        text = f"every reader of the result is pointwise ({names}): Inductor finishes them in the norm's own kernel"
+        raise _left(Code.FEEDS_POINTWISE, text)
+    inside = site.interior | {n for name in site.outputs for n in site.output_nodes(name)}
+    for name, term in site.operands.items():
+        if not same_shape(term.shape, site.shape):
+            continue
+        node = _through_views(base_node(site.view, term))
+        produced = site.view.term(node)
+        if produced is not None and produced.norm_reach is not None:
+            continue  # likely the result of another site, which writes it to memory
+        if is_elementwise(node) and _only_read_in(node, inside):
+            text = f"{name} is the result of {node.target}, which Inductor computes inside the norm's kernel"
+            raise _left(Code.POINTWISE_PRODUCER, text + " and which would have to be written to memory here")
+
+
+def _left(code: Code, text: str) -> Reject:
+    return Reject(code, text, Stage.KERNEL, left=True)
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """Users of `node`, seen through views."""
+    found: list[fx.Node] = []
+    for user in node.users:
+        found.extend(_readers(user) if is_view(user) else [user])
+    return found
+
+
+def _through_views(node: fx.Node) -> fx.Node:
+    while is_view(node):
+        node = node.args[0]  # type: ignore[assignment]
+    source = getitem_source(node)
+    return node if source is None else source[0]
+
+
+def _only_read_in(node: fx.Node, inside: set[fx.Node]) -> bool:
+    return all(user in inside or (is_view(user) and _only_read_in(user, inside)) for user in node.users)
+
+
+# -- memory traffic --------------------------------------------------------------------------------------------------
+
+
+def footprint(value: torch.Tensor) -> int | None:
+    """Bytes of memory that a tensor covers: broadcast dims (stride 0) count once. None for symbolic sizes."""
+    count = 1
+    for size, stride in zip(value.shape, value.stride(), strict=True):
+        if not isinstance(size, int):
+            return None
+        if not (isinstance(stride, int) and stride == 0):
+            count *= size
+    return count * value.element_size()
+
+
+def traffic(site: Candidate) -> tuple[int | None, int | None]:
+    """Bytes moved by the site op by op, as eager does, and by the fused op."""
+    outputs = {n for name in site.outputs for n in site.output_nodes(name)[:1]}
+    before: int | None = 0
+    for node in site.interior | outputs:
+        if is_view(node) or getitem_source(node) is not None:
+            continue
+        values = [n.meta.get("val") for n in (*node.all_input_nodes, node)]
+        flat = [v for value in values for v in (value if isinstance(value, (tuple, list)) else (value,))]
+        before = _add(before, *(footprint(v) for v in flat if isinstance(v, torch.Tensor)))
+    after = _add(0, *(footprint(fake(site.view, t)) for t in site.operands.values()))
+    after = _add(after, *(footprint(site.output_nodes(name)[0].meta["val"]) for name in site.outputs))
+    return before, after
+
+
+def _add(*parts: int | None) -> int | None:
+    return None if any(p is None for p in parts) else sum(p for p in parts if p is not None)
+

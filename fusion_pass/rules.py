@@ -1,0 +1,119 @@
+"""What a rule is, what it binds, and how it says no.
+
+A `Rule` is a pattern plus the op it becomes. The checks that every rule shares (shapes, dtypes, escapes, cycles) are in
+`dkfuse.checks`; a family adds its own through `Rule.check`. A check that fails raises `Reject(code, message)`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from .pattern import Binding, Pattern
+from .report import Reason
+from .terms import Term, TermView
+
+
+class Stage(str, enum.Enum):
+    """Where an attempt ended."""
+
+    STRUCTURE = "structure"
+    SEMANTICS = "semantics"
+    KERNEL = "kernel"
+
+
+class Code(str, enum.Enum):
+    """Why an attempt ended: aggregates in the report. The message names the value."""
+
+    NO_RULE = "no_rule"  # no rule has this shape
+    NORM_DIM = "norm_dim"  # the norm is not over the last dim
+    VARIANCE = "variance"  # unbiased variance, or another statistic
+    OFFSET = "offset"  # the factor is c + scale with c other than 1
+    BROADCAST = "broadcast"  # an operand or the result does not broadcast as the op expects
+    DTYPE = "dtype"
+    DEVICE = "device"
+    EPS = "eps"
+    ESCAPES = "escapes"  # an interior value is used elsewhere
+    CYCLE = "cycle"  # an operand depends on a result
+    MUTATED = "mutated"  # an operand is (a view of) an input that the graph writes to
+    SYMBOLIC = "symbolic"  # a size that must be known is a symbol
+    ROUNDING = "rounding"  # roundings=eager asked for a rounding the kernel cannot reproduce
+    DISABLED = "disabled"  # switched off by an option
+    FUEL = "fuel"
+    CLAIMED = "claimed"  # the value already belongs to another site
+    QK_NORM = "qk_norm"
+    POINTWISE = "pointwise"  # no reduction, no removed copy
+    FEEDS_POINTWISE = "feeds_pointwise"
+    POINTWISE_PRODUCER = "pointwise_producer"
+    MATERIALIZES = "materializes"
+    NO_KERNEL = "no_kernel"
+    INNER_STRIDE = "inner_stride"
+    ROW_TOO_LONG = "row_too_long"
+    EMPTY = "empty"
+    LAYOUT = "layout"
+
+
+class Reject(Exception):
+    """An attempt failed. `left` marks a site that Inductor is expected to serve better."""
+
+    def __init__(self, code: Code | str, message: str, stage: Stage = Stage.SEMANTICS, left: bool = False):
+        super().__init__(message)
+        self.code, self.message, self.stage, self.left = str(getattr(code, "value", code)), message, stage, left
+
+    def reason(self, rule: str | None) -> Reason:
+        return Reason(self.stage.value, self.code, self.message, rule)
+
+
+class NotThisRule(Exception):
+    """The binding is another rule's business: nothing to report."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``pattern`` at a root term becomes ``dkfuse::op``. Variables are named like the op's arguments."""
+
+    name: str
+    family: str
+    op: str
+    pattern: Pattern
+    has_norm: bool = True
+    check: Callable[[Candidate], None] | None = None
+
+
+@dataclass
+class Candidate:
+    """One way in which one rule explains one value."""
+
+    rule: Rule
+    view: TermView
+    root: Term
+    binding: Binding
+    shape: tuple  # of the full tensors of the site, [..., D]
+    device: torch.device
+    interior: set[fx.Node] = field(default_factory=set)  # nodes whose work the op does, roots excluded
+    outputs: dict[str, Term] = field(default_factory=dict)  # "out", "sum": what the op returns and somebody reads
+    attributes: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the op
+    kernel: Any = None  # the implementation, once chosen
+    family: str = ""
+    bytes_before: int | None = None
+    bytes_after: int | None = None
+
+    @property
+    def operands(self) -> dict[str, Term]:
+        """The tensor arguments of the op that are present."""
+        return {name: t for name, t in self.binding.terms.items() if name not in ("norm", "sum")}
+
+    @property
+    def norm(self) -> Term | None:
+        return self.binding.terms.get("norm")
+
+    def output_nodes(self, name: str) -> list[fx.Node]:
+        """The nodes that output `name` replaces: every node of that value, in its own dtype."""
+        term = self.outputs[name]
+        nodes = self.view.nodes(term)
+        return [n for n in nodes if n.meta["val"].dtype == nodes[0].meta["val"].dtype]

@@ -1,0 +1,61 @@
+"""Norm, affine and modulation: the building blocks of every adaLN family.
+
+    n = norm(x)                         n * w + b                      affine, w and b of shape [D]
+    n * (1 + scale) + shift             A1, A1a, A1r, A4, A5, A6       adaLN of DiT (Peebles & Xie, arXiv:2212.09748)
+    n * scale                           A2, A2L                        the factor computed on the row
+    n * gate + residual                 G3                             sandwich norm: `shift` is a full tensor
+
+A factor that is neither `scale` nor `1 + scale` (`2 + scale`) binds `offset` and is rejected by the check.
+"""
+
+from __future__ import annotations
+
+from dkfuse.pattern import Add, Mul, Norm, Num, Pattern, R, Var, alt
+from dkfuse.rules import Candidate, Code, NotThisRule, Reject, Rule
+from dkfuse.terms import Term, same_size
+
+
+def is_vector(term: Term) -> bool:
+    """One row of D values, the shape of a norm's own weight."""
+    return bool(term.shape) and not same_size(term.shape[-1], 1) and all(same_size(s, 1) for s in term.shape[:-1])
+
+
+def is_factor(term: Term) -> bool:
+    """Not itself ``c + s``: that spelling is matched with its constant."""
+    inner = term.args[0] if term.op == "round" else term
+    while inner.op == "view":
+        inner = inner.args[0]
+    inner = inner.args[0] if inner.op == "round" else inner
+    return not (inner.op == "add" and inner.args[0].op == "const")
+
+
+def affine(x: Pattern) -> Pattern:
+    """``norm(x)``, ``norm(x) * w``, ``norm(x) * (1 + w)``, each with and without ``+ b``."""
+    n = R("NORM", Norm(x))
+    weight = alt(Var("weight", is_vector), Add(Num(1.0, "weight_offset"), Var("weight", is_vector)))
+    weighted = R("WEIGHTED", Mul(weight, n))
+    return alt(R("AFFINE", Add(Var("bias", is_vector), weighted)), weighted, n)
+
+
+def modulated(a: Pattern) -> Pattern:
+    """``a * factor + shift``, ``a * factor``, ``a + shift``."""
+    factor = alt(R("ONE_PLUS", Add(Num(name="offset"), Var("scale"))), Var("scale", is_factor))
+    product = R("PRODUCT", Mul(factor, a))
+    return alt(Add(Var("shift"), product), product, Add(Var("shift"), a))
+
+
+def check_modulation(site: Candidate) -> None:
+    """The constant of ``offset + scale`` must be the 1 of adaLN, and a norm's own affine is no modulation."""
+    offset, terms = site.binding.numbers.get("offset"), site.binding.terms
+    own = [terms[name] for name in ("scale", "shift") if name in terms]
+    if offset is None and "weight" not in terms and all(is_vector(t) for t in own):
+        raise NotThisRule("an affine norm")
+    if offset is not None and offset != 1.0:
+        raise Reject(Code.OFFSET, f"the factor is {offset:g} + scale; only 1 + scale and scale itself are modulations")
+
+
+X = Var("x")
+RULES = (
+    Rule("norm_modulate", "norm_modulate", "norm_modulate", modulated(affine(X)), check=check_modulation),
+    Rule("norm", "norm", "norm_modulate", affine(X)),
+)
