@@ -26,6 +26,28 @@ def build(rule: Rule, view: TermView, root: Term, binding: Binding, roundings: s
     shape = tuple(node.meta["val"].shape)
     site = Candidate(rule, view, root, binding, shape, node.meta["val"].device, family=rule.family)
     site.outputs["out"] = root
+    return _checked(site, roundings)
+
+
+def build_dual(first: tuple[Term, Binding], second: tuple[Term, Binding], rule: Rule, view: TermView, roundings: str):
+    """The candidate for two modulations of one norm (SD3.5's dual attention, LTX-2's cross-modal norms), or Reject."""
+    (root, one), (other_root, two) = first, second
+    names = set(one.terms) | set(two.terms)
+    shared = names - {"scale", "shift"}
+    if any(one.terms.get(n) is not two.terms.get(n) for n in shared) or one.numbers != two.numbers:
+        raise Reject(Code.ESCAPES, "the norm feeds two modulations that differ in more than scale and shift")
+    nodes = [view.nodes(r)[0].meta["val"] for r in (root, other_root)]
+    if nodes[0].dtype != nodes[1].dtype or ("scale" in one.terms) != ("scale" in two.terms):
+        raise Reject(Code.ESCAPES, "the norm feeds two modulations of different dtype or form")
+    extra = {f"{n}2": two.terms[n] for n in ("scale", "shift") if n in two.terms}
+    binding = Binding({**one.terms, **extra}, one.numbers, {**two.roundings, **one.roundings}, one.interior + two.interior)
+    site = Candidate(rule, view, root, binding, tuple(nodes[0].shape), nodes[0].device, family=rule.family, dual=True)
+    site.outputs.update(out=root, out2=other_root)
+    return _checked(site, roundings)
+
+
+def _checked(site: Candidate, roundings: str) -> Candidate:
+    rule = site.rule
     if rule.check is not None:
         rule.check(site)
     _check_operands(site)
@@ -89,7 +111,7 @@ def _collect_interior(site: Candidate) -> None:
     """Every node whose work the op takes over, roots excluded: the terms walked, and the inside of the norm."""
     view, stop = site.view, set(site.binding.terms.values()) - {site.norm}
     for term in site.binding.interior:
-        if term is not site.root and term not in stop:
+        if term not in stop and all(term is not out for out in site.outputs.values()):
             site.interior.update(view.nodes(term))
     if site.norm is not None:
         below = set()
@@ -121,7 +143,7 @@ def _below_norm_input(view: TermView, term: Term, norm_input: Term) -> bool:
 
 def _check_escapes(site: Candidate) -> None:
     view = site.view
-    roots = set(site.output_nodes("out"))
+    roots = site.roots
     if "sum" in site.binding.terms:
         total = site.binding.terms["sum"]
         own = set(view.nodes(total))

@@ -70,7 +70,7 @@ def choose(site: Candidate, settings: Settings) -> str:
         provider = PROVIDERS[name]
         if settings.kernels is None and not _serves(provider, target):
             continue
-        reason = provider.supports(site.rule.op, arguments)
+        reason = provider.supports(site.op, arguments)
         if reason is None:
             return name
         first = first or reason

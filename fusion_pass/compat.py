@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols as free_unbacked_symbols
+from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true as _statically_known_true
 
 
@@ -14,8 +17,140 @@ def statically_known_true(condition: Any) -> bool:
     return condition if isinstance(condition, bool) else _statically_known_true(condition)
 
 
-def stable_topological_sort(graph: torch.fx.Graph) -> None:
+def stable_topological_sort(graph: fx.Graph) -> None:
     """Order `graph` so that every node follows its inputs, moving as little as possible."""
     from torch._inductor.pattern_matcher import stable_topological_sort as sort
 
     sort(graph)
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """Inductor's options for `mode` (with None torch would return those of all modes)."""
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode)) if mode is not None else {}
+
+
+def inductor(gm: fx.GraphModule, inputs: Any, options: dict[str, Any]) -> Any:
+    """Compile with Inductor."""
+    import torch._inductor
+
+    return torch._inductor.compile(gm, inputs, options=options)
+
+
+def lower_with(gm: fx.GraphModule, inputs: Any, inner: Callable[[fx.GraphModule, Any], Any], options: dict) -> Any:
+    """Trace `gm` exactly as Inductor would, and hand each functional ATen graph to `inner` instead of code generation."""
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.fx_passes.post_grad import view_to_reshape
+
+    def inner_compile(graph_module: fx.GraphModule, example_inputs: Any, **_: Any) -> Any:
+        view_to_reshape(graph_module)
+        graph_module.graph.eliminate_dead_code()
+        compiled = inner(graph_module, example_inputs)
+
+        def run(*args: Any) -> Any:
+            values = list(args[0]) if len(args) == 1 and isinstance(args[0], list) else args
+            if len(args) == 1 and isinstance(args[0], list):
+                args[0].clear()
+            return compiled(*values)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    disabled = {"freezing": False, "cpp_wrapper": False, "force_disable_caches": True}
+    return compile_fx(gm, inputs, inner_compile=inner_compile, config_patches={**options, **disabled})
+
+
+def inductor_config(name: str) -> Any:
+    """A value of Inductor's configuration as it is now."""
+    import torch._inductor.config as config
+
+    return getattr(config, name)
+
+
+def cache_folder() -> str:
+    """Inductor's cache folder."""
+    from torch._inductor.runtime.runtime_utils import cache_dir
+
+    return cache_dir()
+
+
+def graph_pass(function: Callable[[fx.Graph], None], uuid: Any) -> Any:
+    """`function` as a graph pass of Inductor; a None `uuid` keeps the graph out of Inductor's cache."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class Pass(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            function(graph)
+
+        def uuid(self) -> Any:
+            return uuid
+
+    return Pass()
+
+
+def pass_uuid(user_pass: Any) -> Any:
+    """The cache identity of a user's own pass, None when it has none."""
+    return user_pass.uuid() if hasattr(user_pass, "uuid") else None
+
+
+def decompositions() -> dict:
+    """Inductor's decomposition table: what graphs at the hook have been through."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
+
+
+# -- Triton kernels inside an FX graph -------------------------------------------------------------------------------
+
+
+def triton_call_target() -> Any:
+    return torch.ops.higher_order.triton_kernel_wrapper_functional
+
+
+def register_triton_kernel(kernel: Any, constants: dict[str, Any]) -> tuple[int, int]:
+    """``(kernel_idx, constant_args_idx)`` of a kernel and its constants in torch's side table."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    return kernel_side_table.add_kernel(kernel), kernel_side_table.add_constant_args(constants)
+
+
+@contextlib.contextmanager
+def exact_triton_strides() -> Iterator[None]:
+    """Make Inductor hold a Triton kernel node's operands to the strides it was planned for.
+
+    Torch 2.13 hands ``meta["eager_input_vals"]`` of the functional node on to the mutating node it becomes; older
+    releases drop it and keep only the order of strides, so that a padded buffer would reach the kernel.
+    """
+    from torch._inductor.fx_passes import post_grad
+
+    if hasattr(post_grad, "_propagate_triton_eager_input_vals"):
+        yield
+        return
+    original = post_grad.decompose_triton_kernel_wrapper_functional
+
+    def decompose(graph: fx.Graph) -> None:
+        planned = {}
+        for node in graph.find_nodes(op="call_function", target=triton_call_target()):
+            if (values := node.meta.get("eager_input_vals")) is not None:
+                kwargs = {k: v for k, v in values[1].items() if k != "tensors_to_clone"}
+                planned[node.kwargs["constant_args_idx"]] = ((), kwargs)
+        original(graph)
+        mutation = torch.ops.higher_order.triton_kernel_wrapper_mutation
+        for node in graph.find_nodes(op="call_function", target=mutation):
+            if (values := planned.get(node.kwargs["constant_args_idx"])) is not None:
+                node.meta["eager_input_vals"] = values
+
+    post_grad.decompose_triton_kernel_wrapper_functional = decompose
+    try:
+        yield
+    finally:
+        post_grad.decompose_triton_kernel_wrapper_functional = original
+
+
+def environment_fingerprint() -> str:
+    """Torch, Triton and GPU: what a stored record is only valid for."""
+    parts = [torch.__version__, str(torch.version.cuda), os.environ.get("TRITON_INTERPRET", "")]
+    if torch.cuda.is_available():
+        parts += [torch.cuda.get_device_name(), str(torch.cuda.get_device_capability())]
+    return "|".join(parts)

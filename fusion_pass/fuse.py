@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -23,8 +24,8 @@ from dkfuse import patterns
 
 from . import anchors, choose, gain, origin
 from .anchors import Anchor
-from .checks import build, fake
-from .pattern import matches
+from .checks import build, build_dual, fake
+from .pattern import Binding, matches
 from .report import Graph, Reason, Site, Status
 from .rules import Candidate, Code, NotThisRule, Reject, Rule, Stage
 from .settings import Settings
@@ -54,53 +55,108 @@ class _State:
     anchor: Anchor
     site: Candidate | None = None
     attempts: list[tuple[Reject, Rule]] = field(default_factory=list)
-    absorbed_by: _State | None = None
+    absorbed_by: "_State | None" = None
 
 
 def plan(graph: fx.Graph, settings: Settings) -> Plan:
     """Decide what to fuse in `graph`; the graph is not touched."""
     started = time.perf_counter()
-    view = TermView(graph)
-    result = Plan(view)
-    states = {a.key: _State(a) for a in anchors.find(view)}
-    queries = anchors.qk_reductions(view)
-    claimed: dict[fx.Node, Candidate] = {}
-    seen: set[Term] = set()
-    for node in reversed(graph.nodes):
-        term = view.term(node)
-        if term is None or term.op == "view" or term in seen or not (term.norm_reach is not None or _is_sum(term)):
-            continue
-        seen.add(term)
-        for rule in _rules(term, settings):
-            if _try(rule, term, result, states, claimed, queries, settings):
-                break
-    result.taken.reverse()
-    _absorb(states)
-    result.record = Graph(index=0, nodes=len(view.order), seconds=0.0, sites=_sites(states, view))
-    result.record.seconds = time.perf_counter() - started
-    return result
+    planner = _Planner(TermView(graph), settings)
+    planner.match(patterns.RULES, lambda term: term.norm_reach is not None)
+    planner.match(patterns.POINTWISE, lambda term: (term.args[0] if term.op == "round" else term).op == "add")
+    return planner.finish(started)
 
 
-def run(graph: fx.Graph, settings: Settings) -> Graph:
-    """Fuse `graph` in place and return its record."""
-    from .lower import replace
+def run(graph: fx.Graph, settings: Settings, lowered: bool = True) -> Graph:
+    """Fuse `graph` in place and return its record. `lowered=False` leaves the ``dkfuse::`` ops in the graph."""
+    from .lower import lower, replace
 
     started = time.perf_counter()
     decided = plan(graph, settings)
-    replace(graph, decided.view, decided.taken)
+    calls = replace(graph, decided.view, decided.taken)
+    if lowered:
+        lower(graph, calls)
     decided.record.seconds = time.perf_counter() - started
     return decided.record
 
 
-def _is_sum(term: Term) -> bool:
-    inner = term.args[0] if term.op == "round" else term
-    return inner.op == "add"
+class _Planner:
+    """The anchors of one graph while the rules are tried on it."""
 
+    def __init__(self, view: TermView, settings: Settings):
+        self.view, self.settings = view, settings
+        self.states = {a.key: _State(a) for a in anchors.find(view)}
+        self.queries = anchors.qk_reductions(view)
+        self.claimed: dict[fx.Node, Candidate] = {}
+        self.taken: list[Candidate] = []
+        self.halves: dict[tuple[str, Term], tuple[Term, Binding]] = {}  # modulations whose norm has another reader
 
-def _rules(term: Term, settings: Settings) -> list[Rule]:
-    rules = patterns.RULES if term.norm_reach is not None else ()
-    pointwise = patterns.POINTWISE if _is_sum(term) else ()
-    return [r for r in (*rules, *pointwise)]
+    def match(self, rules: tuple[Rule, ...], wanted: Callable[[Term], bool]) -> None:
+        """Try `rules`, in order, on every wanted term, from the last node up: results before what they are made of."""
+        for node in reversed(self.view.graph.nodes):
+            term = self.view.term(node)
+            if term is None or term.op == "view" or self.view.nodes(term)[0] is not node or not wanted(term):
+                continue
+            for rule in rules:
+                if self._try(rule, term):
+                    break
+
+    def finish(self, started: float) -> Plan:
+        self.taken.sort(key=lambda site: self.view.order[site.output_nodes("out")[0]])
+        _absorb(self.states)
+        record = Graph(index=0, nodes=len(self.view.order), seconds=0.0, sites=_sites(self.states, self.view))
+        record.seconds = time.perf_counter() - started
+        return Plan(self.view, self.taken, record)
+
+    def _try(self, rule: Rule, term: Term) -> bool:
+        best: tuple[_State, Reject] | None = None
+        for binding in matches(rule.pattern, self.view, term):
+            norm = binding.terms.get("norm")
+            inner = term.args[0] if term.op == "round" else term
+            state = self.states.get(anchors.key_of(self.view, norm) if norm is not None else ("sum", inner))
+            if state is None or state.site is not None or state.anchor.node in self.claimed:
+                continue
+            try:
+                self._take(state, self._candidate(rule, term, binding, state))
+                return True
+            except NotThisRule:
+                continue
+            except Reject as reject:
+                if best is None or reject.stage == Stage.KERNEL:
+                    best = (state, reject)
+        if best is not None:
+            best[0].attempts.append((best[1], rule))
+        return False
+
+    def _candidate(self, rule: Rule, term: Term, binding: Binding, state: _State) -> Candidate:
+        if not _allowed(rule, self.settings):
+            raise Reject(Code.DISABLED, f"rule {rule.name} is switched off by dkfuse.rules", Stage.KERNEL)
+        if state.anchor.node in self.queries:
+            raise Reject(Code.QK_NORM, QK_NORM, Stage.KERNEL, left=True)
+        try:
+            return build(rule, self.view, term, binding, self.settings.roundings)
+        except Reject as reject:
+            if reject.code != Code.ESCAPES.value or "norm" not in binding.terms:
+                raise
+            half = self.halves.setdefault((rule.name, binding.terms["norm"]), (term, binding))
+            if half[0] is term:
+                raise
+            return build_dual(half, (term, binding), rule, self.view, self.settings.roundings)
+
+    def _take(self, state: _State, site: Candidate) -> None:
+        settings = self.settings
+        for node in _all_nodes(site):
+            if node in self.claimed and not _is_parameter(node, site):
+                raise Reject(Code.CLAIMED, f"{node.name} already belongs to a {self.claimed[node].name} site")
+        site.kernel = choose.choose(site, settings)
+        if not (settings.pointwise or (site.kernel == "native" and not site.rule.has_norm)):
+            gain.check(site, self.claimed)
+        if settings.fuel is not None and len(self.taken) >= settings.fuel:
+            raise Reject(Code.FUEL, f"dkfuse.fuel={settings.fuel} sites are fused already", Stage.KERNEL)
+        site.bytes_before, site.bytes_after = gain.traffic(site)
+        state.site = site
+        self.taken.append(site)
+        self.claimed.update(dict.fromkeys(_all_nodes(site), site))
 
 
 def _allowed(rule: Rule, settings: Settings) -> bool:
@@ -110,62 +166,11 @@ def _allowed(rule: Rule, settings: Settings) -> bool:
     return (not wanted or rule.name in wanted) and f"-{rule.name}" not in settings.rules
 
 
-def _try(
-    rule: Rule,
-    term: Term,
-    result: Plan,
-    states: dict[object, _State],
-    claimed: dict[fx.Node, Candidate],
-    queries: set[fx.Node],
-    settings: Settings,
-) -> bool:
-    view, best = result.view, None
-    for binding in matches(rule.pattern, view, term):
-        norm = binding.terms.get("norm")
-        key = anchors.key_of(view, norm) if norm is not None else ("sum", term.args[0] if term.op == "round" else term)
-        state = states.get(key)
-        if state is None or state.site is not None or state.anchor.node in claimed:
-            continue
-        try:
-            if not _allowed(rule, settings):
-                raise Reject(Code.DISABLED, f"rule {rule.name} is switched off by dkfuse.rules", Stage.KERNEL)
-            if state.anchor.node in queries:
-                raise Reject(Code.QK_NORM, QK_NORM, Stage.KERNEL, left=True)
-            site = build(rule, view, term, binding, settings.roundings)
-            _check_claims(site, claimed)
-            site.kernel = choose.choose(site, settings)
-            if not (settings.pointwise or (site.kernel == "native" and not rule.has_norm)):
-                gain.check(site, claimed)
-            if settings.fuel is not None and len(result.taken) >= settings.fuel:
-                raise Reject(Code.FUEL, f"dkfuse.fuel={settings.fuel} sites are fused already", Stage.KERNEL)
-        except NotThisRule:
-            continue
-        except Reject as reject:
-            if best is None or reject.stage == Stage.KERNEL:
-                best = (reject, rule, state)
-            continue
-        site.bytes_before, site.bytes_after = gain.traffic(site)
-        state.site = site
-        result.taken.append(site)
-        for node in _all_nodes(site):
-            claimed[node] = site
-        return True
-    if best is not None:
-        best[2].attempts.append((best[0], best[1]))
-    return False
-
-
 def _all_nodes(site: Candidate) -> set[fx.Node]:
-    nodes = site.interior | set(site.output_nodes("out"))
+    nodes = site.interior | site.roots
     if "sum" in site.binding.terms:
         nodes.update(site.view.nodes(site.binding.terms["sum"]))
     return nodes
-
-
-def _check_claims(site: Candidate, claimed: dict[fx.Node, Candidate]) -> None:
-    for node in _all_nodes(site):
-        if node in claimed and not _is_parameter(node, site):
-            raise Reject(Code.CLAIMED, f"{node.name} already belongs to a {claimed[node].rule.name} site")
 
 
 def _is_parameter(node: fx.Node, site: Candidate) -> bool:
@@ -214,8 +219,8 @@ def _site(state: _State, names: dict[int, str], view: TermView) -> Site:
     if done is not None:
         record.status, record.rule, record.op, record.kernel = (
             Status.FUSED,
-            done.rule.name,
-            f"dkfuse::{done.rule.op}",
+            done.name,
+            f"dkfuse::{done.op}",
             done.kernel,
         )
         values = {name: fake(view, t) for name, t in done.operands.items()}

@@ -55,7 +55,7 @@ def check(site: Candidate, claimed: Collection[fx.Node] = ()) -> None:
     if not site.rule.has_norm:
         text = "no reduction and no removed copy: Inductor joins this with its neighbours (dkfuse.pointwise=True fuses it)"
         raise _left(Code.POINTWISE, text)
-    readers = [u for n in site.output_nodes("out") for u in _readers(n)]
+    readers = [u for n in site.roots for u in _readers(n)]
     if readers and all(is_elementwise(u) and u not in claimed for u in readers):
         names = ", ".join(sorted({str(u.target) for u in readers})[:3])
         text = f"every reader of the result is pointwise ({names}): Inductor finishes them in the norm's own kernel"
@@ -78,11 +78,18 @@ def _left(code: Code, text: str) -> Reject:
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
-    """Users of `node`, seen through views."""
+    """Users of `node`, seen through views and widening casts."""
     found: list[fx.Node] = []
     for user in node.users:
-        found.extend(_readers(user) if is_view(user) else [user])
+        found.extend(_readers(user) if is_view(user) or _widens(user) else [user])
     return found
+
+
+def _widens(node: fx.Node) -> bool:
+    """A cast that loses nothing: the reader behind it decides."""
+    if node.target not in _EXTRA_POINTWISE or not isinstance(node.args[0], fx.Node):
+        return False
+    return node.meta["val"].dtype.itemsize >= node.args[0].meta["val"].dtype.itemsize
 
 
 def _through_views(node: fx.Node) -> fx.Node:

@@ -7,16 +7,21 @@ op costs 20 us of Python a call), `native` to the op's definition as ATen nodes.
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_map
 
-from .compat import stable_topological_sort
+from . import compat
 from .rules import Candidate
+from .symbols import arguments as with_symbols
 from .terms import Term, TermView
 from .views import replay
+
+aten = torch.ops.aten
 
 
 def replace(graph: fx.Graph, view: TermView, sites: list[Candidate]) -> list[fx.Node]:
@@ -24,10 +29,8 @@ def replace(graph: fx.Graph, view: TermView, sites: list[Candidate]) -> list[fx.
     if not sites:
         return []
     renamed: dict[fx.Node, fx.Node] = {}
-    calls = []
-    for site in sites:
-        calls.append(_insert(graph, view, site, renamed))
-    stable_topological_sort(graph)
+    calls = [_insert(graph, view, site, renamed) for site in sites]
+    compat.stable_topological_sort(graph)
     graph.eliminate_dead_code()
     graph.lint()
     return calls
@@ -36,34 +39,43 @@ def replace(graph: fx.Graph, view: TermView, sites: list[Candidate]) -> list[fx.
 def _insert(graph: fx.Graph, view: TermView, site: Candidate, renamed: dict[fx.Node, fx.Node]) -> fx.Node:
     import dkfuse.kernels.ops  # noqa: F401  (registers torch.ops.dkfuse)
 
-    overload = getattr(torch.ops.dkfuse, site.rule.op).default
+    overload = getattr(torch.ops.dkfuse, site.op).default
+    schema = overload._schema
     anchor = site.output_nodes("out")[0]
     with graph.inserting_before(anchor):
-        arguments = {name: realize(graph, view, term, renamed) for name, term in site.operands.items()}
-        schema = overload._schema
-        args = tuple(arguments.get(a.name) for a in schema.arguments if not a.kwarg_only)
-        kwargs = dict(site.attributes)
-        call = graph.call_function(overload, args, kwargs)
+        operands = {name: realize(graph, view, term, renamed) for name, term in site.operands.items()}
+        args = tuple(operands.get(a.name) for a in schema.arguments if not a.kwarg_only)
+        call = graph.call_function(overload, args, dict(site.attributes))
         fakes = tuple(a.meta["val"] if a is not None else None for a in args)
-        call.meta["val"] = overload(*fakes, **kwargs)
-        call.meta["eager_input_vals"] = (fakes, kwargs)
+        call.meta["val"] = overload(*fakes, **site.attributes)
+        call.meta["eager_input_vals"] = (fakes, dict(site.attributes))
         call.meta["dkfuse_kernel"] = site.kernel
-        for key in ("stack_trace", "nn_module_stack", "original_aten"):
-            if key in anchor.meta:
-                call.meta[key] = anchor.meta[key]
-        results = {"out": call}
-        returns = schema.returns
-        if len(returns) > 1:
-            for i, result in enumerate(returns):
-                if result.name in site.outputs:
-                    item = graph.call_function(operator.getitem, (call, i))
-                    item.meta["val"] = call.meta["val"][i]
-                    results[result.name] = item
+        _copy_origin(anchor, call)
+        results = _results(graph, call)
     for name in site.outputs:
         for old in site.output_nodes(name):
             old.replace_all_uses_with(results[name])
             renamed[old] = results[name]
     return call
+
+
+def _results(graph: fx.Graph, call: fx.Node) -> dict[str, fx.Node]:
+    """The results of an op call by name; one `getitem` each where there are several."""
+    returns = call.target._schema.returns  # type: ignore[union-attr]
+    if len(returns) == 1:
+        return {"out": call}
+    results = {}
+    for i, result in enumerate(returns):
+        item = graph.call_function(operator.getitem, (call, i))
+        item.meta["val"] = call.meta["val"][i]
+        results[result.name] = item
+    return results
+
+
+def _copy_origin(source: fx.Node, target: fx.Node) -> None:
+    for key in ("stack_trace", "nn_module_stack"):
+        if key in source.meta:
+            target.meta[key] = source.meta[key]
 
 
 def realize(graph: fx.Graph, view: TermView, term: Term, renamed: dict[fx.Node, fx.Node]) -> fx.Node:
@@ -72,3 +84,171 @@ def realize(graph: fx.Graph, view: TermView, term: Term, renamed: dict[fx.Node, 
     if nodes:
         return renamed.get(nodes[0], nodes[0])
     return replay(graph, realize(graph, view, term.args[0], renamed), term)
+
+
+# -- from ops to what runs them ----------------------------------------------------------------------------------------
+
+
+def lower(graph: fx.Graph, calls: list[fx.Node]) -> None:
+    """Turn each op call into its implementation, by the device that it is on."""
+    for call in calls:
+        device = call.args[0].meta["val"].device  # type: ignore[union-attr]
+        if call.meta["dkfuse_kernel"] == "triton" and device.type != "cpu":
+            lower_to_triton(graph, call)
+        else:
+            inline(graph, call)
+    if calls:
+        compat.stable_topological_sort(graph)
+        graph.eliminate_dead_code()
+        graph.lint()
+
+
+def bound_arguments(call: fx.Node) -> dict[str, Any]:
+    """The arguments of an op call by name."""
+    names = [a.name for a in call.target._schema.arguments]  # type: ignore[union-attr]
+    return {**dict(zip(names, call.args, strict=False)), **call.kwargs}
+
+
+def lower_to_triton(graph: fx.Graph, call: fx.Node) -> None:
+    """The op as a Triton kernel node: outputs allocated, then written by one launch."""
+    from dkfuse.kernels.launch import plan
+
+    nodes = bound_arguments(call)
+    fakes = {k: v.meta["val"] if isinstance(v, fx.Node) else v for k, v in nodes.items()}
+    names = [r.name for r in call.target._schema.returns]  # type: ignore[union-attr]
+    values = call.meta["val"] if len(names) > 1 else (call.meta["val"],)
+    wanted = _used_outputs(call, names)
+    outputs = {n: v for n, v in zip(names, values, strict=True) if n in wanted}
+    launch = plan(_op_name(call), fakes, outputs, sm_count=_sm_count(fakes["x"].device))
+    tensors = [v for v in nodes.values() if isinstance(v, fx.Node)]
+    with graph.inserting_before(call):
+        buffers = {name: _allocate(graph, value, tensors) for name, value in outputs.items()}
+        scalars = {k: v for k, v in launch.scalars.items() if isinstance(v, torch.SymInt)}
+        constants = {**launch.constants, **{k: v for k, v in launch.scalars.items() if k not in scalars}}
+        kernel_idx, constants_idx = compat.register_triton_kernel(
+            _configured(launch.kernel, launch.num_warps, launch.num_stages), constants
+        )
+        pointers = {p: buffers.get(n) or nodes[n] for p, n in launch.tensors.items()}
+        kwargs = {
+            "kernel_idx": kernel_idx,
+            "constant_args_idx": constants_idx,
+            "grid": [with_symbols(graph, tuple(launch.grid), tensors)],
+            "tma_descriptor_metadata": {},
+            "kwargs": {**pointers, **{k: with_symbols(graph, v, tensors) for k, v in scalars.items()}},
+            "tensors_to_clone": [p for p, n in launch.tensors.items() if n in buffers],
+        }
+        node = graph.call_function(compat.triton_call_target(), (), kwargs)
+        parameter = {n: p for p, n in launch.tensors.items()}
+        node.meta["val"] = {parameter[n]: b.meta["val"] for n, b in buffers.items()}
+        node.meta["eager_input_vals"] = ((), tree_map(_value, kwargs))
+        _copy_origin(call, node)
+        items = {}
+        for name, buffer in buffers.items():
+            items[name] = graph.call_function(operator.getitem, (node, parameter[name]))
+            items[name].meta["val"] = buffer.meta["val"]
+    _replace_results(graph, call, names, items)
+
+
+def _value(item: Any) -> Any:
+    return item.meta["val"] if isinstance(item, fx.Node) else item
+
+
+def _op_name(call: fx.Node) -> str:
+    return call.target._schema.name.split("::")[1]  # type: ignore[union-attr]
+
+
+def _used_outputs(call: fx.Node, names: list[str]) -> set[str]:
+    if len(names) == 1:
+        return set(names)
+    return {names[user.args[1]] for user in call.users} | {"out"}  # type: ignore[index]
+
+
+def _allocate(graph: fx.Graph, value: torch.Tensor, tensors: list[fx.Node]) -> fx.Node:
+    size, stride = list(value.shape), list(value.stride())
+    node = graph.call_function(
+        aten.empty_strided.default,
+        (with_symbols(graph, size, tensors), with_symbols(graph, stride, tensors)),
+        {"dtype": value.dtype, "device": value.device},
+    )
+    node.meta["val"] = value
+    return node
+
+
+def _replace_results(graph: fx.Graph, call: fx.Node, names: list[str], items: dict[str, fx.Node]) -> None:
+    if len(names) == 1:
+        call.replace_all_uses_with(items[names[0]])
+    else:
+        for user in list(call.users):
+            user.replace_all_uses_with(items[names[user.args[1]]])  # type: ignore[index]
+            graph.erase_node(user)
+    graph.erase_node(call)
+
+
+@functools.lru_cache(maxsize=None)
+def _configured(kernel: Any, num_warps: int, num_stages: int) -> Any:
+    """`kernel` with its launch configuration, in the form that Inductor reads it from."""
+    import triton
+
+    config = triton.Config({}, num_warps=num_warps, num_stages=num_stages)
+    return triton.autotune(configs=[config], key=[])(kernel)
+
+
+@functools.lru_cache(maxsize=None)
+def _sm_count(device: torch.device) -> int:
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132
+
+
+def inline(graph: fx.Graph, call: fx.Node) -> None:
+    """The op as the ATen nodes of its definition, which Inductor then compiles like any others."""
+    arguments = bound_arguments(call)
+    nodes = {k: v for k, v in arguments.items() if isinstance(v, fx.Node)}
+    constants = {k: v for k, v in arguments.items() if k not in nodes}
+    body = definition(_op_name(call), {k: v.meta["val"] for k, v in nodes.items()}, constants)
+    with graph.inserting_before(call):
+        environment = dict(zip((n for n in body.nodes if n.op == "placeholder"), nodes.values(), strict=True))
+        for node in body.nodes:
+            if node.op == "call_function":
+                copy = environment[node] = graph.node_copy(node, lambda n: environment[n])
+                _copy_origin(call, copy)
+        (output,) = [n for n in body.nodes if n.op == "output"]
+        results = [environment[n] for n in output.args[0]]  # type: ignore[union-attr]
+    names = [r.name for r in call.target._schema.returns]  # type: ignore[union-attr]
+    _replace_results(graph, call, names, dict(zip(names, results, strict=True)))
+
+
+def definition(op: str, tensors: dict[str, torch.Tensor], constants: dict[str, Any]) -> fx.Graph:
+    """The op's definition on these fake tensors, traced to ATen with Inductor's decompositions.
+
+    Blocks of one model ask for the same definition again and again: with static sizes it is traced once per signature.
+    """
+    sizes = [s for t in tensors.values() for s in (*t.shape, *t.stride())]
+    if not all(isinstance(s, int) for s in sizes):
+        return _trace(op, tensors, constants)
+    signature = tuple((n, tuple(t.shape), t.stride(), t.dtype, t.device) for n, t in tensors.items())
+    key = (op, signature, tuple(sorted((k, str(v)) for k, v in constants.items())))
+    if key not in _definitions:
+        _definitions[key] = _trace(op, tensors, constants)
+    return _definitions[key]
+
+
+_definitions: dict[tuple, fx.Graph] = {}
+
+
+def _trace(op: str, tensors: dict[str, torch.Tensor], constants: dict[str, Any]) -> fx.Graph:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from dkfuse.kernels.ops import reference_outputs
+    from dkfuse.kernels.support import OPERANDS
+
+    defaults = {a.name: a.default_value for a in getattr(torch.ops.dkfuse, op).default._schema.arguments}
+    names = OPERANDS[op][2]
+
+    def call(*values: torch.Tensor) -> list[torch.Tensor]:
+        arguments = {**defaults, **dict(zip(tensors, values, strict=True)), **constants}
+        results = reference_outputs(op, arguments)
+        dtypes = {n: arguments.get("sum_dtype" if n == "sum" else "out_dtype") for n in names}
+        return [results[n].to(dtypes[n] or torch.float32) for n in names]
+
+    return make_fx(call, decomposition_table=compat.decompositions())(*tensors.values()).graph

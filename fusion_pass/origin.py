@@ -34,4 +34,4 @@ def module(node: fx.Node) -> str | None:
     path = re.sub(r"^L\['self'\]\.?|^self\.?", "", path)
     path = re.sub(r"\._modules\['([^']+)'\]|\['([^']+)'\]", lambda m: "." + (m[1] or m[2]), path)
     path = re.sub(r"\._modules\b", "", path)
-    return path.strip(".") or None
+    return path.strip(".").removeprefix("__dict__.") or None

@@ -98,6 +98,7 @@ class Candidate:
     interior: set[fx.Node] = field(default_factory=set)  # nodes whose work the op does, roots excluded
     outputs: dict[str, Term] = field(default_factory=dict)  # "out", "sum": what the op returns and somebody reads
     attributes: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the op
+    dual: bool = False  # a second modulation of the same norm is a result too ("out2")
     kernel: Any = None  # the implementation, once chosen
     family: str = ""
     bytes_before: int | None = None
@@ -105,8 +106,22 @@ class Candidate:
 
     @property
     def operands(self) -> dict[str, Term]:
-        """The tensor arguments of the op that are present."""
+        """The tensor arguments of the op that are present, by argument name."""
         return {name: t for name, t in self.binding.terms.items() if name not in ("norm", "sum")}
+
+    @property
+    def name(self) -> str:
+        return self.rule.name + ("_dual" if self.dual else "")
+
+    @property
+    def op(self) -> str:
+        """The op of namespace ``dkfuse`` that computes the site."""
+        return self.rule.op + ("_dual" if self.dual else "")
+
+    @property
+    def roots(self) -> set[fx.Node]:
+        """The nodes of every result but the sum."""
+        return {n for name in self.outputs if name != "sum" for n in self.output_nodes(name)}
 
     @property
     def norm(self) -> Term | None:

@@ -26,7 +26,9 @@ NORMS = ("layer_norm", "rms_norm")
 
 
 def _base(view: TermView, node: fx.Node) -> Term | None:
-    return view.term(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+    """The term of the viewed tensor; None for constants, whose shape a term does not keep."""
+    term = view.term(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+    return term if term is not None and len(term.shape) == node.args[0].meta["val"].dim() else None
 
 
 def _shape(node: fx.Node) -> tuple:

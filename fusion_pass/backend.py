@@ -1,0 +1,147 @@
+"""The backend of ``torch.compile(model, backend="dkfuse")``.
+
+Dynamo's graph goes to Inductor with dkfuse's pass in the hook where the graph is functional ATen; tracing, code
+generation, CUDA graphs, autotuning and caching stay Inductor's. A graph that dkfuse cannot help is compiled by Inductor
+alone and recorded with the reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import compat, fuse
+from .choose import resolve_target
+from .recording import publish
+from .report import Graph
+from .settings import Settings
+from .store import Record, graph_key
+from .versions import check_torch
+
+log = logging.getLogger("dkfuse")
+HOOK = "post_grad_custom_pre_pass"
+
+
+def dkfuse(gm: fx.GraphModule, example_inputs: Any, *, mode: str | None = None, options: dict | None = None) -> Any:
+    """Compile `gm` for `example_inputs`; what torch.compile calls with ``backend="dkfuse"``.
+
+    mode: one of Inductor's modes. options: Inductor's options and dkfuse's own (prefix ``dkfuse.``, see
+    `dkfuse.settings`), and ``mode`` too, since torch.compile takes `mode` or `options` but not both.
+    Raises SettingsError for an unknown option and UnsupportedTorchError on torch < 2.11.
+    """
+    settings, mode, own = Settings.parse(mode, options)
+    _set_log_level(settings)
+    check_torch(torch.__version__)
+    inductor_options = {**compat.mode_options(mode), **own}
+    if settings.disable:
+        return _plain(gm, example_inputs, inductor_options, settings, "disabled by dkfuse.disable or DKFUSE_DISABLE")
+    if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs):
+        note = "training: inputs require grad, and the fused ops have no backward (use torch.no_grad())"
+        return _plain(gm, example_inputs, inductor_options, settings, note)
+    if settings.remainder == "eager":
+        return _eager(gm, example_inputs, settings)
+    return _compile(gm, example_inputs, inductor_options, settings)
+
+
+class _Context:
+    """One compilation: the graphs that the pass saw, and the error it died of."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.graphs: list[Graph] = []
+        self.error: Exception | None = None
+
+    def run(self, graph: fx.Graph) -> None:
+        try:
+            self.graphs.append(fuse.run(graph, self.settings))
+        except Exception as error:
+            self.error = error
+            raise
+
+
+def _compile(gm: fx.GraphModule, inputs: Any, options: dict[str, Any], settings: Settings) -> Any:
+    context = _Context(settings)
+    record = Record(graph_key(gm, inputs, settings), settings.cache_dir)
+    users = options.get(HOOK, compat.inductor_config(HOOK))
+    users = [p for p in (users if isinstance(users, (list, tuple)) else [users]) if p is not None]
+
+    def passes(graph: fx.Graph) -> None:
+        for user_pass in users:
+            user_pass(graph)
+        context.run(graph)
+
+    identities = [record.uuid, *map(compat.pass_uuid, users)]
+    uuid = None if None in identities else "/".join(map(str, identities))
+    try:
+        with compat.exact_triton_strides():
+            compiled = compat.inductor(gm, inputs, {**options, HOOK: compat.graph_pass(passes, uuid)})
+    except Exception:
+        if context.error is None or os.environ.get("DKFUSE_DEBUG") == "1":
+            raise
+        error = context.error
+        log.warning("dkfuse: internal error, the graph is left to Inductor: %s: %s", type(error).__name__, error)
+        note = f"internal error: {type(error).__name__}: {error} (DKFUSE_DEBUG=1 raises it)"
+        return _plain(gm, inputs, options, settings, note)
+    if context.graphs:
+        record.save(context.graphs)
+    graphs = context.graphs or [_from_cache(g) for g in record.stored or ()]
+    publish(graphs, _target(settings, inputs), settings)
+    return compiled
+
+
+def _from_cache(graph: Graph) -> Graph:
+    graph.from_cache = True
+    return graph
+
+
+def _plain(gm: fx.GraphModule, inputs: Any, options: dict[str, Any], settings: Settings, note: str) -> Any:
+    log.info("dkfuse: graph passed through: %s", note)
+    nodes = len(gm.graph.nodes)
+    publish([Graph(index=0, nodes=nodes, seconds=0.0, note=note)], _target(settings, inputs), settings)
+    return compat.inductor(gm, inputs, options)
+
+
+def _eager(gm: fx.GraphModule, inputs: Any, settings: Settings) -> Any:
+    """Fused ops where rules found sites, ATen in eager mode for the rest."""
+
+    def inner(graph_module: fx.GraphModule, _: Any) -> Callable:
+        record = fuse.run(graph_module.graph, settings, lowered=False)
+        graph_module.recompile()
+        publish([record], _target(settings, inputs), settings)
+        return graph_module.forward
+
+    return compat.lower_with(gm, inputs, inner, {})
+
+
+def planning_backend(settings: Settings) -> Callable:
+    """A backend that plans and records, and runs every graph in eager mode unchanged."""
+
+    def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        def inner(graph_module: fx.GraphModule, _: Any) -> Callable:
+            publish([fuse.plan(graph_module.graph, settings).record], _target(settings, inputs), settings)
+            return graph_module.forward
+
+        return compat.lower_with(gm, inputs, inner, {})
+
+    return backend
+
+
+def _target(settings: Settings, inputs: Any) -> str:
+    devices = [t.device for t in inputs if isinstance(t, torch.Tensor)]
+    device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+    return resolve_target(settings.target, device)
+
+
+def _set_log_level(settings: Settings) -> None:
+    if settings.log is not None:
+        log.setLevel(settings.log.upper())
+        if not log.handlers:
+            log.addHandler(logging.StreamHandler())
+
+
+__all__ = ["dkfuse", "planning_backend"]

@@ -1,0 +1,104 @@
+"""Coverage records on disk, one per compiled graph, so that a warm start reports what the cold one did.
+
+Inductor's FX graph cache skips the pass when it is warm. Each graph therefore has a record file with a random token, and
+the token is part of the pass's identity in Inductor's cache key: a cached graph without its record cannot be found, and a
+record whose code changed (sources, options, torch, GPU) has another name. Files are written beside and renamed, so that
+processes may share the folder; on a read-only or full disk the graph is compiled anew each time.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import secrets
+import tempfile
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import compat
+from .report import Coverage, Graph
+from .settings import Settings
+from .version import __version__
+
+log = logging.getLogger("dkfuse")
+
+_HERE = pathlib.Path(__file__).resolve().parent
+
+
+@functools.cache
+def source_hash() -> str:
+    """Hash of every source file of dkfuse: another version of a rule or kernel is another key."""
+    import dkfuse.kernels.ops as ops
+    import dkfuse.patterns as patterns
+
+    digest = hashlib.sha256(__version__.encode())
+    for folder in (_HERE, pathlib.Path(str(patterns.__file__)).parent, pathlib.Path(str(ops.__file__)).parent):
+        for file in sorted(folder.glob("*.py")):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def graph_key(gm: fx.GraphModule, inputs: Iterable[Any], settings: Settings) -> str:
+    """The name of a graph's record: the traced code, what it is called with, the options, and who runs it."""
+    digest = hashlib.sha256()
+    for part in (source_hash(), compat.environment_fingerprint(), repr(settings), gm.code):
+        digest.update(part.encode())
+    for value in inputs:
+        digest.update(_describe(value).encode())
+    for name, tensor in (*gm.named_parameters(), *gm.named_buffers()):
+        digest.update(f"{name}:{_describe(tensor)}".encode())
+    return digest.hexdigest()
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{tuple(value.shape)}{value.stride()}{value.dtype}{value.device}{value.requires_grad};"
+    return f"{type(value).__name__}:{value};"
+
+
+class Record:
+    """The stored record of one graph: `token` for the cache key, `graphs` once a pass has run."""
+
+    def __init__(self, key: str, folder: str | None):
+        self.path = pathlib.Path(folder or os.path.join(compat.cache_folder(), "dkfuse")) / "records" / f"{key}.json"
+        self.token: str = secrets.token_hex(8)
+        self.stored: list[Graph] | None = None
+        self.writable = True
+        try:
+            data = json.loads(self.path.read_text())
+            self.token, stored = data["token"], data["coverage"]
+            self.stored = Coverage.from_dict(stored).graphs if stored is not None else None
+        except FileNotFoundError:
+            self._write(None)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("dkfuse: the stored record %s cannot be read (%s); the graph is compiled anew", self.path, error)
+            self._write(None)
+
+    @property
+    def uuid(self) -> str | None:
+        """Identity of the pass in Inductor's cache; None (not cached) when no record can be kept."""
+        return f"dkfuse-{self.path.stem}-{self.token}" if self.writable else None
+
+    def save(self, graphs: list[Graph]) -> None:
+        """Keep what the pass found, for a warm start."""
+        self._write(Coverage(torch=torch.__version__, graphs=graphs).to_dict())
+
+    def _write(self, coverage: dict | None) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
+                json.dump({"token": self.token, "coverage": coverage}, file)
+            os.replace(file.name, self.path)
+        except OSError as error:
+            self.writable = False
+            log.info("dkfuse: no coverage record at %s (%s); this graph bypasses Inductor's cache", self.path, error)
+
+
+__all__ = ["Record", "graph_key", "source_hash"]
