@@ -1,9 +1,8 @@
 """Row dims of a call: collapsed jointly over all its tensors, innermost first, as few as the strides allow.
 
 A kernel addresses a row by at most three indices. Dims are merged where every tensor's strides permit it (0 included,
-so a broadcast dim merges with its neighbour), dims of size 1 vanish, and the dim along which the parameters do not
-change is made the innermost, so that a program which takes several rows reads them once. Sizes and strides may be
-symbols; nothing here guards on them.
+so a broadcast dim merges with its neighbour) and dims of size 1 vanish. Sizes and strides may be symbols; nothing here
+guards on them.
 """
 
 from __future__ import annotations
@@ -50,10 +49,6 @@ def _merges(outer: Axis, inner: Axis) -> bool:
     return all(statically_known_true(outer.strides[name] == stride * inner.size) for name, stride in strides)
 
 
-def _is_zero(stride: Int) -> bool:
-    return isinstance(stride, int) and stride == 0
-
-
 def contiguous_strides(shape: tuple[Int, ...]) -> list[Int]:
     """Strides of a contiguous tensor of this shape."""
     strides: list[Int] = []
@@ -67,13 +62,12 @@ def contiguous_strides(shape: tuple[Int, ...]) -> list[Int]:
 def collapse(
     tensors: Mapping[str, Any],
     shape: tuple[Int, ...],
-    parameters: tuple[str, ...],
     extra: Mapping[str, list[Int]] | None = None,
 ) -> list[Axis]:
     """Row dims of the call, innermost first; at least one. Raises Unsupported("outer_dims") beyond three.
 
-    `tensors` are the operands and outputs by name, `shape` is x's, `parameters` are the operands worth reading once,
-    `extra` are strides of x's shape for tensors that do not exist yet.
+    `tensors` are the operands and outputs by name, `shape` is x's, `extra` are strides for x's shape of tensors that
+    do not exist yet.
     """
     rank = len(shape)
     axes: list[Axis] = []
@@ -94,7 +88,4 @@ def collapse(
             f"the row dims of {tuple(shape)} collapse to {len(axes)} with these strides and a kernel takes {MAX_AXES}; "
             "make x or the parameter contiguous.",
         )
-    shared = [i for i, axis in enumerate(axes) if all(_is_zero(axis.strides[name]) for name in parameters)]
-    if shared and shared[0] != 0:
-        axes.insert(0, axes.pop(shared[0]))
     return axes

@@ -9,11 +9,10 @@ VECTOR = 8  # elements of a 16-byte access in half precision
 
 @dataclass(frozen=True)
 class Config:
-    """`chunk` elements per chunk (a power of two), `chunks` of them per row, `rows` per program."""
+    """`chunk` elements per chunk (a power of two), `chunks` of them per row."""
 
     chunk: int
     chunks: int
-    rows: int
     num_warps: int
     num_stages: int = 1
 
@@ -26,4 +25,4 @@ def choose(width: int) -> Config:
     """The configuration for rows of `width` elements."""
     num_warps = 1 if width <= 512 else 2 if width <= 1024 else 4 if width <= 4096 else 8 if width <= 8192 else 16
     chunk = min(VECTOR * 32 * num_warps, _power_of_two(width))
-    return Config(chunk=chunk, chunks=-(-width // chunk), rows=1, num_warps=num_warps)
+    return Config(chunk=chunk, chunks=-(-width // chunk), num_warps=num_warps)

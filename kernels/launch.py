@@ -76,10 +76,13 @@ def plan(
             tensors[name] = _checked(name, outputs[name], shape)
     if "out" not in tensors:
         raise ValueError(f"plan({op!r}) needs the output tensor 'out'; got {sorted(outputs)}.")
-    axes = collapse(tensors, shape, tuple(name for name in broadcast if name in tensors))
+    axes = collapse(tensors, shape)
     chosen = config or choose(shape[-1])
 
-    values: dict[str, Any] = {"rows": axes[0].size, "n1": axes[1].size if len(axes) == 3 else None}
+    values: dict[str, Any] = {
+        "n0": axes[0].size if len(axes) > 1 else None,
+        "n1": axes[1].size if len(axes) > 2 else None,
+    }
     for name in (*full, *broadcast, *results):
         values.update(_strides(name, name in tensors, axes))
     for name in broadcast:
@@ -94,8 +97,8 @@ def plan(
     from .triton_norm import row_norm
     from .triton_pointwise import row_pointwise
 
-    programs = axes[0].size if chosen.rows == 1 else (axes[0].size + chosen.rows - 1) // chosen.rows
-    for axis in axes[1:]:
+    programs: Int = 1
+    for axis in axes:
         programs = programs * axis.size
     return Launch(
         kernel=row_pointwise if pointwise else row_norm,
@@ -130,7 +133,6 @@ def _constants(arguments: Mapping[str, Any], pointwise: bool, width: int, axes: 
         "D": width,
         "CHUNK": config.chunk,
         "CHUNKS": config.chunks,
-        "ROWS": config.rows,
         "AXES": axes,
         "SCALE_OFFSET": float(arguments.get("scale_offset", 1.0)),
         "ROUNDINGS": int(arguments.get("roundings", 0)),

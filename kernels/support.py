@@ -119,9 +119,8 @@ def _outer_dims(op: str, arguments: Mapping[str, Any]) -> Unsupported | None:
     """The outputs are contiguous when nobody asks for more; `plan` decides for other output layouts."""
     tensors = dict(present(op, arguments))
     shape = tuple(arguments["x"].shape)
-    parameters = tuple(name for name in OPERANDS[op][1] if name in tensors)
     try:
-        collapse(tensors, shape, parameters, extra={"out": contiguous_strides(shape)})
+        collapse(tensors, shape, extra={"out": contiguous_strides(shape)})
     except Unsupported as reason:
         return reason
     return None

@@ -14,22 +14,39 @@ import triton.language as tl
 
 
 @triton.jit
-def place(i1, i2, s1, s2):
-    """Element offset of the outer indices (i1, i2), int64; strides of None count as 0."""
+def indices(n0, n1, AXES: tl.constexpr):
+    """This program's row as indices (i0, i1, i2), innermost first, int64; n0 and n1 are the inner dims' sizes."""
+    i0 = tl.program_id(0)
+    i1 = i0
+    i2 = i0
+    if AXES > 1:
+        i1 = i0 // n0
+        i0 = i0 % n0
+    if AXES > 2:
+        i2 = i1 // n1
+        i1 = i1 % n1
+    return i0.to(tl.int64), i1.to(tl.int64), i2.to(tl.int64)
+
+
+@triton.jit
+def place(i0, i1, i2, s0, s1, s2):
+    """Element offset of row (i0, i1, i2), int64; a stride of None counts as 0."""
     offset = tl.full((), 0, tl.int64)
+    if s0 is not None:
+        offset += i0 * s0
     if s1 is not None:
-        offset += i1.to(tl.int64) * s1
+        offset += i1 * s1
     if s2 is not None:
-        offset += i2.to(tl.int64) * s2
+        offset += i2 * s2
     return offset
 
 
 @triton.jit
-def at(base, row, s0):
-    """`base` advanced to `row` of the innermost row dim; a stride of None counts as 0."""
-    if s0 is not None:
-        base += row.to(tl.int64) * s0
-    return base
+def shifted(offset, by):
+    """`offset` plus a run-time number of elements; None counts as 0."""
+    if by is not None:
+        offset += by
+    return offset
 
 
 @triton.jit
@@ -50,7 +67,10 @@ def load_row(pointer, offset, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.c
 
 @triton.jit
 def load_operand(pointer, offset, inner, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """A broadcast operand's row with inner stride `inner` (None: one scalar for the whole row), as `load_row`."""
+    """A broadcast operand's row with inner stride `inner` (None: one scalar for the whole row), as `load_row`.
+
+    evict_last, because many rows read the same parameters: worth 4 % at 4096x3072 on an H100.
+    """
     if pointer is None:
         row = None
     elif inner is None:
@@ -64,9 +84,9 @@ def load_operand(pointer, offset, inner, D: tl.constexpr, CHUNK: tl.constexpr, C
             columns = i * CHUNK + tl.arange(0, CHUNK)
             places = pointer + offset + columns.to(tl.int64) * inner
             if (i + 1) * CHUNK > D:
-                row = row + (tl.load(places, mask=columns < D, other=0.0),)
+                row = row + (tl.load(places, mask=columns < D, other=0.0, eviction_policy="evict_last"),)
             else:
-                row = row + (tl.load(places),)
+                row = row + (tl.load(places, eviction_policy="evict_last"),)
     return row
 
 

@@ -109,8 +109,7 @@ else:
         arguments["out_dtype"] = draw(st.sampled_from(DTYPES))
         arguments["roundings"] = draw(st.sampled_from([0, 0, 127, draw(st.integers(0, 127))]))
         chunk = draw(st.sampled_from([4, 8, 16]))
-        rows = draw(st.sampled_from([1, 1, 2, 3]))
-        config = Config(chunk=chunk, chunks=-(-width // chunk), rows=rows, num_warps=1)
+        config = Config(chunk=chunk, chunks=-(-width // chunk), num_warps=1)
         return op, arguments, draw(st.sampled_from([None, config]))
 
     @settings(max_examples=150, deadline=None, derandomize=True)
