@@ -124,7 +124,7 @@ class _Planner:
             except Reject as reject:
                 if best is None or reject.stage == Stage.KERNEL:
                     best = (state, reject)
-        if best is not None:
+        if best is not None and all(known is not rule for _, known in best[0].attempts):
             best[0].attempts.append((best[1], rule))
         return False
 

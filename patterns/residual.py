@@ -11,11 +11,19 @@ from __future__ import annotations
 
 from dkfuse.pattern import Add, Mul, R, Var
 from dkfuse.rules import Rule
+from dkfuse.terms import Term
 
 from .modulate import affine, check_modulation, modulated
 
-GATED = R("SUM", Add(Var("residual"), R("GATE_PRODUCT", Mul(Var("gate"), Var("x")))), name="sum")
-PLAIN = R("SUM", Add(Var("residual"), Var("x")), name="sum")
+
+def is_branch(term: Term) -> bool:
+    """Not itself a norm's result: ``residual + gate * norm(y)`` is a sandwich norm, which belongs to that norm."""
+    return term.norm_reach is None
+
+
+BRANCH = Var("x", is_branch)
+GATED = R("SUM", Add(Var("residual"), R("GATE_PRODUCT", Mul(Var("gate"), BRANCH))), name="sum")
+PLAIN = R("SUM", Add(Var("residual"), BRANCH), name="sum")
 ALONE = Add(Var("residual"), R("GATE_PRODUCT", Mul(Var("gate"), Var("x"))))
 
 _MODULATE, _NORM = "residual_norm_modulate", "residual_norm"
