@@ -17,6 +17,7 @@ import pathlib
 import secrets
 import tempfile
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ def source_hash() -> str:
 def graph_key(gm: fx.GraphModule, inputs: Iterable[Any], settings: Settings) -> str:
     """The name of a graph's record: the traced code, what it is called with, the options, and who runs it."""
     digest = hashlib.sha256()
-    for part in (source_hash(), compat.environment_fingerprint(), repr(settings), gm.code):
+    chosen = replace(settings, report=None, log=None, cache_dir=None)  # these change no graph
+    for part in (source_hash(), compat.environment_fingerprint(), repr(chosen), gm.code):
         digest.update(part.encode())
     for value in inputs:
         digest.update(_describe(value).encode())
