@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from .terms import Term, TermView, getitem_source, same_size
-from .views import read_cat, read_split, view_readers
+from .views import read_cat, read_split, VIEW_READERS
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -334,5 +334,5 @@ READERS = {
     aten.layer_norm.default: read_native_norm,
     aten.rms_norm.default: read_native_norm,
     aten.cat.default: read_cat,
-    **view_readers(),
+    **VIEW_READERS,
 }

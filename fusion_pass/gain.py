@@ -42,9 +42,9 @@ def is_elementwise(node: fx.Node) -> bool:
 
 def is_view(node: fx.Node) -> bool:
     """An op whose result shares its input's memory."""
-    from .views import view_readers
+    from .views import VIEW_READERS
 
-    return node.op == "call_function" and node.target in view_readers() and node.target is not aten.clone.default
+    return node.op == "call_function" and node.target in VIEW_READERS and node.target is not aten.clone.default
 
 
 def check(site: Candidate, claimed: Collection[fx.Node] = ()) -> None:

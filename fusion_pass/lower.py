@@ -109,13 +109,18 @@ def bound_arguments(call: fx.Node) -> dict[str, Any]:
     return {**dict(zip(names, call.args, strict=False)), **call.kwargs}
 
 
+def result_names(call: fx.Node) -> list[str]:
+    """The names of an op's results; a single result is called "out"."""
+    return [r.name or "out" for r in call.target._schema.returns]  # type: ignore[union-attr]
+
+
 def lower_to_triton(graph: fx.Graph, call: fx.Node) -> None:
     """The op as a Triton kernel node: outputs allocated, then written by one launch."""
     from dkfuse.kernels.launch import plan
 
     nodes = bound_arguments(call)
     fakes = {k: v.meta["val"] if isinstance(v, fx.Node) else v for k, v in nodes.items()}
-    names = [r.name for r in call.target._schema.returns]  # type: ignore[union-attr]
+    names = result_names(call)
     values = call.meta["val"] if len(names) > 1 else (call.meta["val"],)
     wanted = _used_outputs(call, names)
     outputs = {n: v for n, v in zip(names, values, strict=True) if n in wanted}
@@ -214,7 +219,7 @@ def inline(graph: fx.Graph, call: fx.Node) -> None:
                 _copy_origin(call, copy)
         (output,) = [n for n in body.nodes if n.op == "output"]
         results = [environment[n] for n in output.args[0]]  # type: ignore[union-attr]
-    names = [r.name for r in call.target._schema.returns]  # type: ignore[union-attr]
+    names = result_names(call)
     _replace_results(graph, call, names, dict(zip(names, results, strict=True)))
 
 

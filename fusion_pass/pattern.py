@@ -12,14 +12,14 @@ same term. Every pattern but `Var` looks through views by moving them down to th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
 from .terms import Term, TermView
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Binding:
     """What a match bound: operands, constants, the norm, recorded roundings and the interior terms it walked over."""
 
@@ -32,10 +32,19 @@ class Binding:
         known = self.terms.get(name)
         if known is not None:
             return self if known is term else None
-        return replace(self, terms={**self.terms, name: term})
+        return self.rebind(name, term)
+
+    def rebind(self, name: str, term: Term) -> Binding:
+        return Binding({**self.terms, name: term}, self.numbers, self.roundings, self.interior)
+
+    def number(self, name: str, value: float) -> Binding:
+        return Binding(self.terms, {**self.numbers, name: value}, self.roundings, self.interior)
+
+    def rounded(self, label: str, dtype: torch.dtype) -> Binding:
+        return Binding(self.terms, self.numbers, {**self.roundings, label: dtype}, self.interior)
 
     def walk(self, *terms: Term) -> Binding:
-        return replace(self, interior=self.interior + terms)
+        return Binding(self.terms, self.numbers, self.roundings, self.interior + terms)
 
 
 class Pattern:
@@ -65,7 +74,7 @@ class Num(Pattern):
 
     def match(self, view, term, binding):
         if term.op == "const" and (self.value is None or term.value == self.value):
-            yield replace(binding, numbers={**binding.numbers, self.name: term.value}) if self.name else binding
+            yield binding.number(self.name, term.value) if self.name else binding
 
 
 @dataclass(frozen=True)
@@ -79,10 +88,10 @@ class R(Pattern):
     def match(self, view, term, binding):
         seen = view.expose(term)
         if self.name is not None:
-            binding = replace(binding, terms={**binding.terms, self.name: term})
+            binding = binding.rebind(self.name, term)
         if seen.op == "round":
-            binding = replace(binding, roundings={**binding.roundings, self.label: seen.attrs[0]})
-            yield from self.inner.match(view, seen.args[0], binding.walk(*_path(term), seen))
+            binding = binding.rounded(self.label, seen.attrs[0]).walk(*_path(term), seen)
+            yield from self.inner.match(view, seen.args[0], binding)
         else:
             yield from self.inner.match(view, term, binding)
 

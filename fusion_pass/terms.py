@@ -114,6 +114,7 @@ class TermView:
         self._interned: dict[tuple, Term] = {}
         self._term: dict[fx.Node, Term] = {}
         self._nodes: dict[Term, list[fx.Node]] = {}
+        self._exposed: dict[Term, Term] = {}
         self.reductions: dict[Term, Term] = {}  # norm term -> the reduction it was recognised by
         self.statistics_dtype: dict[Term, torch.dtype] = {}  # norm term -> dtype of its statistics, where narrow
         self.written_inputs: set[fx.Node] = set()  # placeholders that some node of the graph writes to
@@ -216,15 +217,15 @@ class TermView:
         ``unsqueeze(add(1, s), 1)`` becomes ``add(1, unsqueeze(s, 1))``; a norm is crossed only when its last dim
         survives. Returns `term` itself when nothing can move.
         """
-        from .views import push
+        if term.op != "view":
+            return term
+        known = self._exposed.get(term)
+        if known is None:
+            from .views import push
 
-        while term.op == "view":
-            base = self.expose(term.args[0])
-            moved = push(self, term.attrs, base, term.shape)
-            if moved is None:
-                return term
-            term = moved
-        return term
+            moved = push(self, term.attrs, self.expose(term.args[0]), term.shape)
+            known = self._exposed[term] = term if moved is None else self.expose(moved)
+        return known
 
     def realizable(self, term: Term) -> bool:
         """True when some node computes `term`, or views of such a node do."""

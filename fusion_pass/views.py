@@ -176,26 +176,25 @@ def read_cat(view: TermView, node: fx.Node) -> Term | None:
     return base if same_size(at, base.shape[dim]) and same_shape(base.shape, shape) else None
 
 
-def view_readers() -> dict:
-    return {
-        aten.reshape.default: read_reshape,
-        aten.view.default: read_reshape,
-        aten._unsafe_view.default: read_reshape,
-        aten.expand.default: read_expand,
-        aten.unsqueeze.default: read_unsqueeze,
-        aten.squeeze.default: read_squeeze,
-        aten.squeeze.dim: read_squeeze,
-        aten.squeeze.dims: read_squeeze,
-        aten.permute.default: read_permute,
-        aten.transpose.int: read_permute,
-        aten.t.default: read_permute,
-        aten.slice.Tensor: read_slice,
-        aten.select.int: read_select,
-        aten.alias.default: read_same,
-        aten.detach.default: read_same,
-        aten.clone.default: read_same,
-        aten.lift_fresh_copy.default: read_same,
-    }
+VIEW_READERS = {
+    aten.reshape.default: read_reshape,
+    aten.view.default: read_reshape,
+    aten._unsafe_view.default: read_reshape,
+    aten.expand.default: read_expand,
+    aten.unsqueeze.default: read_unsqueeze,
+    aten.squeeze.default: read_squeeze,
+    aten.squeeze.dim: read_squeeze,
+    aten.squeeze.dims: read_squeeze,
+    aten.permute.default: read_permute,
+    aten.transpose.int: read_permute,
+    aten.t.default: read_permute,
+    aten.slice.Tensor: read_slice,
+    aten.select.int: read_select,
+    aten.alias.default: read_same,
+    aten.detach.default: read_same,
+    aten.clone.default: read_same,
+    aten.lift_fresh_copy.default: read_same,
+}
 
 
 # -- moving views below arithmetic -----------------------------------------------------------------------------------
@@ -330,7 +329,7 @@ def is_view_of_input(node: fx.Node) -> fx.Node | None:
     while seen.op == "call_function":
         if (source := getitem_source(seen)) is not None:
             seen = source[0]
-        elif seen.target in view_readers() or seen.target is aten.as_strided.default or "split" in str(seen.target):
+        elif seen.target in VIEW_READERS or seen.target is aten.as_strided.default or "split" in str(seen.target):
             seen = seen.args[0]
         else:
             return None
