@@ -23,6 +23,7 @@ _NORM_POINTERS = (
     ("gate", "weight", "bias", "scale", "shift", "scale2", "shift2"),
     ("sum", "out", "out2"),
 )
+LAYOUT_MULTIPLES = 16
 _POINTWISE_POINTERS = (("x", "residual"), ("gate", "scale", "shift"), ("out",))
 
 
@@ -32,8 +33,8 @@ class Launch:
 
     tensors: kernel pointer parameter -> op argument or output ("sum", "out", "out2") that it points to
     scalars: run-time integers (row counts, strides, offsets), int or SymInt
-    constants: tl.constexpr parameters, and None for every parameter that this call does not use
-    Together the three name every parameter of `kernel`.
+    constants: tl.constexpr parameters
+    Together the three name every parameter of `kernel`, which is specialised to what this call uses.
     """
 
     kernel: Any
@@ -79,10 +80,7 @@ def plan(
     axes = collapse(tensors, shape)
     chosen = config or choose(shape[-1])
 
-    values: dict[str, Any] = {
-        "n0": axes[0].size if len(axes) > 1 else None,
-        "n1": axes[1].size if len(axes) > 2 else None,
-    }
+    values: dict[str, Any] = {f"n{i}": axes[i].size if i + 1 < len(axes) else None for i in range(2)}
     for name in (*full, *broadcast, *results):
         values.update(_strides(name, name in tensors, axes))
     for name in broadcast:
@@ -90,10 +88,11 @@ def plan(
     for name in results:
         offset = (offsets or {}).get(name, 0)
         values[f"{name}_offset"] = None if isinstance(offset, int) and offset == 0 else offset
-    constants: dict[str, Any] = {name: None for name in (*full, *broadcast, *results) if name not in tensors}
-    constants.update((name, value) for name, value in values.items() if value is None)
-    constants.update(_constants(arguments, pointwise, shape[-1], len(axes), chosen))
+    absent = {name: None for name in (*full, *broadcast, *results) if name not in tensors}
+    fixed = {name: _expression(value, shape[-1]) for name, value in {**absent, **values}.items()}
+    scalars = {name: value for name, value in values.items() if fixed[name] is None}
 
+    from .specialize import specialize
     from .triton_norm import row_norm
     from .triton_pointwise import row_pointwise
 
@@ -101,14 +100,35 @@ def plan(
     for axis in axes:
         programs = programs * axis.size
     return Launch(
-        kernel=row_pointwise if pointwise else row_norm,
+        kernel=specialize(
+            row_pointwise if pointwise else row_norm,
+            f"dkfuse_{op}",
+            tuple((name, text) for name, text in fixed.items() if text is not None),
+        ),
         grid=(programs, 1, 1),
         tensors={name: name for name in tensors},
-        scalars={name: value for name, value in values.items() if value is not None},
-        constants=constants,
+        scalars=scalars,
+        constants=_constants(arguments, pointwise, shape[-1], len(axes), chosen),
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
     )
+
+
+def _expression(value: Int | None, width: int) -> str | None:
+    """What the kernel's source says in place of a parameter of this value; None: it stays a run-time argument.
+
+    Fixed are an absent tensor or stride, 1, and small multiples of the row width, which belong to the layout (a row, a
+    sixth of a modulation vector) and not to the number of tokens.
+    """
+    if value is None:
+        return "None"
+    if not isinstance(value, int):
+        return None
+    if value == 1:
+        return "1"
+    if 0 < value <= LAYOUT_MULTIPLES * width and value % width == 0:
+        return f"{value // width} * D"
+    return None
 
 
 def _checked(name: str, output: Any, shape: tuple[Int, ...]) -> Any:

@@ -35,9 +35,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import reference
-from .launch import plan, run, supports
+from .axes import Int
+from .launch import Launch, plan, run, supports
 from .rounding import ALL_ROUNDINGS
 from .support import ACTIVATIONS, NORMS, OPERANDS
 
@@ -92,18 +94,22 @@ def check(op: str, arguments: dict[str, Any]) -> None:
         )
     for name in full[1:]:
         shape = tuple(arguments[name].shape)
-        if shape != tuple(x.shape):
+        if len(shape) != x.dim() or any(_differ(a, b) for a, b in zip(shape, x.shape, strict=True)):
             raise ValueError(f"dkfuse::{op}: {name} has shape {shape} but x {tuple(x.shape)}; they must be equal.")
     for name in broadcast:
-        if arguments[name] is not None and not _broadcasts(arguments[name].shape, x.shape):
+        if arguments[name] is None:
+            continue
+        shape = tuple(arguments[name].shape)
+        pairs = zip(reversed(shape), reversed(x.shape), strict=False)
+        if len(shape) > x.dim() or any(_differ(a, b) and _differ(a, 1) for a, b in pairs):
             raise ValueError(
-                f"dkfuse::{op}: {name} of shape {tuple(arguments[name].shape)} does not broadcast to x of shape "
-                f"{tuple(x.shape)}."
+                f"dkfuse::{op}: {name} of shape {shape} does not broadcast to x of shape {tuple(x.shape)}."
             )
 
 
-def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
-    return len(shape) <= len(to) and all(a == 1 or a == b for a, b in zip(reversed(shape), reversed(to), strict=False))
+def _differ(a: Int, b: Int) -> bool:
+    """True if two sizes are known to differ; symbols are not guarded on."""
+    return statically_known_true(a != b)
 
 
 def _empty_outputs(op: str, arguments: dict[str, Any]) -> dict[str, Tensor]:
@@ -165,18 +171,38 @@ def _sm_count(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+_plans: dict[tuple[Any, ...], Launch | None] = {}
+_MAX_PLANS = 4096
+
+
+def _signature(op: str, arguments: dict[str, Any]) -> tuple[Any, ...]:
+    """What a plan depends on: layouts and dtypes of the tensors, and every value."""
+    layouts = ((v.shape, v.stride(), v.dtype, v.device) if isinstance(v, Tensor) else v for v in arguments.values())
+    return (op, *layouts)
+
+
+def _planned(op: str, arguments: dict[str, Any], outputs: dict[str, Tensor]) -> Launch | None:
+    """The launch of this call; None where plain torch must serve it. Made once per signature."""
+    signature = _signature(op, arguments)
+    if signature not in _plans:
+        check(op, arguments)
+        if len(_plans) >= _MAX_PLANS:
+            _plans.clear()
+        if not _has_triton() or arguments["x"].numel() == 0 or supports(op, arguments) is not None:
+            _plans[signature] = None
+        else:
+            written = {k: t for k, t in outputs.items() if k != "sum" or arguments["sum_dtype"] is not None}
+            _plans[signature] = plan(op, arguments, written, sm_count=_sm_count(arguments["x"].device.index))
+    return _plans[signature]
+
+
 def _triton(op: str, arguments: dict[str, Any]) -> Tensor | tuple[Tensor, ...]:
-    check(op, arguments)
     outputs = _empty_outputs(op, arguments)
-    x = arguments["x"]
-    if x.numel() == 0:
-        return _returned(outputs)
-    if not _has_triton() or supports(op, arguments) is not None:
+    launch = _planned(op, arguments, outputs)
+    if launch is None:
         return _plain(op, arguments)
-    written = {name: tensor for name, tensor in outputs.items() if name != "sum" or arguments["sum_dtype"] is not None}
-    with torch.cuda.device(x.device):
-        launch = plan(op, arguments, written, sm_count=_sm_count(x.device.index))
-        run(launch, {**arguments, **written})
+    with torch.cuda.device(arguments["x"].device):
+        run(launch, {**arguments, **outputs})
     return _returned(outputs)
 
 

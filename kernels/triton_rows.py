@@ -103,9 +103,14 @@ def store_chunk(pointer, offset, i: tl.constexpr, value, D: tl.constexpr, CHUNK:
 
 @triton.jit
 def rounded(value, DTYPE: tl.constexpr, ON: tl.constexpr):
-    """`value` rounded to DTYPE and back to fp32 if ON."""
+    """`value` rounded to DTYPE and back to fp32 if ON.
+
+    Left alone, LLVM narrows round(float(a)*float(b)) to a half-precision multiply and contracts it with the next add to
+    one FMA, which drops the rounding. The grid's third dim is 1, so the xor changes nothing, but LLVM cannot know.
+    """
     if ON:
-        value = value.to(DTYPE).to(tl.float32)
+        bits = value.to(tl.int32, bitcast=True) ^ tl.program_id(2)
+        value = bits.to(tl.float32, bitcast=True).to(DTYPE).to(tl.float32)
     return value
 
 

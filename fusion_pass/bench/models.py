@@ -24,7 +24,10 @@ import torch
 
 KINDS = (
     ("attention", re.compile(r"flash|fmha|attention|sdpa|cudnn_generated_fort_native", re.IGNORECASE)),
-    ("gemm", re.compile(r"gemm|nvjet|cutlass|xmma|splitk|cublas|gemv|convolution|implicit|conv2d|conv3d", re.IGNORECASE)),
+    (
+        "gemm",
+        re.compile(r"gemm|nvjet|cutlass|xmma|splitk|cublas|gemv|convolution|implicit|conv2d|conv3d", re.IGNORECASE),
+    ),
     ("dkfuse", re.compile(r"^row_(norm|pointwise)")),
     ("inductor", re.compile(r"^triton_")),
     ("copy", re.compile(r"memcpy|memset|copy|CatArray", re.IGNORECASE)),

@@ -1,0 +1,49 @@
+"""Kernels with the short argument list of one call, made from the general kernel bodies.
+
+A body takes every operand and stride there can be, some seventy parameters, of which a call uses five to twelve.
+Passing the unused ones costs the CPU several microseconds a launch in Inductor's wrapper, so each pattern of use gets
+a `@triton.jit` function of its own with only its parameters, which calls the body with the rest fixed. Its text is like
+
+    @triton.jit
+    def dkfuse_norm_modulate(x, scale, shift, out, D: tl.constexpr, ...):
+        row_norm(x, None, None, None, None, scale, shift, ..., D, ...)
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import linecache
+from typing import Any
+
+
+@functools.cache
+def specialize(body: Any, name: str, fixed: tuple[tuple[str, str], ...]) -> Any:
+    """A JITFunction `name` with the parameters of `body` that are not in `fixed`, as (parameter, expression) pairs.
+
+    The same arguments give the same object. Its source is kept where `inspect` finds it, since Triton and Inductor
+    compile from source.
+    """
+    import triton
+    import triton.language as tl
+
+    values = dict(fixed)
+    constexprs = _constexprs(body)
+    parameters = [f"{p}: tl.constexpr" if p in constexprs else p for p in body.arg_names if p not in values]
+    arguments = [values.get(p, p) for p in body.arg_names]
+    called = body.fn.__name__
+    source = (
+        "@triton.jit\n"
+        f"def {name}(\n    {', '.join(parameters)}\n):\n"
+        f"    {called}(\n        {', '.join(arguments)}\n    )\n"
+    )
+    filename = f"<dkfuse kernel {name} {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    scope: dict[str, Any] = {"triton": triton, "tl": tl, called: body, "__name__": body.fn.__module__}
+    exec(compile(source, filename, "exec"), scope)
+    return scope[name]
+
+
+def _constexprs(body: Any) -> set[str]:
+    """Parameters annotated `tl.constexpr`; annotations are strings in our modules."""
+    return {p for p, annotation in body.fn.__annotations__.items() if "constexpr" in str(annotation)}
