@@ -78,8 +78,7 @@ def _compile(gm: fx.GraphModule, inputs: Any, options: dict[str, Any], settings:
     identities = [record.uuid, *map(compat.pass_uuid, users)]
     uuid = None if None in identities else "/".join(map(str, identities))
     try:
-        with compat.exact_triton_strides():
-            compiled = compat.inductor(gm, inputs, {**options, HOOK: compat.graph_pass(passes, uuid)})
+        compiled = compat.inductor(gm, inputs, {**options, HOOK: compat.graph_pass(passes, uuid)})
     except Exception:
         if context.error is None or os.environ.get("DKFUSE_DEBUG") == "1":
             raise

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -113,39 +112,6 @@ def register_triton_kernel(kernel: Any, constants: dict[str, Any]) -> tuple[int,
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
     return kernel_side_table.add_kernel(kernel), kernel_side_table.add_constant_args(constants)
-
-
-@contextlib.contextmanager
-def exact_triton_strides() -> Iterator[None]:
-    """Make Inductor hold a Triton kernel node's operands to the strides it was planned for.
-
-    Torch 2.13 hands ``meta["eager_input_vals"]`` of the functional node on to the mutating node it becomes; older
-    releases drop it and keep only the order of strides, so that a padded buffer would reach the kernel.
-    """
-    from torch._inductor.fx_passes import post_grad
-
-    if hasattr(post_grad, "_propagate_triton_eager_input_vals"):
-        yield
-        return
-    original = post_grad.decompose_triton_kernel_wrapper_functional
-
-    def decompose(graph: fx.Graph) -> None:
-        planned = {}
-        for node in graph.find_nodes(op="call_function", target=triton_call_target()):
-            if (values := node.meta.get("eager_input_vals")) is not None:
-                kwargs = {k: v for k, v in values[1].items() if k != "tensors_to_clone"}
-                planned[node.kwargs["constant_args_idx"]] = ((), kwargs)
-        original(graph)
-        mutation = torch.ops.higher_order.triton_kernel_wrapper_mutation
-        for node in graph.find_nodes(op="call_function", target=mutation):
-            if (values := planned.get(node.kwargs["constant_args_idx"])) is not None:
-                node.meta["eager_input_vals"] = values
-
-    post_grad.decompose_triton_kernel_wrapper_functional = decompose
-    try:
-        yield
-    finally:
-        post_grad.decompose_triton_kernel_wrapper_functional = original
 
 
 def environment_fingerprint() -> str:

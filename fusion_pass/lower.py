@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_map
 
 from . import compat
 from .rules import Candidate
@@ -48,7 +47,7 @@ def _insert(graph: fx.Graph, view: TermView, site: Candidate, renamed: dict[fx.N
         call = graph.call_function(overload, args, dict(site.attributes))
         fakes = tuple(a.meta["val"] if a is not None else None for a in args)
         call.meta["val"] = overload(*fakes, **site.attributes)
-        call.meta["eager_input_vals"] = (fakes, dict(site.attributes))
+        call.meta["eager_input_vals"] = fake_arguments(call)
         call.meta["dkfuse_kernel"] = site.kernel
         _copy_origin(anchor, call)
         results = _results(graph, call)
@@ -145,7 +144,7 @@ def lower_to_triton(graph: fx.Graph, call: fx.Node) -> None:
         node = graph.call_function(compat.triton_call_target(), (), kwargs)
         parameter = {n: p for p, n in launch.tensors.items()}
         node.meta["val"] = {parameter[n]: b.meta["val"] for n, b in buffers.items()}
-        node.meta["eager_input_vals"] = ((), tree_map(_value, kwargs))
+        node.meta["eager_input_vals"] = fake_arguments(node)
         _copy_origin(call, node)
         items = {}
         for name, buffer in buffers.items():
@@ -154,8 +153,9 @@ def lower_to_triton(graph: fx.Graph, call: fx.Node) -> None:
     _replace_results(graph, call, names, items)
 
 
-def _value(item: Any) -> Any:
-    return item.meta["val"] if isinstance(item, fx.Node) else item
+def fake_arguments(node: fx.Node) -> tuple[Any, Any]:
+    """``(args, kwargs)`` of a node as fake values, in fx's own containers: torch compares the two structures."""
+    return fx.map_arg(node.args, lambda n: n.meta["val"]), fx.map_arg(node.kwargs, lambda n: n.meta["val"])
 
 
 def _op_name(call: fx.Node) -> str:
