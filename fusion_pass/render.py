@@ -173,7 +173,7 @@ def _family_table(coverage: Coverage) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, expand=False)
     table.add_column("Family, rule", no_wrap=True)
     table.add_column("Sites", justify="right")
     table.add_column("Fused", justify="right")

@@ -164,10 +164,11 @@ def notes(coverage: Coverage) -> list[str]:
     for graph in coverage.graphs:
         if graph.note:
             by_note.setdefault(graph.note, []).append(graph.index)
-    return [
-        f"graph{'s' if len(found) > 1 else ''} {', '.join(map(str, found[:8]))}{', …' if len(found) > 8 else ''}: {note}"
-        for note, found in by_note.items()
-    ]
+    lines = []
+    for note, found in by_note.items():
+        indices = ", ".join(map(str, found[:8])) + (", …" if len(found) > 8 else "")
+        lines.append(f"graph{'s' if len(found) > 1 else ''} {indices}: {note}")
+    return lines
 
 
 def label(status: Status) -> str:

@@ -16,7 +16,6 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_leaves, tree_map
 
-
 SMALL = 1 << 20  # elements; larger results of real inputs are not computed
 
 
@@ -111,7 +110,7 @@ def _leaves(tree: Any) -> list[torch.Tensor]:
 
 
 def mode_of(module: nn.Module, inputs: Any) -> AbstractContextManager[Any]:
-    """The fake mode that a model's weights or inputs belong to, to be entered around a trace; nothing if all is real."""
+    """The fake mode that a model's weights or inputs belong to, to be entered around a trace; none if all is real."""
     for tensor in (*module.parameters(), *module.buffers(), *_leaves(inputs)):
         if isinstance(tensor, FakeTensor):
             return tensor.fake_mode

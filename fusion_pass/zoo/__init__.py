@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from ..errors import ModelError, did_you_mean
+from ..weightless import WeightlessMode
 from . import flux, image, video
 from .build import Built, Layers, Model, Request
-from ..weightless import WeightlessMode
 
 __all__ = ["MODELS", "Model", "build", "build_fake", "find"]
 

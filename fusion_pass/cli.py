@@ -1,0 +1,295 @@
+"""The `dkfuse` command.
+
+Exit codes: 0 ok, 1 a regression against the baseline, 2 below --fail-under, 3 the model could not be traced,
+4 environment (a missing package, an unwritable file, an unsupported torch), 64 usage, 70 internal error.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from .errors import (
+    DkfuseError,
+    ModelError,
+    ReportError,
+    SettingsError,
+    TraceError,
+    UnsupportedTorchError,
+    first_line,
+)
+from .render import FORMATS, format_of, print_report, render, write
+from .report import Coverage, Site
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+OK, REGRESSION, BELOW, NOT_TRACED, ENVIRONMENT, USAGE, INTERNAL = 0, 1, 2, 3, 4, 64, 70
+
+Format = enum.Enum("Format", {name: name for name in FORMATS}, type=str)
+Size = enum.Enum("Size", {"tiny": "tiny", "full": "full"}, type=str)
+Dtype = enum.Enum("Dtype", {name: name for name in ("bf16", "fp16", "fp32")}, type=str)
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Fuse the adaLN, norm, gate and residual code of diffusion transformers under torch.compile.",
+)
+
+
+class _Failure(Exception):
+    """An error that is reported in one sentence, with its exit code."""
+
+    def __init__(self, code: int, message: str):
+        super().__init__(message)
+        self.code = code
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if version:
+        from .version import __version__
+
+        print(f"dkfuse {__version__}")
+        raise typer.Exit()
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit()
+
+
+@app.command()
+def coverage(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model of the zoo (see `dkfuse zoo`) or path/to/file.py:function.")
+    ],
+    size: Annotated[Size | None, typer.Option(help="Size of a zoo model.  [default: tiny]")] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Blocks per stack, instead of the size's own.")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of weights and activations.  [default: bf16]")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(metavar="TARGET", help="Device to choose kernels for: sm80, sm89, sm90, sm100, cpu or current."),
+    ] = None,
+    format: Annotated[
+        Format | None, typer.Option("--format", "-f", help="[default: by the extension of FILE, else text]")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the report here.")
+    ] = None,
+    fail_under: Annotated[
+        float | None, typer.Option(metavar="PCT", min=0, max=100, help="Exit with 2 if less of the sites is fused.")
+    ] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Exit with 1 if a site that this JSON report has as fused is not any more."),
+    ] = None,
+) -> None:
+    """Say what is fused in a model, and why the rest is not.
+
+    The model is traced, never run: zoo models and models built on the meta device need no memory and no GPU.
+    A function must return (module, kwargs) and gets --size, --layers and --dtype if it has such parameters.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    settings = _settings(target)
+    before = _read_baseline(baseline) if baseline else None
+    if output:
+        _check_writable(output)
+    found = _trace(model, size.value if size else None, layers, dtype.value if dtype else None, settings, console)
+    regressions = found.regressions(before) if before else []
+    if before and before.model != found.model:
+        _say(f"note: the baseline is of {before.model}, this report of {found.model}")
+    _deliver(found, format.value if format else None, output, regressions)
+    if regressions:
+        raise _Failure(
+            REGRESSION, f"{len(regressions)} of the sites that {baseline} has as fused are not fused any more"
+        )
+    reached = found.totals["coverage"] * 100
+    if fail_under is not None and reached < fail_under:
+        raise _Failure(BELOW, f"{reached:.1f} % of the sites are fused, less than --fail-under {fail_under:g}")
+
+
+@app.command()
+def zoo(
+    json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """List the models that `dkfuse coverage` knows by name."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from .zoo import MODELS
+
+    if json_:
+        rows = [{"name": m.name, "repo": m.repo, "layers": list(m.depth), "tokens": m.tokens} for m in MODELS.values()]
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for title in ("Name", "Shape of", "Layers", "Tokens at full size"):
+        table.add_column(title, no_wrap=title == "Name")
+    for entry in MODELS.values():
+        table.add_row(entry.name, entry.repo, " + ".join(map(str, entry.depth)), entry.tokens)
+    Console().print(table)
+
+
+@app.command()
+def doctor(
+    json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Show versions, devices, settings and what is missing."""
+    from rich.console import Console
+
+    from .doctor import diagnose
+    from .doctor_text import print_diagnosis
+
+    found = diagnose()
+    if json_:
+        print(json.dumps(found.to_dict(), indent=1))
+    else:
+        print_diagnosis(found, Console())
+    if not found.usable:
+        raise typer.Exit(ENVIRONMENT)
+
+
+def _settings(target: str | None) -> Any:
+    from .settings import TARGETS, Settings
+
+    if target is not None and target not in TARGETS:
+        raise _Failure(USAGE, f"--target {target} is not allowed: give one of {', '.join(TARGETS)}")
+    return Settings.read({} if target is None else {"dkfuse.target": target})
+
+
+def _trace(
+    model: str, size: str | None, layers: int | None, dtype: str | None, settings: Any, console: Console
+) -> Coverage:
+    from .progress import progress
+
+    with progress(f"building {model}", console):
+        from .loading import FactoryError, describe_error, load
+        from .weightless import mode_of
+
+        try:
+            label, module, kwargs = load(model, size, layers, dtype)
+        except FactoryError as error:
+            raise _Failure(NOT_TRACED, str(error)) from error
+        except ImportError as error:
+            raise _Failure(
+                ENVIRONMENT, f"{first_line(error)}; the zoo needs: pip install 'dkfuse[diffusers]'"
+            ) from error
+    from . import recording
+
+    with recording.record() as seen, progress(f"tracing {label}", console, seen), mode_of(module, kwargs):
+        try:
+            found = recording.coverage(module, settings=settings, **kwargs)
+        except TraceError as error:
+            raise _Failure(NOT_TRACED, f"{label} cannot be traced: {describe_error(error.original)}") from error
+    found.model = label
+    return found
+
+
+def _deliver(found: Coverage, format: str | None, output: Path | None, regressions: list[Site]) -> None:
+    """Print the report, or write it to a file and print the result in one line."""
+    from .summary import headline
+
+    if output:
+        try:
+            write(found, output, format or format_of(output), regressions)
+        except OSError as error:
+            raise _Failure(ENVIRONMENT, f"cannot write {output}: {error.strerror or error}") from error
+        _say(f"{found.model}: {headline(found)}; written to {output}")
+    elif format in (None, "text"):
+        from rich.console import Console
+
+        print_report(found, Console(highlight=False), regressions)
+    else:
+        print(render(found, format, regressions), end="")
+
+
+def _read_baseline(path: Path) -> Coverage:
+    try:
+        return Coverage.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise _Failure(
+            USAGE, f"cannot read the baseline {path}: {getattr(error, 'strerror', None) or error}"
+        ) from error
+    except ReportError as error:
+        raise _Failure(USAGE, f"the baseline {path} is {error}; make one with -o {path} --format json") from error
+
+
+def _check_writable(path: Path) -> None:
+    """Fail before a long trace rather than after it."""
+    folder = path.parent
+    if path.is_dir():
+        problem = "it is a folder"
+    elif not folder.is_dir():
+        problem = f"there is no folder {folder}"
+    elif not os.access(path if path.exists() else folder, os.W_OK):
+        problem = "permission denied"
+    else:
+        return
+    raise _Failure(ENVIRONMENT, f"cannot write {path}: {problem}")
+
+
+def _say(message: str) -> None:
+    print(f"dkfuse: {message}", file=sys.stderr)
+
+
+# typer carries click inside itself or depends on it, as its version goes; either way these are its base classes.
+_UsageError: Any = typer.BadParameter.__base__
+_ClickError: Any = _UsageError.__base__
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code; errors are one sentence on stderr."""
+    try:
+        result = typer.main.get_command(app).main(arguments, prog_name="dkfuse", standalone_mode=False)
+        return result if isinstance(result, int) else OK
+    except KeyboardInterrupt:
+        return 130
+    except typer.Abort:
+        return 130
+    except BrokenPipeError:  # `dkfuse ... | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - closed at exit
+        return OK
+    except Exception as error:
+        code, message = _explain(error)
+        if os.environ.get("DKFUSE_DEBUG") == "1":
+            import traceback
+
+            traceback.print_exception(error)
+        _say(message)
+        return code
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    """The exit code and the sentence for an error."""
+    if isinstance(error, _Failure):
+        return error.code, str(error)
+    if isinstance(error, _ClickError):
+        message = error.format_message().strip().rstrip(".")  # type: ignore[attr-defined]
+        return USAGE, f"{message[:1].lower()}{message[1:]}; see dkfuse --help"
+    if isinstance(error, (ModelError, SettingsError, ReportError)):
+        return USAGE, str(error)
+    if isinstance(error, UnsupportedTorchError):
+        return ENVIRONMENT, str(error)
+    if isinstance(error, DkfuseError):
+        return INTERNAL, str(error)
+    text = f"{type(error).__name__}: {first_line(error)}"
+    return INTERNAL, f"internal error, please report it: {text} (DKFUSE_DEBUG=1 shows the traceback)"
+
+
+def main() -> NoReturn:
+    """Entry point of the console script."""
+    sys.exit(run())
