@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,3 +33,41 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def root() -> Path:
     """The root of the checkout."""
     return ROOT
+
+
+@pytest.fixture
+def sample() -> Any:
+    """A report with every status, several graphs, a note and awkward characters."""
+    from dkfuse.report import Coverage, Graph, Reason, Site, Status
+
+    sites = [
+        Site(
+            f"norm{i}",
+            "norm_modulate",
+            Status.FUSED,
+            "norm_modulate",
+            "norm_modulate",
+            "triton",
+            source=f"/site-packages/models/model.py:{10 + i % 2}",
+            module=f"blocks.{i}.norm1",
+            shapes={"x": [1, 4096, 3072], "scale": [1, 1, 3072], "eps": []},
+            dtype="bfloat16",
+            bytes_before=100_000_000,
+            bytes_after=50_000_000,
+        )
+        for i in range(3)
+    ]
+    sites.append(
+        Site("gate0", "gated_residual", Status.FUSED, "norm_modulate", "norm_modulate", "triton", with_site="norm1")
+    )
+    escapes = Reason("semantics", "escapes", "node 'add<1>' | reads the sum too", "residual_norm_modulate")
+    sites.append(Site("r0", "residual_norm", Status.REJECTED, reason=escapes, attempts=[escapes], source="b.py:3"))
+    gain = Reason("kernel", "pointwise", "Inductor joins it")
+    sites.append(Site("l0", "scale_shift", Status.LEFT_TO_INDUCTOR, reason=gain, shapes={"x": ["s0", 8]}))
+    more = [Site("u0", "other_norm", Status.UNMATCHED, term="layer(x, [2, 3])", source="model.py:99")]
+    return Coverage(
+        "toy <model>",
+        "2.13.0",
+        "sm90",
+        [Graph(0, 1234, 0.5, sites=sites), Graph(1, 7, 0.0, True, sites=more), Graph(2, 3, 0.0, note="training")],
+    )
