@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from .checks import is_row_parameter
+from .checks import is_cut, is_row_parameter
 from .terms import Term, TermView, getitem_source, same_shape, same_size
 
 aten = torch.ops.aten
@@ -166,18 +166,6 @@ def is_gated_residual(stream: Term, product: Term, shape: tuple) -> bool:
     for gate, branch in (p.args, p.args[::-1]):
         if same_shape(branch.shape, shape) and (is_row_parameter(gate, shape) or is_cut(gate, shape)):
             return not is_factor_of_norm(gate)
-    return False
-
-
-def is_cut(term: Term, shape: tuple) -> bool:
-    """A full tensor that is one slice of a bigger one across a dim that is not the last: a per-token gate."""
-    if not same_shape(term.shape, shape):
-        return False
-    last = len(term.shape)
-    while term.op == "view":
-        if term.attrs[0] == "slice" and term.attrs[1] < last - 1 + (len(term.shape) > last):
-            return len(term.args[0].shape) > last
-        term = term.args[0]
     return False
 
 

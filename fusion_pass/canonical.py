@@ -112,20 +112,24 @@ def variance_from_squares(view: TermView, args, attrs) -> Term | None:
     return None
 
 
-def _statistic(term: Term) -> tuple[Term, float, torch.dtype] | None:
-    """``(reduction, eps, dtype)`` of ``rsqrt(reduction + eps)``; dtype is what ``reduction + eps`` was rounded to."""
-    root = bare(term)
+def _statistic(view: TermView, term: Term) -> tuple[Term, float, torch.dtype] | None:
+    """``(reduction, eps, dtype)`` of ``rsqrt(reduction + eps)``; dtype is what ``reduction + eps`` was rounded to.
+
+    Views in between, as in ``rsqrt(x.var(-1) + eps)[..., None]``, are moved down to the reduction.
+    """
+    root = bare(view.expose(bare(term)))
     if root.op != "rsqrt":
         return None
-    inside = bare(root.args[0])
+    rounded = view.expose(root.args[0])
+    inside = bare(rounded)
     if inside.op == "add" and inside.args[0].op == "const":
-        return bare(inside.args[1]), inside.args[0].value, root.args[0].precision
+        return bare(view.expose(inside.args[1])), inside.args[0].value, rounded.precision
     return inside, 0.0, torch.float32
 
 
 def norm(view: TermView, args, attrs) -> Term | None:
     for x, factor in (args, args[::-1]):
-        if (stat := _statistic(factor)) is None:
+        if (stat := _statistic(view, factor)) is None:
             continue
         reduction, eps, dtype = stat
         if reduction.op == "var" and centred(x) is reduction.args[0]:

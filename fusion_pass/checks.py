@@ -82,7 +82,7 @@ def _check_operands(site: Candidate) -> None:
             raise Reject(Code.BROADCAST, text + "; the modulation must not enlarge it")
         _check_eps(site, norm)
     elif site.rule.op == "gated_residual":
-        if not is_row_parameter(operands["gate"], shape):
+        if not (is_row_parameter(operands["gate"], shape) or is_cut(operands["gate"], shape)):
             raise Reject(Code.BROADCAST, "no factor is broadcast over the tokens: not a gate")
     elif not all(is_row_parameter(operands[name], shape) for name in ("scale", "shift")):
         raise Reject(Code.BROADCAST, "scale and shift are not broadcast over the tokens: not a modulation")
@@ -93,6 +93,18 @@ def is_row_parameter(term: Term, shape: tuple) -> bool:
     if not term.shape or not same_size(term.shape[-1], shape[-1]) or same_size(shape[-1], 1):
         return False
     return not same_shape(term.shape, shape)
+
+
+def is_cut(term: Term, shape: tuple) -> bool:
+    """A full tensor that is one slice of a bigger one across a dim that is not the last: a per-token gate."""
+    if not same_shape(term.shape, shape):
+        return False
+    last = len(term.shape)
+    while term.op == "view":
+        if term.attrs[0] == "slice" and term.attrs[1] < last - 1 + (len(term.shape) > last):
+            return len(term.args[0].shape) > last
+        term = term.args[0]
+    return False
 
 
 def _check_eps(site: Candidate, norm: Term) -> None:
@@ -152,6 +164,7 @@ def _check_escapes(site: Candidate) -> None:
         if any(user not in inside for node in own for user in node.users):
             site.outputs["sum"] = total
     owned = site.interior | roots | set(view.nodes(site.binding.terms["sum"]) if "sum" in site.binding.terms else ())
+    last = max(view.order[node] for node in owned)
     for node in site.interior:
         val = node.meta.get("val")
         full = isinstance(val, torch.Tensor) and same_shape(_padded(val.shape, site.shape), site.shape)
@@ -159,7 +172,7 @@ def _check_escapes(site: Candidate) -> None:
         if not (full or statistic):
             continue  # a row parameter such as 1 + scale: cheap to compute twice
         for user in node.users:
-            if user not in owned and not _dead(user):
+            if not _served(user, owned, view.order, last):
                 raise Reject(Code.ESCAPES, f"{node.name} ({node.target}) inside the site is also read by {user.name}")
 
 
@@ -167,8 +180,13 @@ def _padded(shape: Any, like: tuple) -> tuple:
     return tuple(shape)
 
 
-def _dead(node: fx.Node) -> bool:
-    return not node.users and node.op == "call_function" and not node.is_impure()
+def _served(node: fx.Node, owned: set[fx.Node], order: dict[fx.Node, int], last: int) -> bool:
+    """The site computes `node`, or all its readers (``n * s`` of ``n + n * s``): dead code once the site is replaced."""
+    if node in owned:
+        return True
+    if node.op != "call_function" or node.is_impure() or (node.users and order[node] > last):
+        return False
+    return all(_served(user, owned, order, last) for user in node.users)
 
 
 def _check_cycles(site: Candidate) -> None:

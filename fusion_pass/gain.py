@@ -68,7 +68,7 @@ def check(site: Candidate, claimed: Collection[fx.Node] = ()) -> None:
         produced = site.view.term(node)
         if produced is not None and produced.norm_reach is not None:
             continue  # likely the result of another site, which writes it to memory
-        if is_elementwise(node) and _only_read_in(node, inside):
+        if is_elementwise(node) and node.target is not aten.clone.default and _only_read_in(node, inside):
             text = f"{name} is the result of {node.target}, which Inductor computes inside the norm's kernel"
             raise _left(Code.POINTWISE_PRODUCER, text + " and which would have to be written to memory here")
 
@@ -100,7 +100,9 @@ def _through_views(node: fx.Node) -> fx.Node:
 
 
 def _only_read_in(node: fx.Node, inside: set[fx.Node]) -> bool:
-    return all(user in inside or (is_view(user) and _only_read_in(user, inside)) for user in node.users)
+    return all(
+        user in inside or ((is_view(user) or _widens(user)) and _only_read_in(user, inside)) for user in node.users
+    )
 
 
 # -- memory traffic --------------------------------------------------------------------------------------------------

@@ -175,6 +175,8 @@ class TermView:
             full_slice = kind == "slice" and attrs[2] == 0 and attrs[4] == 1
             if kind in ("expand", "reshape") or full_slice or (kind == "permute" and attrs[1] == tuple(range(len(shape)))):
                 return base
+        if attrs[0] == "unsqueeze" and base.op == "view" and base.attrs == ("squeeze", attrs[1]):
+            return base.args[0]
         if attrs[0] == "reshape" and base.op == "view" and base.attrs[0] == "reshape":
             return self.view(base.args[0], attrs, shape)
         if attrs[0] in ("expand", "reshape"):

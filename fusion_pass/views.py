@@ -41,9 +41,10 @@ def _dim(node: fx.Node, index: int = 1, default: int = 0) -> int:
 
 
 def read_same(view: TermView, node: fx.Node) -> Term | None:
-    """alias, detach, and a clone that keeps every stride."""
-    source, out = node.args[0].meta["val"], node.meta["val"]
-    return _base(view, node) if same_shape(source.stride(), out.stride()) else None
+    """alias, detach, and a clone that keeps rows dense: kernels read any outer strides, so that copy is not needed."""
+    source, out = node.args[0].meta["val"].stride(), node.meta["val"].stride()
+    dense_rows = bool(out) and same_size(source[-1], 1) and same_size(out[-1], 1)
+    return _base(view, node) if dense_rows or same_shape(source, out) else None
 
 
 def read_reshape(view: TermView, node: fx.Node) -> Term | None:
@@ -61,8 +62,6 @@ def read_unsqueeze(view: TermView, node: fx.Node) -> Term | None:
     if base is None:
         return None
     dim = node.args[1] % (len(base.shape) + 1)
-    if base.op == "view" and base.attrs == ("squeeze", dim):
-        return base.args[0]
     return view.view(base, ("unsqueeze", dim), _shape(node))
 
 

@@ -48,7 +48,8 @@ def check_modulation(site: Candidate) -> None:
     """The constant of ``offset + scale`` must be the 1 of adaLN, and a norm's own affine is no modulation."""
     offset, terms = site.binding.numbers.get("offset"), site.binding.terms
     own = [terms[name] for name in ("scale", "shift") if name in terms]
-    if offset is None and "weight" not in terms and all(is_vector(t) for t in own):
+    affine_only = "weight" not in terms or not terms.keys() & {"scale", "bias"}
+    if offset is None and affine_only and all(is_vector(t) for t in own):
         raise NotThisRule("an affine norm")
     if offset is not None and offset != 1.0:
         raise Reject(Code.OFFSET, f"the factor is {offset:g} + scale; only 1 + scale and scale itself are modulations")
