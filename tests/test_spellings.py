@@ -1,0 +1,34 @@
+"""Every spelling is fused by the rule it names, as often as it says, or left alone for the reason it names."""
+
+from __future__ import annotations
+
+import pytest
+
+from . import spellings, spellings_streams
+from .harness import Spelling, check_numerics, counts, run, spell
+
+ROWS = spellings.ROWS + spellings_streams.ROWS
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+def test_spelling(row: Spelling) -> None:
+    args = spell(row.inputs, row.dtype)
+    results, coverage = run(row.function, args)
+    assert counts(coverage) == row.expected, str(coverage)
+    check_numerics(row.function, args, results)
+
+
+INDUCTOR = ("a1_b2", "from_table_unbind", "g1_dual", "g4_fp32")
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.name in INDUCTOR], ids=lambda row: row.name)
+def test_spelling_compiled_by_inductor(row: Spelling) -> None:
+    args = spell(row.inputs, row.dtype)
+    results, coverage = run(row.function, args, remainder="inductor")
+    assert counts(coverage) == row.expected, str(coverage)
+    check_numerics(row.function, args, results)
+
+
+def test_the_table_is_long_enough_and_names_are_unique() -> None:
+    names = [row.name for row in ROWS]
+    assert len(names) == len(set(names)) >= 95
