@@ -31,6 +31,7 @@ else:
     from dkfuse.kernels import ops
     from dkfuse.kernels.configs import Config
     from dkfuse.kernels.launch import plan, run
+    from dkfuse.kernels.rounding import Rounding
     from dkfuse.kernels.support import OPERANDS, supports
     from hypothesis import given, settings
     from hypothesis import strategies as st
@@ -121,3 +122,55 @@ else:
         assert supports(op, arguments) is None or supports(op, arguments).code == "outer_dims"
         if supports(op, arguments) is None:
             assert_same(op, arguments, config)
+
+    def row(*size: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
+        return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+    def norm_call(x: torch.Tensor, **operands: Any) -> dict[str, Any]:
+        defaults = {"weight": None, "bias": None, "scale": None, "shift": None, "weight_offset": 0.0}
+        values = {"scale_offset": 1.0, "norm": "layer", "eps": 1e-6, "out_dtype": x.dtype, "roundings": 0}
+        return {"x": x, **defaults, **values, **operands}
+
+    def test_pointwise_roundings_are_eagers() -> None:
+        """In fp16: the interpreter truncates to bf16 instead of rounding. bf16 is checked on the GPU."""
+        half = torch.float16
+        x, h = row(2, 3, 40, dtype=half), row(2, 3, 40, dtype=half, seed=1)
+        gate, scale, shift = (row(2, 1, 40, dtype=half, seed=i) for i in (2, 3, 4))
+        both = int(Rounding.GATE_PRODUCT | Rounding.SUM)
+        call = {"x": x, "residual": h, "gate": gate, "out_dtype": x.dtype, "roundings": both}
+        assert torch.equal(ours("gated_residual", call)["out"], h + gate * x)
+        both = int(Rounding.ONE_PLUS | Rounding.PRODUCT)
+        call = {"x": x, "scale": scale, "shift": shift, "scale_offset": 1.0, "out_dtype": x.dtype, "roundings": both}
+        assert torch.equal(ours("scale_shift", call)["out"], x * (1 + scale) + shift)
+
+    def test_nan_stays_in_its_row() -> None:
+        x = row(2, 3, 40)
+        x[1, 2, 5] = float("nan")
+        out = ours("norm_modulate", norm_call(x, scale=row(40)))["out"]
+        assert out[1, 2].isnan().all()
+        assert out.isnan().any(-1).sum() == 1
+
+    @pytest.mark.parametrize("norm", ["layer", "rms"])
+    def test_masked_lanes_do_not_count(norm: str) -> None:
+        """The last chunk is partly masked: zeros there must not enter the mean or the variance."""
+        x = row(3, 37, dtype=torch.float32) + 100
+        for chunk in (8, 16, 32, 64):
+            config = Config(chunk=chunk, chunks=-(-37 // chunk), num_warps=1)
+            assert_same("norm_modulate", norm_call(x, norm=norm), config)
+
+    def test_offsets_beyond_2_31_elements() -> None:
+        """Only the touched pages of the storage exist."""
+        step = 2**31 + 64
+        storage = torch.empty(step + 128, dtype=torch.bfloat16)
+        x = storage.as_strided((2, 2, 40), (step, 40, 1))
+        x.copy_(row(2, 2, 40))
+        assert_same("norm_modulate", norm_call(x, scale=row(2, 1, 40, seed=1)))
+
+    def test_writing_into_a_slice_by_offset() -> None:
+        x, shift = row(2, 3, 40), row(2, 1, 40, seed=1)
+        call = norm_call(x, shift=shift)
+        buffer = torch.zeros(2, 8, 40, dtype=x.dtype)
+        slot = buffer[:, :3]
+        run(plan("norm_modulate", call, {"out": slot}, sm_count=4, offsets={"out": 5 * 40}), {**call, "out": buffer})
+        torch.testing.assert_close(buffer[:, 5:], plain("norm_modulate", call)["out"], rtol=2e-2, atol=2e-2)
+        assert not buffer[:, :5].any()

@@ -1,0 +1,264 @@
+"""Launch plans and `supports`, from real, meta and symbolic tensors; nothing here runs a kernel."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from dkfuse.kernels.configs import WARPS, choose
+from dkfuse.kernels.launch import Launch, plan, supports
+from dkfuse.kernels.support import MAX_ROW
+from dkfuse.kernels.unsupported import Unsupported
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+pytest.importorskip("triton")
+
+BF16 = torch.bfloat16
+
+
+def meta(*size: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+def norm_call(x: torch.Tensor, **operands: Any) -> dict[str, Any]:
+    return {"x": x, "norm": "layer", "eps": 1e-6, "out_dtype": BF16, **operands}
+
+
+def planned(arguments: dict[str, Any], op: str = "norm_modulate", **more: Any) -> Launch:
+    x = arguments["x"]
+    out = more.pop("out", None)
+    outputs = {"out": out if out is not None else torch.empty(x.shape, dtype=BF16, device=x.device)}
+    if "residual" in arguments:
+        outputs["sum"] = torch.empty(x.shape, dtype=BF16, device=x.device)
+    return plan(op, arguments, outputs, sm_count=132, **more)
+
+
+def parameters(launch: Launch) -> set[str]:
+    return set(launch.kernel.arg_names)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_launch_names_every_parameter_and_no_more(batch: int) -> None:
+    vectors = meta(batch, 1, 6 * 3072).chunk(6, dim=-1)
+    x = meta(batch, 4096, 3072)
+    launch = planned(norm_call(x, scale=vectors[1], shift=vectors[0]))
+    assert parameters(launch) == {*launch.tensors, *launch.scalars, *launch.constants}
+    assert launch.grid == (batch * 4096, 1, 1)
+    assert set(launch.tensors) == {"x", "scale", "shift", "out"}
+    # One image needs no run-time integer; a batch needs its token count and the strides that depend on it.
+    tokens = {"n0": 4096, "x_s1": 4096 * 3072, "out_s1": 4096 * 3072}
+    assert launch.scalars == ({} if batch == 1 else tokens)
+    assert "6 * D" in inspect.getsource(launch.kernel.fn) or batch == 1
+
+
+def test_kernels_are_shared_between_calls_of_one_pattern() -> None:
+    first = planned(norm_call(meta(1, 4096, 3072), scale=meta(1, 1, 3072)))
+    second = planned(norm_call(meta(1, 512, 3072), scale=meta(1, 1, 3072)))
+    assert first.kernel is second.kernel
+    assert planned(norm_call(meta(1, 512, 3072))).kernel is not first.kernel
+    assert first.kernel.__name__ == "dkfuse_norm_modulate"
+
+
+@pytest.mark.parametrize(
+    ("x", "scale", "rows"),
+    [
+        (meta(2, 3, 5, 64), meta(64), [30]),  # everything merges
+        (meta(2, 3, 5, 64), meta(1, 1, 1, 64), [30]),
+        (meta(2, 3, 5, 64), meta(2, 1, 1, 64), [15, 2]),
+        (meta(2, 3, 5, 64), meta(2, 3, 1, 64), [5, 6]),  # per frame
+        (meta(2, 3, 5, 64), meta(2, 3, 5, 64), [30]),  # per token
+        (meta(2, 3, 5, 64), meta(3, 1, 64), [5, 3, 2]),
+        (meta(5, 2, 64).transpose(0, 1), meta(2, 1, 64), [5, 2]),
+        (meta(1, 64), meta(64), [1]),
+        (meta(64), meta(), [1]),
+    ],
+)
+def test_row_dims_collapse(x: torch.Tensor, scale: torch.Tensor, rows: list[int]) -> None:
+    launch = planned(norm_call(x, scale=scale))
+    product = 1
+    for size in rows:
+        product *= size
+    assert launch.grid == (product, 1, 1)
+    assert launch.constants["AXES"] == len(rows)
+    assert [v for k, v in launch.scalars.items() if k in ("n0", "n1")] == rows[:-1]
+
+
+def test_offsets_beyond_32_bits_are_passed_whole() -> None:
+    x = torch.empty_strided((2, 3, 64), (2**33, 64, 1), dtype=BF16, device="meta")
+    launch = planned(norm_call(x))
+    assert launch.scalars["x_s1"] == 2**33
+    assert "out_s1" not in launch.scalars  # 3 * D, fixed in the source
+
+
+def test_an_output_may_be_a_slice() -> None:
+    buffer = meta(2, 12, 64)
+    x = meta(2, 7, 64)
+    launch = planned(norm_call(x), out=buffer[:, 5:], offsets={"out": 5 * 64 + 2**40})
+    assert launch.scalars["out_offset"] == 5 * 64 + 2**40
+    assert launch.constants["AXES"] == 2
+    with pytest.raises(ValueError, match="inner stride 2"):
+        planned(norm_call(x), out=meta(2, 7, 128)[..., ::2])
+    with pytest.raises(ValueError, match="they must be equal"):
+        planned(norm_call(x), out=meta(14, 64))
+
+
+def test_configurations_cover_every_width() -> None:
+    for width in (1, 2, 72, 513, 1152, 1408, 1920, 2240, 2432, 3072, 5120, MAX_ROW):
+        config = choose(width)
+        assert config.chunk & (config.chunk - 1) == 0
+        assert (config.chunks - 1) * config.chunk < width <= config.chunks * config.chunk
+        assert config.chunk <= 8 * 32 * config.num_warps
+    assert WARPS[-1][0] == MAX_ROW
+
+
+X = meta(2, 5, 64)
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments"),
+    [
+        ("dtype", norm_call(meta(2, 5, 64, dtype=torch.float64))),
+        ("dtype", norm_call(X, scale=meta(64, dtype=torch.int32))),
+        ("dtype", {**norm_call(X), "out_dtype": torch.float64}),
+        ("device", norm_call(X, scale=torch.empty((), dtype=BF16))),
+        ("rank", norm_call(meta())),
+        ("row_too_long", norm_call(meta(2, MAX_ROW + 1))),
+        ("empty", norm_call(meta(2, 0, 64))),
+        ("broadcast", norm_call(X, shift=meta(5, 1, 64))),
+        ("broadcast", norm_call(X, shift=meta(1, 2, 5, 64))),
+        ("inner_stride", norm_call(meta(2, 64, 5).transpose(1, 2))),
+        ("outer_dims", norm_call(meta(2, 3, 4, 5, 64).permute(3, 2, 1, 0, 4))),
+    ],
+)
+def test_supports_says_why_not(code: str, arguments: dict[str, Any]) -> None:
+    reason = supports("norm_modulate", arguments)
+    assert isinstance(reason, Unsupported)
+    assert reason.code == code
+    assert reason.message.endswith(".")
+    with pytest.raises(Unsupported):
+        planned(arguments)
+
+
+def test_supports_residual_shapes_and_unknown_ops() -> None:
+    reason = supports("gated_residual", {"x": X, "residual": meta(2, 4, 64), "out_dtype": BF16})
+    assert reason is not None
+    assert reason.code == "shape"
+    unknown = supports("conv", {"x": X})
+    assert unknown is not None
+    assert unknown.code == "op"
+    assert supports("norm_modulate", norm_call(X)) is None
+
+
+# -- symbolic sizes --
+
+
+def symbolic(
+    environment: ShapeEnv, mode: FakeTensorMode, *size: int, dynamic: tuple[int, ...], like: Any = None
+) -> Any:
+    """A fake tensor of this size with the dims in `dynamic` as symbols."""
+    kinds = [DimDynamic.DYNAMIC if i in dynamic else DimDynamic.STATIC for i in range(len(size))]
+    context = StatelessSymbolicContext(dynamic_sizes=kinds, constraint_sizes=[None] * len(size))
+    return mode.from_tensor(torch.empty(size, dtype=BF16), symbolic_context=context)
+
+
+def test_symbolic_tokens_and_batch_without_guards() -> None:
+    environment = ShapeEnv()
+    mode = FakeTensorMode(shape_env=environment)
+    x = symbolic(environment, mode, 2, 40, 96, dynamic=(0, 1))
+    with mode:
+        vectors = torch.empty(x.shape[0], 1, 6 * 96, dtype=BF16).chunk(6, dim=-1)
+        frames = torch.empty(x.shape[0], x.shape[1], 96, dtype=BF16)
+        out = torch.empty(x.shape, dtype=BF16)
+    guards = len(environment.guards)
+    arguments = norm_call(x, scale=vectors[1], shift=frames)
+    assert supports("norm_modulate", arguments) is None
+    launch = plan("norm_modulate", arguments, {"out": out}, sm_count=132)
+    assert len(environment.guards) == guards
+    assert launch.grid[0] == x.shape[0] * x.shape[1]
+    assert isinstance(launch.scalars["n0"], torch.SymInt)
+    assert isinstance(launch.scalars["x_s1"], torch.SymInt)
+    assert "scale_s1" not in launch.scalars  # 6 * D does not depend on the tokens
+    assert parameters(launch) == {*launch.tensors, *launch.scalars, *launch.constants}
+
+
+def test_a_symbolic_row_is_refused() -> None:
+    environment = ShapeEnv()
+    x = symbolic(environment, FakeTensorMode(shape_env=environment), 2, 40, 96, dynamic=(2,))
+    reason = supports("norm_modulate", norm_call(x))
+    assert reason is not None
+    assert reason.code == "symbolic_row"
+
+
+# -- what compilers see --
+
+
+@pytest.fixture
+def sm90(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Triton's front end without a GPU: the driver answers with an H100's target."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    class Driver:
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", 90, 32)
+
+    previous = driver._active
+    driver.set_active(Driver())
+    yield GPUTarget("cuda", 90, 32)
+    driver._active = previous
+
+
+def test_inductor_sees_that_only_outputs_are_written(sm90: Any) -> None:
+    """A kernel that its analysis does not understand counts as writing every operand, which costs a copy of each."""
+    import torch._higher_order_ops.triton_kernel_wrap as wrap
+
+    x, row = torch.empty(2, 8, 96, dtype=BF16), torch.empty(2, 1, 96, dtype=BF16)
+    arguments = norm_call(x, residual=x, gate=row, scale=row, shift=row, weight=row, bias=row, sum_dtype=BF16)
+    launch = planned(arguments, "residual_norm_modulate")
+    tensors = {**arguments, "out": x, "sum": x}
+    kwargs = {**{p: tensors[n] for p, n in launch.tensors.items()}, **launch.scalars, **launch.constants}
+    if hasattr(wrap, "identify_mutated_tensors"):  # torch 2.11
+        written = set(wrap.identify_mutated_tensors(launch.kernel, kwargs, {}))
+    else:
+        accesses = wrap.identify_accessed_tensors(launch.kernel, kwargs, {})
+        written = {dep.name for dep in accesses.read_writes.writes}
+    assert written == {"sum", "out"}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiles_to_wide_accesses_without_spills(sm90: Any, capability: int) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as compile_kernel
+
+    launch = planned(norm_call(meta(1, 4096, 2432), scale=meta(1, 1, 2432), shift=meta(1, 1, 2432)))
+    names = launch.kernel.arg_names
+    signature = {n: "*bf16" if n in launch.tensors else "constexpr" for n in names}
+    constants = {(names.index(n),): v for n, v in launch.constants.items()}
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in launch.tensors}
+    source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=aligned)
+    compiled = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.num_warps})
+    ptx = compiled.asm["ptx"]
+    chunks = launch.constants["CHUNKS"]
+    assert ptx.count("ld.global") == 3 * chunks
+    assert sum("ld.global" in line and ".v4." in line for line in ptx.splitlines()) == 3 * chunks
+    assert ptx.count("st.global") == chunks
+    assert ".local" not in ptx
+
+
+def test_roundings_survive_the_compiler(sm90: Any) -> None:
+    """LLVM would contract the rounded product and the next add to one half-precision FMA."""
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as compile_kernel
+
+    x = meta(1, 64, 256)
+    arguments = {"x": x, "residual": x, "gate": meta(1, 1, 256), "out_dtype": BF16, "roundings": 3}
+    launch = plan("gated_residual", arguments, {"out": x}, sm_count=132)
+    names = launch.kernel.arg_names
+    signature = {n: "*bf16" if n in launch.tensors else "constexpr" for n in names}
+    constants = {(names.index(n),): v for n, v in launch.constants.items()}
+    ptx = compile_kernel(ASTSource(launch.kernel, signature, constexprs=constants), target=sm90).asm["ptx"]
+    assert "fma.rn.bf16" not in ptx
