@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import compat
+from . import compat, joins
 from .rules import Candidate
 from .symbols import arguments as with_symbols
 from .terms import Term, TermView
@@ -90,16 +90,23 @@ def realize(graph: fx.Graph, view: TermView, term: Term, renamed: dict[fx.Node, 
 
 def lower(graph: fx.Graph, calls: list[fx.Node]) -> None:
     """Turn each op call into its implementation, by the device that it is on."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    calls = sorted(calls, key=lambda call: order[call])  # parts of a joint tensor are written in graph order
+    kernels = [c for c in calls if c.meta["dkfuse_kernel"] == "triton" and _device(c).type != "cpu"]
+    parts = joins.find(graph, kernels)
     for call in calls:
-        device = call.args[0].meta["val"].device  # type: ignore[union-attr]
-        if call.meta["dkfuse_kernel"] == "triton" and device.type != "cpu":
-            lower_to_triton(graph, call)
+        if call in kernels:
+            lower_to_triton(graph, call, parts)
         else:
             inline(graph, call)
     if calls:
         compat.stable_topological_sort(graph)
         graph.eliminate_dead_code()
         graph.lint()
+
+
+def _device(call: fx.Node) -> torch.device:
+    return call.args[0].meta["val"].device  # type: ignore[union-attr]
 
 
 def bound_arguments(call: fx.Node) -> dict[str, Any]:
@@ -113,7 +120,7 @@ def result_names(call: fx.Node) -> list[str]:
     return [r.name or "out" for r in call.target._schema.returns]  # type: ignore[union-attr]
 
 
-def lower_to_triton(graph: fx.Graph, call: fx.Node) -> None:
+def lower_to_triton(graph: fx.Graph, call: fx.Node, parts: dict[tuple[fx.Node, str], joins.Part]) -> None:
     """The op as a Triton kernel node: outputs allocated, then written by one launch."""
     from dkfuse.kernels.launch import plan
 
@@ -121,12 +128,14 @@ def lower_to_triton(graph: fx.Graph, call: fx.Node) -> None:
     fakes = {k: v.meta["val"] if isinstance(v, fx.Node) else v for k, v in nodes.items()}
     names = result_names(call)
     values = call.meta["val"] if len(names) > 1 else (call.meta["val"],)
-    wanted = _used_outputs(call, names)
-    outputs = {n: v for n, v in zip(names, values, strict=True) if n in wanted}
-    launch = plan(_op_name(call), fakes, outputs, sm_count=_sm_count(fakes["x"].device))
+    outputs = {n: v for n, v in zip(names, values, strict=True) if n in _used_outputs(call, names)}
+    places = {n: parts[call, n] for n in outputs if (call, n) in parts}
+    written = {**outputs, **{n: p.join.part(p.start, p.length) for n, p in places.items()}}
+    offsets = {n: p.join.offset(p.start) for n, p in places.items()}
+    launch = plan(_op_name(call), fakes, written, sm_count=_sm_count(fakes["x"].device), offsets=offsets)
     tensors = [v for v in nodes.values() if isinstance(v, fx.Node)]
     with graph.inserting_before(call):
-        buffers = {name: _allocate(graph, value, tensors) for name, value in outputs.items()}
+        buffers = {name: _buffer(graph, value, places.get(name), tensors) for name, value in outputs.items()}
         scalars = {k: v for k, v in launch.scalars.items() if isinstance(v, torch.SymInt)}
         constants = {**launch.constants, **{k: v for k, v in launch.scalars.items() if k not in scalars}}
         kernel_idx, constants_idx = compat.register_triton_kernel(
@@ -150,7 +159,26 @@ def lower_to_triton(graph: fx.Graph, call: fx.Node) -> None:
         for name, buffer in buffers.items():
             items[name] = graph.call_function(operator.getitem, (node, parameter[name]))
             items[name].meta["val"] = buffer.meta["val"]
+    for name, place in places.items():
+        _advance(place.join, items[name])
     _replace_results(graph, call, names, items)
+
+
+def _buffer(graph: fx.Graph, value: torch.Tensor, place: joins.Part | None, tensors: list[fx.Node]) -> fx.Node:
+    """Where a result is written: memory of its own, or the joint tensor as the kernels before left it."""
+    if place is None:
+        return _allocate(graph, value, tensors)
+    join = place.join
+    if join.buffer is None:
+        join.buffer = _allocate(graph, join.cat.meta["val"], tensors)
+    return join.buffer
+
+
+def _advance(join: joins.Join, written: fx.Node) -> None:
+    """`written` is the joint tensor with one more part; with the last one it takes the cat's place."""
+    join.buffer, join.missing = written, join.missing - 1
+    if not join.missing:
+        join.cat.replace_all_uses_with(written)
 
 
 def fake_arguments(node: fx.Node) -> tuple[Any, Any]:
