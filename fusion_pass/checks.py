@@ -55,6 +55,7 @@ def _checked(site: Candidate, roundings: str) -> Candidate:
     _check_escapes(site)
     _check_cycles(site)
     _check_mutation(site)
+    _check_layout(site)
     _set_attributes(site, roundings)
     return site
 
@@ -141,6 +142,7 @@ def _collect_interior(site: Candidate) -> None:
                         continue
                     site.interior.add(source)
                     pending.append(source)
+    site.interior -= site.roots
 
 
 def _below_norm_input(view: TermView, term: Term, norm_input: Term) -> bool:
@@ -165,28 +167,28 @@ def _check_escapes(site: Candidate) -> None:
             site.outputs["sum"] = total
     owned = site.interior | roots | set(view.nodes(site.binding.terms["sum"]) if "sum" in site.binding.terms else ())
     last = max(view.order[node] for node in owned)
+    operands = {base_node(view, term): name for name, term in site.operands.items()}
+    for node in operands.keys() & site.interior:
+        text = f"{node.name} ({node.target}) is computed inside the site and is its {operands[node]} too"
+        raise Reject(Code.ESCAPES, text)
+
+    def served(node: fx.Node) -> bool:
+        """The site computes `node`, or all its readers (``n * s`` of ``n + n * s``): dead code once it is replaced."""
+        if node in owned:
+            return True
+        if node.op != "call_function" or node.is_impure() or node in operands or (node.users and view.order[node] > last):
+            return False
+        return all(served(user) for user in node.users)
+
     for node in site.interior:
         val = node.meta.get("val")
-        full = isinstance(val, torch.Tensor) and same_shape(_padded(val.shape, site.shape), site.shape)
+        full = isinstance(val, torch.Tensor) and same_shape(val.shape, site.shape)
         statistic = view.term(node) is None or bool(val.shape) and same_size(val.shape[-1], 1) and val.dim() > 1
         if not (full or statistic):
             continue  # a row parameter such as 1 + scale: cheap to compute twice
         for user in node.users:
-            if not _served(user, owned, view.order, last):
+            if not served(user):
                 raise Reject(Code.ESCAPES, f"{node.name} ({node.target}) inside the site is also read by {user.name}")
-
-
-def _padded(shape: Any, like: tuple) -> tuple:
-    return tuple(shape)
-
-
-def _served(node: fx.Node, owned: set[fx.Node], order: dict[fx.Node, int], last: int) -> bool:
-    """The site computes `node`, or all its readers (``n * s`` of ``n + n * s``): dead code once the site is replaced."""
-    if node in owned:
-        return True
-    if node.op != "call_function" or node.is_impure() or (node.users and order[node] > last):
-        return False
-    return all(_served(user, owned, order, last) for user in node.users)
 
 
 def _check_cycles(site: Candidate) -> None:
@@ -215,7 +217,13 @@ def _check_mutation(site: Candidate) -> None:
             raise Reject(Code.MUTATED, f"{name} is a view of the input {source.name}, which the graph writes to")
 
 
-ROUNDING_ORDER = ("GATE_PRODUCT", "SUM", "NORM", "WEIGHTED", "AFFINE", "ONE_PLUS", "PRODUCT")
+def _check_layout(site: Candidate) -> None:
+    """Results are contiguous whatever the model's strides were: nobody may read them by strides."""
+    for name in site.outputs:
+        for node in site.output_nodes(name):
+            for user in node.users:
+                if user.target is torch.ops.aten.as_strided.default:
+                    raise Reject(Code.LAYOUT, f"{user.name} reads {node.name} by its strides (as_strided)")
 
 
 def _set_attributes(site: Candidate, roundings: str) -> None:

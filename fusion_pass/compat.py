@@ -104,7 +104,9 @@ def decompositions() -> dict:
 
 
 def triton_call_target() -> Any:
-    return torch.ops.higher_order.triton_kernel_wrapper_functional
+    from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
+
+    return triton_kernel_wrapper_functional
 
 
 def register_triton_kernel(kernel: Any, constants: dict[str, Any]) -> tuple[int, int]:

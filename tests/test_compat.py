@@ -1,0 +1,96 @@
+"""The canary: what dkfuse expects of torch's internals and of the graphs that reach the hook.
+
+When a torch upgrade changes one of these, the failure here says which; every other test may then fail for that reason.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dkfuse import compat
+
+aten = torch.ops.aten
+
+
+def graph_at_the_hook(function, *inputs):
+    """The ATen graph that dkfuse's pass sees, as ``{op name: count}`` and the graph."""
+    seen = []
+
+    def backend(gm, example_inputs):
+        def inner(graph_module, _):
+            seen.append(graph_module.graph)
+            return graph_module.forward
+
+        return compat.lower_with(gm, example_inputs, inner, {})
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.compile(function, backend=backend, dynamic=False)(*inputs)
+    (graph,) = seen
+    return graph
+
+
+def targets(graph):
+    return [node.target for node in graph.nodes if node.op == "call_function"]
+
+
+X = torch.randn(2, 4, 8, dtype=torch.bfloat16)
+
+
+def test_layer_norm_arrives_decomposed():
+    found = targets(graph_at_the_hook(lambda x: F.layer_norm(x, (8,)) @ torch.ones(8, 8, dtype=x.dtype), X))
+    for op in (torch.ops.prims.convert_element_type.default, aten.var_mean.correction, aten.rsqrt.default):
+        assert op in found, f"{op} is no longer in the graph of a LayerNorm: {found}"
+
+
+def test_rms_norm_arrives_decomposed():
+    found = targets(graph_at_the_hook(lambda x: F.rms_norm(x, (8,)), X))
+    assert aten.mean.dim in found and aten.rsqrt.default in found, f"RMSNorm is spelled differently now: {found}"
+
+
+def test_values_are_fake_and_carry_strides():
+    graph = graph_at_the_hook(lambda x: x.transpose(0, 1) + 1, X)
+    (add,) = [n for n in graph.nodes if n.target is aten.add.Tensor]
+    assert tuple(add.meta["val"].stride()) == (8, 32, 1), "elementwise results no longer keep their input's strides"
+
+
+def test_nodes_say_where_they_come_from():
+    graph = graph_at_the_hook(lambda x: F.layer_norm(x, (8,)), X)
+    (norm,) = [n for n in graph.nodes if n.target is aten.var_mean.correction]
+    assert "test_compat.py" in norm.meta.get("stack_trace", ""), "nodes lost their stack_trace: reports have no source"
+
+
+def test_split_and_chunk_are_one_of_the_known_splits():
+    from dkfuse.canonical import SPLITS
+    from dkfuse.views import VIEW_READERS
+
+    graph = graph_at_the_hook(lambda x: torch.cat(x.chunk(2, -1)[::-1], -1), X)
+    producers = {n.target for n in graph.nodes if n.op == "call_function"} & ({*SPLITS} | set(VIEW_READERS))
+    assert producers, f"chunk is spelled differently now: {targets(graph)}"
+
+
+def test_mode_options():
+    assert compat.mode_options(None) == {}
+    assert compat.mode_options("reduce-overhead") == {"triton.cudagraphs": True}
+
+
+def test_the_hook_exists():
+    assert compat.inductor_config("post_grad_custom_pre_pass") is None
+
+
+def test_triton_nodes_are_functional_and_torch_keeps_their_strides():
+    """Torch must hand ``eager_input_vals`` on to the mutating node, or padded buffers would reach kernels."""
+    import inspect
+
+    from torch._inductor import graph
+
+    target = compat.triton_call_target()
+    assert target is torch.ops.higher_order.triton_kernel_wrapper_functional
+    assert "eager_input_vals" in inspect.getsource(graph), "Inductor no longer reads eager_input_vals"
+
+
+@pytest.mark.parametrize("condition", [True, False])
+def test_statically_known_true_on_plain_booleans(condition):
+    assert compat.statically_known_true(condition) is condition

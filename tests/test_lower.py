@@ -1,0 +1,128 @@
+"""Lowering at the level of the graph, on CPU: what a GPU run hands to Inductor."""
+
+from __future__ import annotations
+
+import operator
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dkfuse import compat, joins, lower
+from dkfuse.fuse import plan
+from dkfuse.settings import Settings
+
+pytest.importorskip("triton")
+
+D = 64
+WRAPPER = compat.triton_call_target()
+
+
+def lowered(function, *inputs, dynamic=False, join=True):
+    """The graph with every site as a Triton kernel node."""
+    graphs = []
+
+    def backend(gm, example_inputs):
+        def inner(graph_module, _):
+            graph = graph_module.graph
+            decided = plan(graph, Settings(target="sm90"))
+            calls = lower.replace(graph, decided.view, decided.taken)
+            order = {node: i for i, node in enumerate(graph.nodes)}
+            calls.sort(key=lambda call: order[call])
+            parts = joins.find(graph, calls) if join else {}
+            for call in calls:
+                lower.lower_to_triton(graph, call, parts)
+            compat.stable_topological_sort(graph)
+            graph.eliminate_dead_code()
+            graph.lint()
+            graphs.append(graph)
+            return lambda *args: tuple(torch.empty(()) for _ in graph_module.graph.output_node().args[0])
+
+        return compat.lower_with(gm, example_inputs, inner, {})
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.compile(function, backend=backend, dynamic=dynamic)(*inputs)
+    (graph,) = graphs
+    return graph
+
+
+def kernels(graph):
+    return list(graph.find_nodes(op="call_function", target=WRAPPER))
+
+
+def modulate(x, s, t):
+    return F.layer_norm(x, (D,)) * (1 + s[:, None]) + t[:, None]
+
+
+def inputs(*shapes):
+    return [torch.randn(*shape, dtype=torch.bfloat16) for shape in shapes]
+
+
+def test_one_site_is_one_kernel_node():
+    graph = lowered(lambda x, s, t, w: modulate(x, s, t) @ w, *inputs((2, 5, D), (2, D), (2, D), (D, D)))
+    (kernel,) = kernels(graph)
+    assert set(kernel.kwargs["kwargs"]) == {"x", "scale", "shift", "out"}
+    assert kernel.kwargs["tensors_to_clone"] == ["out"]
+    assert kernel.kwargs["grid"] == [(10, 1, 1)]
+    assert kernel.kwargs["kwargs"]["out"].target is torch.ops.aten.empty_strided.default
+    planned = kernel.meta["eager_input_vals"][1]["kwargs"]
+    assert planned["scale"].stride() == kernel.kwargs["kwargs"]["scale"].meta["val"].stride()
+
+
+def test_a_sum_that_nobody_reads_is_not_written():
+    def last(x, y, g, s, t, w):
+        return modulate(x + g[:, None] * y, s, t) @ w
+
+    def block(x, y, g, s, t, w):
+        r = x + g[:, None] * y
+        return r, modulate(r, s, t) @ w
+
+    values = inputs((2, 5, D), (2, 5, D), (2, D), (2, D), (2, D), (D, D))
+    (without,) = kernels(lowered(last, *values))
+    (both,) = kernels(lowered(block, *values))
+    assert "sum" not in without.kwargs["kwargs"]
+    assert {"sum", "out"} <= set(both.kwargs["kwargs"])
+    assert sorted(both.kwargs["tensors_to_clone"]) == ["out", "sum"]
+
+
+def test_symbolic_sizes_become_nodes():
+    values = inputs((2, 5, D), (2, D), (2, D), (D, D))
+    graph = lowered(lambda x, s, t, w: modulate(x, s, t) @ w, *values, dynamic=True)
+    (kernel,) = kernels(graph)
+    (grid,) = kernel.kwargs["grid"]
+    assert isinstance(grid[0], torch.fx.Node) and grid[1:] == (1, 1)
+    runtime = [v for v in kernel.kwargs["kwargs"].values() if isinstance(v.meta["val"], torch.SymInt)]
+    assert runtime, "no symbolic stride or size reached the kernel"
+
+
+def test_results_of_kernels_are_concatenated_in_place():
+    def both(a, b, s, t, w):
+        return torch.cat([modulate(a, s, t), modulate(b, s, t)], 1) @ w
+
+    values = inputs((2, 3, D), (2, 5, D), (2, D), (2, D), (D, D))
+    graph = lowered(both, *values)
+    assert not graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)
+    first, second = kernels(graph)
+    joint = second.kwargs["kwargs"]["out"]
+    assert joint.target is operator.getitem and joint.args == (first, "out")
+    assert first.kwargs["kwargs"]["out"].meta["val"].shape == (2, 8, D)
+
+
+def test_a_part_with_another_reader_is_concatenated_as_before():
+    def both(a, b, s, t, w):
+        left = modulate(a, s, t)
+        return torch.cat([left, modulate(b, s, t)], 1) @ w, left @ w
+
+    values = inputs((2, 3, D), (2, 5, D), (2, D), (2, D), (D, D))
+    graph = lowered(both, *values)
+    assert len(kernels(graph)) == 2
+    assert graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)
+
+
+def test_the_native_definition_is_traced_once_per_signature():
+    x = torch.randn(2, 5, D, dtype=torch.bfloat16)
+    constants = {"norm": "rms", "eps": 1e-6, "out_dtype": torch.bfloat16, "roundings": 0}
+    first = lower.definition("norm_modulate", {"x": x}, constants)
+    assert lower.definition("norm_modulate", {"x": x}, constants) is first
+    assert lower.definition("norm_modulate", {"x": x[:1]}, constants) is not first
