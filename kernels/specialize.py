@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import linecache
 from typing import Any
 
@@ -25,9 +26,6 @@ def specialize(body: Any, name: str, fixed: tuple[tuple[str, str], ...]) -> Any:
     The same arguments give the same object. Its source is kept where `inspect` finds it, since Triton and Inductor
     compile from source.
     """
-    import triton
-    import triton.language as tl
-
     values = dict(fixed)
     constexprs = _constexprs(body)
     parameters = [f"{p}: tl.constexpr" if p in constexprs else p for p in body.arg_names if p not in values]
@@ -40,7 +38,8 @@ def specialize(body: Any, name: str, fixed: tuple[tuple[str, str], ...]) -> Any:
     )
     filename = f"<dkfuse kernel {name} {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    scope: dict[str, Any] = {"triton": triton, "tl": tl, called: body, "__name__": body.fn.__module__}
+    modules = {"triton": importlib.import_module("triton"), "tl": importlib.import_module("triton.language")}
+    scope: dict[str, Any] = {**modules, called: body, "__name__": body.fn.__module__}
     exec(compile(source, filename, "exec"), scope)
     return scope[name]
 

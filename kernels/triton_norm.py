@@ -5,6 +5,8 @@ One program per row, the whole row in registers, everything between load and sto
 the next row ahead, and software-pipelined loops: enough rows are in flight to hide every latency.
 """
 
+# Triton is a language of its own
+# mypy: ignore-errors
 # ruff: noqa: RUF005 - Triton has no starred tuples
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
 """Triton kernels without a reduction: gated_residual and scale_shift, on the row scheme of `triton_norm`."""
 
+# Triton is a language of its own
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import triton

@@ -5,6 +5,8 @@ masked, and a reduction adds the chunks before it crosses lanes once. A stride o
 means that the operand is missing; both vanish at compile time. Offsets are int64.
 """
 
+# Triton is a language of its own
+# mypy: ignore-errors
 # ruff: noqa: RUF005 - Triton has no starred tuples
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import importlib.util
 import json
 import statistics
@@ -17,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,12 +42,12 @@ def opaque(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 @functools.cache
 def kernel_node() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """norm_modulate as a `triton_op`, which traces to the Triton kernel node that the backend inserts."""
-    import triton
     from dkfuse.kernels.launch import plan
     from torch.library import triton_op, wrap_triton
 
     @functools.cache
-    def configured(kernel: object, num_warps: int, num_stages: int) -> object:
+    def configured(kernel: Any, num_warps: int, num_stages: int) -> Any:
+        triton: Any = importlib.import_module("triton")
         return triton.autotune([triton.Config({}, num_warps=num_warps, num_stages=num_stages)], key=[])(kernel)
 
     @triton_op("dkfuse_bench::norm_modulate", mutates_args=())
@@ -94,12 +96,14 @@ def measure(with_opaque: bool = True) -> dict[str, float]:
     inputs = (random(1, ROWS, WIDTH), random(WIDTH, WIDTH) / WIDTH**0.5, random(1, 1, WIDTH), random(1, 1, WIDTH))
     expected = program(eager)(*(t.double() for t in inputs))
     results = {}
-    for name, norm, options in (
-        ("inductor", eager, {}),
-        ("kernel node", kernel_node(), {}),
-        ("kernel node, static", kernel_node(), {"static_launch_user_defined_triton_kernels": True}),
-        ("opaque op", opaque, {}),
-    ):
+    static: dict[str, Any] = {"static_launch_user_defined_triton_kernels": True}
+    ways = (
+        ("inductor", eager, None),
+        ("kernel node", kernel_node(), None),
+        ("kernel node, static", kernel_node(), static),
+        ("opaque op", opaque, None),
+    )
+    for name, norm, options in ways:
         if name == "opaque op" and not with_opaque:
             continue
         torch._dynamo.reset()
