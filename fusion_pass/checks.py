@@ -97,9 +97,15 @@ def is_row_parameter(term: Term, shape: tuple) -> bool:
 
 
 def is_cut(term: Term, shape: tuple) -> bool:
-    """A full tensor that is one slice of a bigger one across a dim that is not the last: a per-token gate."""
+    """A full tensor that is made of conditioning: a per-token gate.
+
+    Either one slice of a bigger tensor across a dim that is not the last, or rows picked per token by `where`.
+    """
     if not same_shape(term.shape, shape):
         return False
+    if term.op == "leaf" and term.attrs[0].target is torch.ops.aten.where.self:
+        rows = [a.meta["val"] for a in term.attrs[0].args[1:] if isinstance(a, fx.Node)]
+        return all(not same_shape(row.shape, shape) for row in rows)
     last = len(term.shape)
     while term.op == "view":
         if term.attrs[0] == "slice" and term.attrs[1] < last - 1 + (len(term.shape) > last):
@@ -168,9 +174,6 @@ def _check_escapes(site: Candidate) -> None:
     owned = site.interior | roots | set(view.nodes(site.binding.terms["sum"]) if "sum" in site.binding.terms else ())
     last = max(view.order[node] for node in owned)
     operands = {base_node(view, term): name for name, term in site.operands.items()}
-    for node in operands.keys() & site.interior:
-        text = f"{node.name} ({node.target}) is computed inside the site and is its {operands[node]} too"
-        raise Reject(Code.ESCAPES, text)
 
     def served(node: fx.Node) -> bool:
         """The site computes `node`, or all its readers (``n * s`` of ``n + n * s``): dead code once it is replaced."""
@@ -186,6 +189,9 @@ def _check_escapes(site: Candidate) -> None:
         statistic = view.term(node) is None or bool(val.shape) and same_size(val.shape[-1], 1) and val.dim() > 1
         if not (full or statistic):
             continue  # a row parameter such as 1 + scale: cheap to compute twice
+        if node in operands:
+            text = f"{node.name} ({node.target}) is computed inside the site and is its {operands[node]} too"
+            raise Reject(Code.ESCAPES, text)
         for user in node.users:
             if not served(user):
                 raise Reject(Code.ESCAPES, f"{node.name} ({node.target}) inside the site is also read by {user.name}")

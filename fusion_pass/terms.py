@@ -89,6 +89,12 @@ def same_shape(a: Iterable, b: Iterable) -> bool:
     return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
 
 
+def differ(a: Iterable, b: Iterable) -> bool:
+    """True when two shapes are known to be different."""
+    a, b = tuple(a), tuple(b)
+    return len(a) != len(b) or any(x is not y and statically_known_true(x != y) for x, y in zip(a, b, strict=True))
+
+
 def broadcast_shape(shapes: list[tuple]) -> tuple:
     rank = max((len(s) for s in shapes), default=0)
     out: list[Any] = [1] * rank
@@ -198,8 +204,8 @@ class TermView:
         if reader is None or val.dtype not in FLOATS:
             return self.leaf(node)
         term = reader(self, node)
-        if term is None:
-            return self.leaf(node)
+        if term is None or (term.op != "const" and differ(term.shape, val.shape)):
+            return self.leaf(node)  # also ``h + zeros(2, 1, 1)``, which is h, enlarged by a constant
         return self.round(term, val.dtype)
 
     def operand(self, arg: Any) -> Term | None:

@@ -215,6 +215,7 @@ def push(view: TermView, attrs: tuple, base: Term, shape: tuple) -> Term | None:
     if base.op in NORMS:
         term = view.intern(base.op, tuple(moved), base.attrs, shape, torch.float32)
         view.reductions.setdefault(term, view.reductions[base])
+        view.statistics_dtype.setdefault(term, view.statistics_dtype[base])
         return term
     if base.op == "round":
         return view.round(moved[0], base.attrs[0])
