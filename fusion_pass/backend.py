@@ -17,6 +17,7 @@ from torch import fx
 
 from . import compat, fuse
 from .choose import resolve_target
+from .drift import keep_roundings
 from .recording import publish
 from .report import Graph
 from .settings import Settings
@@ -59,6 +60,7 @@ class _Context:
     def run(self, graph: fx.Graph) -> None:
         try:
             self.graphs.append(fuse.run(graph, self.settings))
+            keep_roundings(graph)
         except Exception as error:
             self.error = error
             raise
@@ -78,7 +80,7 @@ def _compile(gm: fx.GraphModule, inputs: Any, options: dict[str, Any], settings:
     identities = [record.uuid, *map(compat.pass_uuid, users)]
     uuid = None if None in identities else "/".join(map(str, identities))
     try:
-        compiled = compat.inductor(gm, inputs, {**options, HOOK: compat.graph_pass(passes, uuid)})
+        compiled = compat.inductor(gm, inputs, {**compat.launch_options(), **options, HOOK: compat.graph_pass(passes, uuid)})
     except Exception:
         if context.error is None or os.environ.get("DKFUSE_DEBUG") == "1":
             raise

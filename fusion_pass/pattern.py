@@ -123,15 +123,16 @@ class Mul(_Commutative):
 
 @dataclass(frozen=True)
 class Norm(Pattern):
-    """A LayerNorm or RMSNorm over the last dim of `inner`; the norm term is bound as ``norm``."""
+    """A LayerNorm or RMSNorm over the last dim of `inner`; the norm term is bound as `name`."""
 
     inner: Pattern
+    name: str = "norm"
 
     def match(self, view, term, binding):
         seen = view.expose(term)
         if seen.op in ("layer_norm", "rms_norm"):
             binding = binding.walk(*_path(term), seen)
-            if (bound := binding.bind("norm", seen)) is not None:
+            if (bound := binding.bind(self.name, seen)) is not None:
                 yield from self.inner.match(view, seen.args[0], bound)
 
 

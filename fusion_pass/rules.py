@@ -107,7 +107,7 @@ class Candidate:
     @property
     def operands(self) -> dict[str, Term]:
         """The tensor arguments of the op that are present, by argument name."""
-        return {name: t for name, t in self.binding.terms.items() if name not in ("norm", "sum")}
+        return {name: t for name, t in self.binding.terms.items() if name not in ("norm", "branch_norm", "sum")}
 
     @property
     def name(self) -> str:
@@ -126,6 +126,11 @@ class Candidate:
     @property
     def norm(self) -> Term | None:
         return self.binding.terms.get("norm")
+
+    @property
+    def branch_norm(self) -> Term | None:
+        """The norm of the branch that is added to the stream, where the site has one."""
+        return self.binding.terms.get("branch_norm")
 
     def output_nodes(self, name: str) -> list[fx.Node]:
         """The nodes that output `name` replaces: every node of that value, in its own dtype."""

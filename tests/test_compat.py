@@ -76,6 +76,10 @@ def test_mode_options():
     assert compat.mode_options("reduce-overhead") == {"triton.cudagraphs": True}
 
 
+def test_inductor_still_launches_user_kernels_statically():
+    assert compat.launch_options(), "static_launch_user_defined_triton_kernels is gone: launches cost 7 us more"
+
+
 def test_the_hook_exists():
     assert compat.inductor_config("post_grad_custom_pre_pass") is None
 

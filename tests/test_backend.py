@@ -1,0 +1,175 @@
+"""The backend itself: options, modes, passing through, falling back, numerics outside sites, and warm starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dkfuse
+from dkfuse import compat, fuse
+from dkfuse.errors import SettingsError
+
+D = 32
+
+
+def block(x, scale, shift, weight):
+    return (F.layer_norm(x, (D,)) * (1 + scale[:, None]) + shift[:, None]) @ weight
+
+
+def inputs(requires_grad=False):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 5, D), (2, D), (2, D), (D, D))
+    return [torch.randn(s, generator=generator).bfloat16().requires_grad_(requires_grad) for s in shapes]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def inductor_calls(monkeypatch):
+    """What would be handed to Inductor, which is not run."""
+    calls = []
+
+    def inductor(gm, example_inputs, options):
+        calls.append(options)
+        return gm.forward
+
+    monkeypatch.setattr(compat, "inductor", inductor)
+    return calls
+
+
+def test_modes_and_options_reach_inductor(inductor_calls):
+    with torch.no_grad():
+        torch.compile(block, backend="dkfuse", mode="reduce-overhead")(*inputs())
+        torch.compiler.reset()
+        torch.compile(block, backend="dkfuse", options={"max_autotune": True, "dkfuse.fuel": 3})(*inputs())
+        torch.compiler.reset()
+        torch.compile(block, backend="dkfuse", options={"mode": "max-autotune", "epilogue_fusion": False})(*inputs())
+    first, second, third = inductor_calls
+    assert first["triton.cudagraphs"] is True
+    assert second["max_autotune"] is True and not any(k.startswith("dkfuse") for k in second)
+    assert third["max_autotune"] is True and third["epilogue_fusion"] is False and "mode" not in third
+
+
+def test_an_unknown_option_names_the_nearest(inductor_calls):
+    with pytest.raises(Exception, match=r"dkfuse\.fuel") as caught, torch.no_grad():
+        torch.compile(block, backend="dkfuse", options={"dkfuse.feul": 3})(*inputs())
+    assert isinstance(caught.value.__cause__ or caught.value, (SettingsError, Exception))
+
+
+def test_disabled_by_the_environment(inductor_calls, monkeypatch):
+    monkeypatch.setenv("DKFUSE_DISABLE", "1")
+    with torch.no_grad(), dkfuse.record() as coverage:
+        torch.compile(block, backend="dkfuse")(*inputs())
+    assert "post_grad_custom_pre_pass" not in inductor_calls[0]
+    assert "DKFUSE_DISABLE" in (coverage.graphs[0].note or "") and not coverage.sites
+
+
+def test_training_graphs_pass_through_with_a_reason(inductor_calls):
+    with dkfuse.record() as coverage:
+        torch.compile(block, backend="dkfuse")(*inputs(requires_grad=True))
+    assert "training" in (coverage.graphs[0].note or "")
+
+
+def test_parameters_that_require_grad_are_fine_without_grad(inductor_calls):
+    with torch.no_grad(), dkfuse.record() as coverage:
+        torch.compile(block, backend="dkfuse", options={"dkfuse.remainder": "eager"})(*inputs(requires_grad=True))
+    coverage.assert_fused("norm_modulate", exactly=1)
+
+
+def test_an_error_of_ours_leaves_the_graph_to_inductor(monkeypatch, caplog):
+    def broken(graph, settings):
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr(fuse, "run", broken)
+    values = inputs()
+    with torch.no_grad(), dkfuse.record() as coverage:
+        out = torch.compile(block, backend="dkfuse")(*values)
+    assert "a bug of ours" in (coverage.graphs[0].note or "")
+    assert "a bug of ours" in caplog.text
+    torch.testing.assert_close(out, block(*values), atol=0.1, rtol=0.05)
+
+
+def test_fuel_and_rules_and_report(tmp_path):
+    def two(x, scale, shift, weight):
+        return block(block(x, scale, shift, weight), scale, shift, weight)
+
+    report = tmp_path / "coverage.json"
+    options = {"dkfuse.remainder": "eager", "dkfuse.fuel": 1, "dkfuse.report": str(report)}
+    with torch.no_grad(), dkfuse.record() as coverage:
+        torch.compile(two, backend="dkfuse", options=options)(*inputs())
+    coverage.assert_fused("norm_modulate", exactly=1)
+    (left,) = [s for s in coverage.sites if s.reason]
+    assert "fuel" in {attempt.code for attempt in left.attempts}
+    assert json.loads(report.read_text())["totals"]["fused"] == 1
+    torch.compiler.reset()
+    with torch.no_grad(), dkfuse.record() as coverage:
+        torch.compile(two, backend="dkfuse", options={"dkfuse.remainder": "eager", "dkfuse.rules": "-norm_modulate"})(
+            *inputs()
+        )
+    assert not coverage.fused("norm_modulate")
+    assert {s.reason.code for s in coverage.sites if s.reason} <= {"disabled", "feeds_pointwise"}
+
+
+def test_the_timestep_keeps_eagers_rounding():
+    """3.5 * 1000 is 3504 in bf16; Inductor alone computes the sine of 3500."""
+
+    def embed(t, frequencies):
+        return torch.sin((t.to(torch.bfloat16) * 1000)[:, None].float() * frequencies)
+
+    t, frequencies = torch.tensor([0.7, 3.5]), torch.exp(-torch.arange(8) / 2.0)
+    with torch.no_grad():
+        out = torch.compile(embed, backend="dkfuse")(t, frequencies)
+    torch.testing.assert_close(out, embed(t, frequencies), atol=2e-3, rtol=0)
+
+
+SCRIPT = """
+    import json, sys, torch, dkfuse, torch.nn.functional as F
+    torch.manual_seed(0)
+
+    def f(x, s, w):
+        return (F.layer_norm(x, (32,)) * (1 + s[:, None])) @ w
+
+    args = [torch.randn(2, 5, 32).bfloat16(), torch.randn(2, 32).bfloat16(), torch.randn(32, 32).bfloat16()]
+    with torch.no_grad(), dkfuse.record() as coverage:
+        torch.compile(f, backend="dkfuse", dynamic=False)(*args)
+    (graph,) = coverage.graphs
+    print(json.dumps({"cached": graph.from_cache, "ids": [s.id for s in coverage.sites], **coverage.totals}))
+"""
+
+
+def start(folder: pathlib.Path, **environment: str) -> dict:
+    script = folder / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    variables = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), **environment}
+    done = subprocess.run([sys.executable, str(script)], env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_warm_start_reports_what_the_cold_one_did(tmp_path):
+    cold, warm = start(tmp_path), start(tmp_path)
+    assert (cold["cached"], warm["cached"]) == (False, True), "Inductor's cache was not used"
+    assert cold["fused"] == warm["fused"] == 1 and cold["ids"] == warm["ids"]
+    for record in (tmp_path / "inductor" / "dkfuse" / "records").glob("*.json"):
+        record.unlink()
+    again = start(tmp_path)
+    assert again["fused"] == 1 and not again["cached"], "a graph without its record must be compiled anew"
+
+
+def test_an_option_is_part_of_the_cache_key(tmp_path):
+    assert start(tmp_path)["fused"] == 1
+    other = start(tmp_path, DKFUSE_FUEL="0")
+    assert other["fused"] == 0 and not other["cached"]
