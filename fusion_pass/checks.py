@@ -53,7 +53,6 @@ def _checked(site: Candidate, roundings: str) -> Candidate:
     _check_operands(site)
     _collect_interior(site)
     _check_escapes(site)
-    _check_cycles(site)
     _check_mutation(site)
     _check_layout(site)
     _set_attributes(site, roundings)
@@ -179,9 +178,9 @@ def _check_escapes(site: Candidate) -> None:
         """The site computes `node`, or all its readers (``n * s`` of ``n + n * s``): dead code once it is replaced."""
         if node in owned:
             return True
-        if node.op != "call_function" or node.is_impure() or node in operands or (node.users and view.order[node] > last):
+        if node.op != "call_function" or node.is_impure() or node in operands:
             return False
-        return all(served(user) for user in node.users)
+        return not node.users or (view.order[node] <= last and all(served(user) for user in node.users))
 
     for node in site.interior:
         val = node.meta.get("val")
@@ -195,25 +194,6 @@ def _check_escapes(site: Candidate) -> None:
         for user in node.users:
             if not served(user):
                 raise Reject(Code.ESCAPES, f"{node.name} ({node.target}) inside the site is also read by {user.name}")
-
-
-def _check_cycles(site: Candidate) -> None:
-    """No operand may depend on a result: walk up from each operand, no further than the earliest result."""
-    order = site.view.order
-    results = {n for name in site.outputs for n in site.output_nodes(name)}
-    if "sum" in site.binding.terms:
-        results.update(site.view.nodes(site.binding.terms["sum"]))
-    earliest = min(order[n] for n in results)
-    seen: set[fx.Node] = set()
-    pending = [(name, base_node(site.view, t)) for name, t in site.operands.items()]
-    while pending:
-        name, node = pending.pop()
-        if node in results:
-            raise Reject(Code.CYCLE, f"{name} depends on {node.name}, a result of the site")
-        if node in seen or order[node] < earliest:
-            continue
-        seen.add(node)
-        pending.extend((name, source) for source in node.all_input_nodes)
 
 
 def _check_mutation(site: Candidate) -> None:

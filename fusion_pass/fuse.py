@@ -25,6 +25,7 @@ from dkfuse import patterns
 from . import anchors, choose, gain, origin
 from .anchors import Anchor
 from .checks import build, build_dual, fake
+from .cycles import Together, check_cycles
 from .pattern import Binding, matches
 from .report import Graph, Reason, Site, Status
 from .rules import Candidate, Code, NotThisRule, Reject, Rule, Stage
@@ -89,6 +90,7 @@ class _Planner:
         self.queries = anchors.qk_reductions(view)
         self.claimed: dict[fx.Node, Candidate] = {}
         self.taken: list[Candidate] = []
+        self.together = Together()
         self.halves: dict[tuple[str, Term], tuple[Term, Binding]] = {}  # modulations whose norm has another reader
 
     def match(self, rules: tuple[Rule, ...], wanted: Callable[[Term], bool]) -> None:
@@ -145,6 +147,7 @@ class _Planner:
 
     def _take(self, state: _State, site: Candidate) -> None:
         settings = self.settings
+        check_cycles(site, self.together)
         for node in _all_nodes(site):
             if node in self.claimed and not _is_parameter(node, site):
                 raise Reject(Code.CLAIMED, f"{node.name} already belongs to a {self.claimed[node].name} site")
@@ -156,6 +159,7 @@ class _Planner:
         site.bytes_before, site.bytes_after = gain.traffic(site)
         state.site = site
         self.taken.append(site)
+        self.together.add(site)
         self.claimed.update(dict.fromkeys(_all_nodes(site), site))
 
 
