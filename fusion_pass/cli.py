@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import enum
 import json
+import logging
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
@@ -30,6 +33,7 @@ from .report import Coverage, Site
 if TYPE_CHECKING:
     from rich.console import Console
 
+T = TypeVar("T")
 OK, REGRESSION, BELOW, NOT_TRACED, ENVIRONMENT, USAGE, INTERNAL = 0, 1, 2, 3, 4, 64, 70
 
 Format = enum.Enum("Format", {name: name for name in FORMATS}, type=str)
@@ -190,13 +194,44 @@ def _trace(
             ) from error
     from . import recording
 
-    with recording.record() as seen, progress(f"tracing {label}", console, seen), mode_of(module, kwargs):
+    with (
+        recording.record() as seen,
+        progress(f"tracing {label}", console, seen),
+        mode_of(module, kwargs),
+        _quiet_torch(),
+    ):
         try:
-            found = recording.coverage(module, settings=settings, **kwargs)
+            found = _with_stack(recording.coverage)(module, settings=settings, **kwargs)
         except TraceError as error:
             raise _Failure(NOT_TRACED, f"{label} cannot be traced: {describe_error(error.original)}") from error
     found.model = label
     return found
+
+
+@contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """No log lines of torch about an error that is reported in one sentence anyway, unless they were asked for."""
+    wanted = "TORCH_LOGS" in os.environ or os.environ.get("DKFUSE_DEBUG") == "1"
+    before = logging.root.manager.disable
+    logging.disable(before if wanted else logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _with_stack(function: Callable[..., T]) -> Callable[..., T]:
+    """The function, called from a frame that asks for a large stack.
+
+    CPython keeps frames in chunks of 16 KB. Deep code that happens to stand at the end of one maps and unmaps the
+    next chunk at every call, which costs a full-size trace 10 of 60 seconds; a large frame gets a large chunk.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> T:
+        return function(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace(co_stacksize=1 << 16)
+    return call
 
 
 def _deliver(found: Coverage, format: str | None, output: Path | None, regressions: list[Site]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -107,7 +108,10 @@ def _listed(names: list[str]) -> str:
 def describe_error(error: BaseException) -> str:
     """`ValueError: message (file.py, line 3)`: the error of the user's code and the place that they can change."""
     place = _place(error)
-    return f"{type(error).__name__}: {first_line(error)}" + (f" ({place})" if place else "")
+    # Dynamo quotes the error of the user's operation in the middle of its own: "... got RuntimeError('shapes differ')"
+    quoted = re.search(r"""got (\w+)\((['"])(.+)\2\)""", str(error))
+    text = f"{quoted[1]}: {quoted[3]}" if quoted else f"{type(error).__name__}: {first_line(error)}"
+    return text + (f" ({place})" if place else "")
 
 
 def _place(error: BaseException) -> str | None:
