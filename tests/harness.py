@@ -71,7 +71,9 @@ def table(rows: list[Spelling]) -> Callable[..., Callable]:
 # -- running -----------------------------------------------------------------------------------------------------------
 
 
-def compiled(function: Callable[..., Any], dynamic: bool = False, remainder: str = "eager", **options: Any) -> Any:
+def compiled(
+    function: Callable[..., Any], dynamic: bool | None = False, remainder: str = "eager", **options: Any
+) -> Any:
     """``torch.compile(function, backend="dkfuse")``; `options` are dkfuse's, without their prefix."""
     chosen = {"dkfuse.remainder": remainder, **{f"dkfuse.{k}": v for k, v in options.items()}}
     return torch.compile(function, backend="dkfuse", dynamic=dynamic, options=chosen)

@@ -1,4 +1,4 @@
-"""The table of spellings, part 2: residual streams, gated or not, with the norm that follows and without.
+"""The table of spellings, part 3: residual streams, gated or not, with the norm that follows and without.
 
 G1 ``h + gate*y`` in bf16, G3 sandwich ``h + tanh(gate)*norm(y)``, G4 in fp32, G5 product in fp32, G6 single stream
 over ``cat([attn, mlp])``, G7 ungated, G8 only the norm of the sum is read. ``absorbed`` counts gated residuals that the
@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor as T
 
 from .harness import FP16, FP32, Spelling, table
-from .spellings import ln, rms0
+from .spellings import ln
+from .spellings_norms import rms0
 
 ROWS: list[Spelling] = []
 spelling = table(ROWS)
