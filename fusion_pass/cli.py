@@ -27,7 +27,7 @@ from .errors import (
     UnsupportedTorchError,
     first_line,
 )
-from .render import FORMATS, format_of, print_report, render, write
+from .render import format_of, print_report, render, write
 from .report import Coverage, Site
 
 if TYPE_CHECKING:
@@ -36,9 +36,24 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 OK, REGRESSION, BELOW, NOT_TRACED, ENVIRONMENT, USAGE, INTERNAL = 0, 1, 2, 3, 4, 64, 70
 
-Format = enum.Enum("Format", {name: name for name in FORMATS}, type=str)
-Size = enum.Enum("Size", {"tiny": "tiny", "full": "full"}, type=str)
-Dtype = enum.Enum("Dtype", {name: name for name in ("bf16", "fp16", "fp32")}, type=str)
+
+class Format(str, enum.Enum):
+    text = "text"
+    json = "json"
+    html = "html"
+    markdown = "markdown"
+
+
+class Size(str, enum.Enum):
+    tiny = "tiny"
+    full = "full"
+
+
+class Dtype(str, enum.Enum):
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
 
 app = typer.Typer(
     add_completion=False,
@@ -313,7 +328,7 @@ def _explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, _Failure):
         return error.code, str(error)
     if isinstance(error, _ClickError):
-        message = error.format_message().strip().rstrip(".")  # type: ignore[attr-defined]
+        message = error.format_message().strip().rstrip(".")
         return USAGE, f"{message[:1].lower()}{message[1:]}; see dkfuse --help"
     if isinstance(error, (ModelError, SettingsError, ReportError)):
         return USAGE, str(error)

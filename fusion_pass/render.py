@@ -20,6 +20,7 @@ COLOURS = {
     Status.REJECTED: "yellow",
     Status.UNMATCHED: "red",
 }
+WIDE = 110  # columns from which on the sources have a column of their own
 FORMATS = ("text", "json", "html", "markdown")
 _BY_EXTENSION = {".html": "html", ".htm": "html", ".md": "markdown", ".markdown": "markdown", ".txt": "text"}
 
@@ -48,7 +49,7 @@ def print_report(coverage: Coverage, console: Console, regressions: Sequence[Sit
     if coverage.sites:
         console.print(_bar(coverage, min(console.width, 100)))
         console.print()
-        console.print(_family_table(coverage))
+        console.print(_family_table(coverage) if console.width >= WIDE else _family_list(coverage))
     reasons = summary.by_reason(coverage)
     if reasons:
         console.print()
@@ -197,6 +198,24 @@ def _family_table(coverage: Coverage) -> RenderableType:
     return table
 
 
+def _family_list(coverage: Coverage) -> RenderableType:
+    from rich.text import Text
+
+    text = Text(f"{'Family, rule':36}{'Sites':>6}{'Fused':>8}{'Traffic':>9}  Kernel", "bold")
+    for group in summary.by_family(coverage):
+        colour = "green" if group.fused == len(group.sites) else "yellow" if group.fused else "red"
+        text.append(f"\n\n{group.name:36}{len(group.sites):>6}", "bold")
+        text.append(f"{summary.percent(group.share):>8}", colour)
+        text.append(f"{_traffic(group):>9}")
+        for row in group.rows:
+            status = row.status
+            text.append(f"\n  {row.name:34}", COLOURS[status] if status else "")
+            text.append(f"{len(row.sites):>6}{row.fused or '-':>8}{_traffic(row):>9}  {_kernel(row)}")
+            if where := row.sources():
+                text.append(f"\n      {where}", "dim")
+    return text
+
+
 def _reason_list(reasons: list[summary.ReasonGroup]) -> RenderableType:
     from rich.console import Group
     from rich.padding import Padding
@@ -214,6 +233,12 @@ def _reason_list(reasons: list[summary.ReasonGroup]) -> RenderableType:
             body.append("\n" + where, "dim")
         parts += [head, Padding(body, (0, 0, 0, 6))]
     return Group(*parts)
+
+
+def _kernel(group: summary.Group) -> str:
+    if group.absorbed == len(group.sites):
+        return "in a wider one"
+    return group.kernels + (f", {group.absorbed} in a wider one" if group.absorbed else "")
 
 
 def _traffic(group: summary.Group) -> str:

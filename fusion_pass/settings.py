@@ -75,7 +75,7 @@ def _optional(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def _path(value: Any) -> str:
     if isinstance(value, (str, os.PathLike)) and os.fspath(value):
-        return os.fspath(value)  # type: ignore[return-value]
+        return str(os.fspath(value))
     raise ValueError("a path")
 
 

@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+
+from dkfuse import cli, recording, zoo
 from dkfuse.errors import TraceError
 from dkfuse.progress import progress
 from dkfuse.report import Coverage, Graph, Reason, Site, Status
 from dkfuse.settings import Settings
 from dkfuse.weightless import FakeTensor
-from rich.console import Console
-
-from dkfuse import cli, recording, zoo
 
 pytest.importorskip("diffusers")
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from dkfuse.errors import ReportError
-from dkfuse.report import FAMILIES, SCHEMA, STAGES, Coverage, Graph, Reason, Site, Status
 from hypothesis import given
 from hypothesis import strategies as st
+
+from dkfuse.errors import ReportError
+from dkfuse.report import FAMILIES, SCHEMA, STAGES, Coverage, Graph, Reason, Site, Status
 
 TEXT = st.text(max_size=12)
 REASON = st.builds(Reason, st.sampled_from(STAGES), TEXT, TEXT, st.none() | TEXT)

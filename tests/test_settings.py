@@ -6,11 +6,12 @@ import string
 import warnings
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from dkfuse.errors import SettingsError, UnsupportedTorchError, UntestedTorchWarning
 from dkfuse.settings import LOG_LEVELS, TARGETS, Settings, setting_fields, unknown_variables
 from dkfuse.versions import TESTED_TORCH, check_torch, release
-from hypothesis import given
-from hypothesis import strategies as st
 
 NAMES = [f.name for f in setting_fields()]
 WORDS = st.text(string.ascii_lowercase + "_", min_size=1, max_size=12)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from dkfuse.errors import ModelError
-from dkfuse.weightless import SMALL, WeightlessMode, mode_of, without_memory
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 
 from dkfuse import zoo
+from dkfuse.errors import ModelError
+from dkfuse.weightless import SMALL, WeightlessMode, mode_of, without_memory
 
 pytest.importorskip("diffusers")
 NAMES = list(zoo.MODELS)
