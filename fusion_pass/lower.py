@@ -152,13 +152,13 @@ def lower_to_triton(graph: fx.Graph, call: fx.Node, parts: dict[tuple[fx.Node, s
         }
         node = graph.call_function(compat.triton_call_target(), (), kwargs)
         parameter = {n: p for p, n in launch.tensors.items()}
-        node.meta["val"] = {parameter[n]: b.meta["val"] for n, b in buffers.items()}
+        node.meta["val"] = {parameter[n]: _like(b.meta["val"]) for n, b in buffers.items()}
         node.meta["eager_input_vals"] = fake_arguments(node)
         _copy_origin(call, node)
         items = {}
         for name, buffer in buffers.items():
             items[name] = graph.call_function(operator.getitem, (node, parameter[name]))
-            items[name].meta["val"] = buffer.meta["val"]
+            items[name].meta["val"] = node.meta["val"][parameter[name]]
     for name, place in places.items():
         _advance(place.join, items[name])
     _replace_results(graph, call, names, items)
@@ -203,8 +203,13 @@ def _allocate(graph: fx.Graph, value: torch.Tensor, tensors: list[fx.Node]) -> f
         (with_symbols(graph, size, tensors), with_symbols(graph, stride, tensors)),
         {"dtype": value.dtype, "device": value.device},
     )
-    node.meta["val"] = value
+    node.meta["val"] = _like(value)
     return node
+
+
+def _like(value: torch.Tensor) -> torch.Tensor:
+    """A fake tensor of its own: torch clones a buffer before a kernel writes to it if others seem to share its storage."""
+    return value.new_empty_strided(value.shape, value.stride())
 
 
 def _replace_results(graph: fx.Graph, call: fx.Node, names: list[str], items: dict[str, fx.Node]) -> None:
@@ -217,7 +222,7 @@ def _replace_results(graph: fx.Graph, call: fx.Node, names: list[str], items: di
     graph.erase_node(call)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _configured(kernel: Any, num_warps: int, num_stages: int) -> Any:
     """`kernel` with its launch configuration, in the form that Inductor reads it from."""
     import triton
@@ -226,7 +231,7 @@ def _configured(kernel: Any, num_warps: int, num_stages: int) -> Any:
     return triton.autotune(configs=[config], key=[])(kernel)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _sm_count(device: torch.device) -> int:
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(device).multi_processor_count
@@ -270,10 +275,9 @@ _definitions: dict[tuple, fx.Graph] = {}
 
 
 def _trace(op: str, tensors: dict[str, torch.Tensor], constants: dict[str, Any]) -> fx.Graph:
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     from dkfuse.kernels.ops import reference_outputs
     from dkfuse.kernels.support import OPERANDS
+    from torch.fx.experimental.proxy_tensor import make_fx
 
     defaults = {a.name: a.default_value for a in getattr(torch.ops.dkfuse, op).default._schema.arguments}
     names = OPERANDS[op][2]

@@ -126,3 +126,46 @@ def test_the_native_definition_is_traced_once_per_signature():
     first = lower.definition("norm_modulate", {"x": x}, constants)
     assert lower.definition("norm_modulate", {"x": x}, constants) is first
     assert lower.definition("norm_modulate", {"x": x[:1]}, constants) is not first
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_torch_copies_no_buffer_before_a_kernel_writes_it(dynamic, monkeypatch):
+    """The functional kernel nodes must all be made in-place by Inductor, those that share a joint tensor too."""
+    from torch._inductor import compile_fx
+    from torch._inductor.fx_passes import post_grad
+
+    seen = {}
+
+    class Stop(Exception):
+        pass
+
+    def every_site_as_kernel(graph, calls):
+        order = {node: i for i, node in enumerate(graph.nodes)}
+        calls = sorted(calls, key=lambda call: order[call])
+        parts = joins.find(graph, calls)
+        for call in calls:
+            lower.lower_to_triton(graph, call, parts)
+        compat.stable_topological_sort(graph)
+        graph.eliminate_dead_code()
+
+    passes = post_grad.post_grad_passes
+
+    def stop_after_passes(gm, is_inference):
+        passes(gm, is_inference)
+        targets = [str(n.target) for n in gm.graph.nodes]
+        seen.update(kernels=sum("triton_kernel" in t for t in targets), copies=sum("clone" in t for t in targets))
+        raise Stop
+
+    monkeypatch.setattr(lower, "lower", every_site_as_kernel)
+    monkeypatch.setattr(compile_fx, "post_grad_passes", stop_after_passes)
+
+    def stream(a, b, y, g, s, t, w):
+        r = a + g[:, None] * y
+        return torch.cat([modulate(r, s, t), modulate(b, s, t)], 1) @ w, r
+
+    values = inputs((2, 3, D), (2, 5, D), (2, 3, D), (2, D), (2, D), (2, D), (D, D))
+    torch.compiler.reset()
+    with torch.no_grad(), pytest.raises(Exception, match="Stop"):
+        options = {"dkfuse.target": "sm90", "force_disable_caches": True}
+        torch.compile(stream, backend="dkfuse", dynamic=dynamic, options=options)(*values)
+    assert seen == {"kernels": 2, "copies": 0}
