@@ -13,7 +13,7 @@ from typing import Any
 
 from .axes import Axis, Int, collapse, inner_stride
 from .configs import Config, choose
-from .support import supports
+from .support import has_branch_norm, supports
 from .unsupported import Unsupported
 
 __all__ = ["Launch", "Unsupported", "plan", "run", "supports"]
@@ -23,8 +23,13 @@ _NORM_POINTERS = (
     ("gate", "weight", "bias", "scale", "shift", "scale2", "shift2"),
     ("sum", "out", "out2"),
 )
-LAYOUT_MULTIPLES = 16
+_BRANCH_POINTERS = (
+    ("x", "residual"),
+    ("gate", "branch_weight", "weight", "bias", "scale", "shift", "scale2", "shift2"),
+    ("sum", "out", "out2"),
+)
 _POINTWISE_POINTERS = (("x", "residual"), ("gate", "scale", "shift"), ("out",))
+LAYOUT_MULTIPLES = 16
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,8 @@ def plan(
     x = arguments["x"]
     shape = tuple(x.shape)
     pointwise = op in ("gated_residual", "scale_shift")
-    full, broadcast, results = _POINTWISE_POINTERS if pointwise else _NORM_POINTERS
+    sandwich = has_branch_norm(arguments)
+    full, broadcast, results = _POINTWISE_POINTERS if pointwise else _BRANCH_POINTERS if sandwich else _NORM_POINTERS
     tensors = {name: arguments[name] for name in (*full, *broadcast) if arguments.get(name) is not None}
     for name in results:
         if outputs.get(name) is not None:
@@ -93,6 +99,7 @@ def plan(
     scalars = {name: value for name, value in values.items() if fixed[name] is None}
 
     from .specialize import specialize
+    from .triton_branch import row_branch_norm
     from .triton_norm import row_norm
     from .triton_pointwise import row_pointwise
 
@@ -101,8 +108,8 @@ def plan(
         programs = programs * axis.size
     return Launch(
         kernel=specialize(
-            row_pointwise if pointwise else row_norm,
-            f"dkfuse_{op}",
+            row_pointwise if pointwise else row_branch_norm if sandwich else row_norm,
+            f"dkfuse_{op}_branch" if sandwich else f"dkfuse_{op}",
             tuple((name, text) for name, text in fixed.items() if text is not None),
         ),
         grid=(programs, 1, 1),
@@ -161,6 +168,10 @@ def _constants(arguments: Mapping[str, Any], pointwise: bool, width: int, axes: 
         constants["CENTER"] = arguments["norm"] == "layer"
         constants["EPS"] = float(arguments["eps"])
         constants["WEIGHT_OFFSET"] = float(arguments.get("weight_offset", 0.0))
+    if has_branch_norm(arguments):
+        constants["BRANCH_CENTER"] = arguments["branch_norm"] == "layer"
+        constants["BRANCH_EPS"] = float(arguments.get("branch_eps", 0.0))
+        constants["BRANCH_WEIGHT_OFFSET"] = float(arguments.get("branch_weight_offset", 0.0))
     return constants
 
 

@@ -1,8 +1,10 @@
 """The dkfuse ops: `torch.ops.dkfuse.*`, functional, inference only.
 
-    z   = residual + gate*x                       gate None: residual + x; ops without a residual: z = x
+    y   = norm_b(x)*(branch_weight_offset + branch_weight)      branch_weight optional; branch_norm="none": y = x
+    z   = residual + gate*y                       gate None: residual + y; ops without a residual: z = x
     n   = (z - mean(z)) * rsqrt(var(z) + eps)     norm="layer", biased variance
         = z * rsqrt(mean(z^2) + eps)              norm="rms"; both over the last dim, eps may be 0
+    norm_b: as n, by branch_norm and branch_eps   only in the residual_norm_modulate ops (sandwich norms)
     a   = n*(weight_offset + weight) + bias       weight, bias optional
     out = a*(scale_offset + scale) + shift        scale, shift optional; scale None: factor 1
     out2 = a*(scale_offset + scale2) + shift2     likewise
@@ -13,13 +15,14 @@
     norm_modulate_dual            out, out2
     residual_norm_modulate_dual   sum, out, out2
 
-Shapes: x and residual `[..., D]`, equal; gate, weight, bias, scale, shift, scale2, shift2 right-broadcast to it (last
-dim D or 1, or 0-D) with any strides and are read in place. Results are contiguous, of x's shape; `sum` is an empty
-`[0]` tensor where sum_dtype is None.
+Shapes: x and residual `[..., D]`, equal; gate, branch_weight, weight, bias, scale, shift, scale2, shift2
+right-broadcast to it (last dim D or 1, or 0-D) with any strides and are read in place. Results are contiguous, of x's
+shape; `sum` is an empty `[0]` tensor where sum_dtype is None.
 Dtypes: fp16, bf16 or fp32, mixed freely; arithmetic is fp32; outputs are rounded once to out_dtype and sum_dtype.
 `roundings` (kernels.rounding.Rounding) adds eager's roundings of intermediates to x.dtype; the norm reads the rounded
 sum only under SUM.
-Errors: ValueError for fp64 or integer tensors, shapes that do not fit, an unknown norm, another result dtype.
+Errors: ValueError for fp64 or integer tensors, shapes that do not fit, an unknown norm, a branch_weight without a
+branch_norm, another result dtype.
 
 Implementations: `CompositeExplicitAutograd` is plain torch (`reference.py`), `CUDA` launches Triton and falls back to
 plain torch where `supports` says no or triton is missing.
@@ -41,26 +44,26 @@ from . import reference
 from .axes import Int
 from .launch import Launch, plan, run, supports
 from .rounding import ALL_ROUNDINGS
-from .support import ACTIVATIONS, NORMS, OPERANDS
+from .support import ACTIVATIONS, NORMS, OPERANDS, branch_problem
 
 _NORM_TAIL = (
-    "*, str norm, float eps, float weight_offset=0., float scale_offset=1., {sums}ScalarType out_dtype, int roundings=0"
+    "*, str norm, float eps, float weight_offset=0., float scale_offset=1., {more}ScalarType out_dtype, int roundings=0"
 )
+_RESIDUAL_TAIL = _NORM_TAIL.format(
+    more='str branch_norm="none", float branch_eps=0., float branch_weight_offset=0., ScalarType? sum_dtype, '
+)
+_RESIDUAL = "Tensor x, Tensor residual, Tensor? gate, Tensor? branch_weight"
 _MODULATION = "Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift"
 _SECOND = "Tensor? scale2, Tensor? shift2"
 
 SCHEMAS: dict[str, str] = {
-    "norm_modulate": f"(Tensor x, {_MODULATION}, {_NORM_TAIL.format(sums='')}) -> Tensor",
-    "residual_norm_modulate": (
-        f"(Tensor x, Tensor residual, Tensor? gate, {_MODULATION}, {_NORM_TAIL.format(sums='ScalarType? sum_dtype, ')})"
-        " -> (Tensor sum, Tensor out)"
-    ),
+    "norm_modulate": f"(Tensor x, {_MODULATION}, {_NORM_TAIL.format(more='')}) -> Tensor",
+    "residual_norm_modulate": f"({_RESIDUAL}, {_MODULATION}, {_RESIDUAL_TAIL}) -> (Tensor sum, Tensor out)",
     "norm_modulate_dual": (
-        f"(Tensor x, {_MODULATION}, {_SECOND}, {_NORM_TAIL.format(sums='')}) -> (Tensor out, Tensor out2)"
+        f"(Tensor x, {_MODULATION}, {_SECOND}, {_NORM_TAIL.format(more='')}) -> (Tensor out, Tensor out2)"
     ),
     "residual_norm_modulate_dual": (
-        f"(Tensor x, Tensor residual, Tensor? gate, {_MODULATION}, {_SECOND}, "
-        f"{_NORM_TAIL.format(sums='ScalarType? sum_dtype, ')}) -> (Tensor sum, Tensor out, Tensor out2)"
+        f"({_RESIDUAL}, {_MODULATION}, {_SECOND}, {_RESIDUAL_TAIL}) -> (Tensor sum, Tensor out, Tensor out2)"
     ),
     "gated_residual": "(Tensor x, Tensor residual, Tensor? gate, *, ScalarType out_dtype, int roundings=0) -> Tensor",
     "scale_shift": (
@@ -88,6 +91,8 @@ def check(op: str, arguments: dict[str, Any]) -> None:
         raise ValueError(f"dkfuse::{op}: x has no dims; it needs at least one.")
     if "norm" in arguments and arguments["norm"] not in NORMS:
         raise ValueError(f"dkfuse::{op}: norm is {arguments['norm']!r}; use one of {', '.join(NORMS)}.")
+    if (reason := branch_problem(arguments)) is not None:
+        raise ValueError(f"dkfuse::{op}: {reason.message}")
     if not 0 <= arguments["roundings"] <= ALL_ROUNDINGS:
         raise ValueError(
             f"dkfuse::{op}: roundings is {arguments['roundings']}; Rounding flags are 0 to {ALL_ROUNDINGS}."
@@ -132,16 +137,19 @@ def reference_outputs(op: str, arguments: dict[str, Any], compute: torch.dtype =
     """The outputs of `op` in plain torch, still in `compute`."""
     x, roundings = arguments["x"], arguments["roundings"]
     if op == "gated_residual":
-        return {"out": reference.gate_and_add(x, arguments["residual"], arguments["gate"], roundings, compute)}
+        y, residual, gate = x.to(compute), arguments["residual"], arguments["gate"]
+        return {"out": reference.gate_and_add(y, residual, gate, roundings, x.dtype)}
     if op == "scale_shift":
         scale, shift, offset = (arguments[name] for name in ("scale", "shift", "scale_offset"))
         return {"out": reference.modulate(x.to(compute), scale, shift, offset, roundings, x.dtype)}
     operands = ("residual", "gate", "weight", "bias", "scale", "shift", "scale2", "shift2")
     values = ("norm", "eps", "weight_offset", "scale_offset", "roundings")
+    branch = ("branch_weight", "branch_norm", "branch_eps", "branch_weight_offset")
     results = reference.residual_norm_modulate_dual(
         x,
         *(arguments.get(name) for name in operands),
         **{name: arguments[name] for name in values},
+        **{name: arguments[name] for name in branch if name in arguments},
         compute=compute,
     )
     return {name: value for name, value in zip(("sum", "out", "out2"), results, strict=True) if name in OPERANDS[op][2]}

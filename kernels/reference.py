@@ -16,23 +16,32 @@ def _rounded(value: Tensor, dtype: torch.dtype, roundings: int, flag: Rounding) 
     return value.to(dtype).to(value.dtype) if roundings & flag else value
 
 
-def gate_and_add(
-    x: Tensor, residual: Tensor | None, gate: Tensor | None, roundings: int, compute: torch.dtype
-) -> Tensor:
-    """z = residual + gate*x, in `compute`; without a residual z = x, without a gate the factor is 1."""
-    z = x.to(compute)
-    if residual is None:
-        return z
-    if gate is not None:
-        z = _rounded(z * gate.to(compute), x.dtype, roundings, Rounding.GATE_PRODUCT)
-    return _rounded(residual.to(compute) + z, x.dtype, roundings, Rounding.SUM)
-
-
 def normalize(z: Tensor, norm: str, eps: float) -> Tensor:
     """layer: (z-mean)*rsqrt(var+eps), biased variance; rms: z*rsqrt(mean(z^2)+eps). Over the last dim."""
     if norm == "layer":
         z = z - z.mean(-1, keepdim=True)
     return z * torch.rsqrt(z.square().mean(-1, keepdim=True) + eps)
+
+
+def branch(
+    y: Tensor, norm: str, eps: float, weight: Tensor | None, weight_offset: float, roundings: int, dtype: torch.dtype
+) -> Tensor:
+    """norm_b(y)*(weight_offset+weight), the weight optional; y itself for norm "none"."""
+    if norm == "none":
+        return y
+    y = _rounded(normalize(y, norm, eps), dtype, roundings, Rounding.BRANCH)
+    if weight is not None:
+        y = _rounded(y * (weight_offset + weight.to(y.dtype)), dtype, roundings, Rounding.BRANCH_WEIGHTED)
+    return y
+
+
+def gate_and_add(y: Tensor, residual: Tensor | None, gate: Tensor | None, roundings: int, dtype: torch.dtype) -> Tensor:
+    """z = residual + gate*y, in y's dtype; without a residual z = y, without a gate the factor is 1."""
+    if residual is None:
+        return y
+    if gate is not None:
+        y = _rounded(y * gate.to(y.dtype), dtype, roundings, Rounding.GATE_PRODUCT)
+    return _rounded(residual.to(y.dtype) + y, dtype, roundings, Rounding.SUM)
 
 
 def affine(
@@ -75,10 +84,15 @@ def residual_norm_modulate_dual(
     weight_offset: float,
     scale_offset: float,
     roundings: int,
+    branch_weight: Tensor | None = None,
+    branch_norm: str = "none",
+    branch_eps: float = 0.0,
+    branch_weight_offset: float = 0.0,
     compute: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(z, out, out2) in `compute`, before the outputs are rounded to their dtypes."""
-    z = gate_and_add(x, residual, gate, roundings, compute)
+    y = branch(x.to(compute), branch_norm, branch_eps, branch_weight, branch_weight_offset, roundings, x.dtype)
+    z = gate_and_add(y, residual, gate, roundings, x.dtype)
     a = affine(normalize(z, norm, eps), weight, bias, weight_offset, roundings, x.dtype)
     return (
         z,

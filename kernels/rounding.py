@@ -20,6 +20,8 @@ class Rounding(IntFlag):
     AFFINE = 16  # n * (weight_offset + weight) + bias
     ONE_PLUS = 32  # scale_offset + scale
     PRODUCT = 64  # a * (scale_offset + scale)
+    BRANCH = 128  # the normalised x, before the branch weight
+    BRANCH_WEIGHTED = 256  # n_b(x) * (branch_weight_offset + branch_weight)
 
 
-ALL_ROUNDINGS = int(Rounding(127))
+ALL_ROUNDINGS = int(Rounding(511))

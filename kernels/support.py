@@ -17,16 +17,21 @@ from .unsupported import Unsupported
 
 MAX_ROW = 16384
 NORMS = ("layer", "rms")
+BRANCH_NORMS = ("none", *NORMS)
 ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
 
 # op -> (operands of x's full shape, operands that broadcast to it, outputs)
 OPERANDS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "norm_modulate": (("x",), ("weight", "bias", "scale", "shift"), ("out",)),
-    "residual_norm_modulate": (("x", "residual"), ("gate", "weight", "bias", "scale", "shift"), ("sum", "out")),
+    "residual_norm_modulate": (
+        ("x", "residual"),
+        ("gate", "branch_weight", "weight", "bias", "scale", "shift"),
+        ("sum", "out"),
+    ),
     "norm_modulate_dual": (("x",), ("weight", "bias", "scale", "shift", "scale2", "shift2"), ("out", "out2")),
     "residual_norm_modulate_dual": (
         ("x", "residual"),
-        ("gate", "weight", "bias", "scale", "shift", "scale2", "shift2"),
+        ("gate", "branch_weight", "weight", "bias", "scale", "shift", "scale2", "shift2"),
         ("sum", "out", "out2"),
     ),
     "gated_residual": (("x", "residual"), ("gate",), ("out",)),
@@ -54,7 +59,7 @@ def supports(op: str, arguments: Mapping[str, Any]) -> Unsupported | None:
     """None if the Triton kernels take this call, else the first reason why not.
 
     Codes: "op", "dtype", "device", "rank", "row_too_long", "symbolic_row", "empty", "shape", "broadcast",
-    "inner_stride", "outer_dims".
+    "inner_stride", "outer_dims", "branch_norm".
     `arguments` maps the op's argument names to tensor-likes (shape, dtype, device, stride()) or values.
     """
     if op not in OPERANDS:
@@ -73,7 +78,24 @@ def supports(op: str, arguments: Mapping[str, Any]) -> Unsupported | None:
             return Unsupported("dtype", f"{key} is {dtype}; the kernels write float16, bfloat16 and float32.")
     if x.dim() == 0:
         return Unsupported("rank", "x has no dims; the ops work on rows, give it at least one dim.")
-    return _row(x) or _shapes(op, arguments) or _outer_dims(op, arguments)
+    return branch_problem(arguments) or _row(x) or _shapes(op, arguments) or _outer_dims(op, arguments)
+
+
+def has_branch_norm(arguments: Mapping[str, Any]) -> bool:
+    """True if x is normalised before the gate (the sandwich norms)."""
+    return arguments.get("branch_norm", "none") != "none"
+
+
+def branch_problem(arguments: Mapping[str, Any]) -> Unsupported | None:
+    """What is wrong with the arguments of a branch norm; also the ops' own error."""
+    norm = arguments.get("branch_norm", "none")
+    if norm not in BRANCH_NORMS:
+        return Unsupported("branch_norm", f"branch_norm is {norm!r}; use one of {', '.join(BRANCH_NORMS)}.")
+    if norm == "none" and arguments.get("branch_weight") is not None:
+        return Unsupported(
+            "branch_norm", "branch_weight is given but branch_norm is 'none'; name its norm, 'layer' or 'rms'."
+        )
+    return None
 
 
 def _row(x: Any) -> Unsupported | None:

@@ -14,7 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_rows import gated, indices, load_operand, load_row, modulated, place, rounded, shifted, store_chunk
+from .triton_rows import gated, indices, load_operand, load_row, modulated, place, shifted, store_chunk
+from .triton_statistics import centred, root_factor, weighted
 
 
 @triton.jit
@@ -123,29 +124,11 @@ def row_norm(
             store_chunk(sum, sum_at, i, zs[i], D, CHUNK)
 
     if CENTER:
-        total = zs[0]
-        for i in tl.static_range(1, CHUNKS):
-            total += zs[i]
-        mean = tl.sum(total, axis=0) / D
-        centred = ()
-        for i in tl.static_range(CHUNKS):
-            if (i + 1) * CHUNK > D:
-                columns = i * CHUNK + tl.arange(0, CHUNK)
-                centred = centred + (tl.where(columns < D, zs[i] - mean, 0.0),)
-            else:
-                centred = centred + (zs[i] - mean,)
-        zs = centred
-    squares = zs[0] * zs[0]
-    for i in tl.static_range(1, CHUNKS):
-        squares += zs[i] * zs[i]
-    factor = tl.rsqrt(tl.sum(squares, axis=0) / D + EPS)
+        zs = centred(zs, D, CHUNK, CHUNKS)
+    factor = root_factor(zs, EPS, D, CHUNKS)
 
     for i in tl.static_range(CHUNKS):
-        a = rounded(zs[i] * factor, DTYPE, ROUNDINGS & 4)
-        if weight is not None:
-            a = rounded(a * (WEIGHT_OFFSET + weights[i].to(tl.float32)), DTYPE, ROUNDINGS & 8)
-        if bias is not None:
-            a = rounded(a + biases[i].to(tl.float32), DTYPE, ROUNDINGS & 16)
+        a = weighted(zs[i] * factor, i, weights, biases, WEIGHT_OFFSET, DTYPE, ROUNDINGS)
         value = modulated(a, i, scales, shifts, SCALE_OFFSET, DTYPE, ROUNDINGS)
         store_chunk(out, out_at, i, value, D, CHUNK)
         if out2 is not None:

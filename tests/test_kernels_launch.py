@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
 from dkfuse.kernels.configs import WARPS, choose
 from dkfuse.kernels.launch import Launch, plan, supports
 from dkfuse.kernels.support import MAX_ROW
 from dkfuse.kernels.unsupported import Unsupported
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 pytest.importorskip("triton")
 
@@ -60,6 +61,44 @@ def test_kernels_are_shared_between_calls_of_one_pattern() -> None:
     assert first.kernel is second.kernel
     assert planned(norm_call(meta(1, 512, 3072))).kernel is not first.kernel
     assert first.kernel.__name__ == "dkfuse_norm_modulate"
+
+
+def branch_call(x: torch.Tensor, **operands: Any) -> dict[str, Any]:
+    width = x.shape[-1]
+    more = {"residual": x, "gate": meta(1, 1, width), "branch_weight": meta(width), "weight": meta(width)}
+    more.update(scale=meta(1, 1, width), norm="rms", branch_norm="rms", branch_eps=1e-5, sum_dtype=BF16)
+    return norm_call(x, **{**more, **operands})
+
+
+def test_a_branch_norm_has_a_kernel_of_its_own() -> None:
+    x = meta(1, 4096, 3840)
+    launch = planned(branch_call(x), "residual_norm_modulate")
+    assert parameters(launch) == {*launch.tensors, *launch.scalars, *launch.constants}
+    assert set(launch.tensors) == {"x", "residual", "gate", "branch_weight", "weight", "scale", "sum", "out"}
+    assert launch.scalars == {}
+    assert launch.kernel.__name__ == "dkfuse_residual_norm_modulate_branch"
+    assert "row_branch_norm(" in inspect.getsource(launch.kernel.fn)
+    branch = {k: v for k, v in launch.constants.items() if k.startswith("BRANCH")}
+    assert branch == {"BRANCH_CENTER": False, "BRANCH_EPS": 1e-5, "BRANCH_WEIGHT_OFFSET": 0.0}
+
+
+def test_calls_without_a_branch_norm_keep_their_kernel() -> None:
+    x = meta(1, 4096, 3840)
+    call = branch_call(x, branch_norm="none", branch_weight=None, branch_weight_offset=0.0)
+    launch = planned(call, "residual_norm_modulate")
+    plain = planned({k: v for k, v in call.items() if not k.startswith("branch")}, "residual_norm_modulate")
+    assert launch == plain
+    assert launch.kernel is plain.kernel
+    assert launch.kernel.__name__ == "dkfuse_residual_norm_modulate"
+    assert not any("branch" in name.lower() for name in (*launch.constants, *launch.kernel.arg_names))
+    assert "branch" not in inspect.getsource(launch.kernel.fn)
+
+
+@pytest.mark.parametrize("call", [branch_call(meta(2, 5, 64), branch_norm=norm) for norm in ("none", "group")])
+def test_supports_refuses_a_branch_weight_without_a_norm(call: dict[str, Any]) -> None:
+    reason = supports("residual_norm_modulate", call)
+    assert reason is not None
+    assert reason.code == "branch_norm"
 
 
 @pytest.mark.parametrize(
@@ -211,12 +250,14 @@ def sm90(monkeypatch: pytest.MonkeyPatch) -> Any:
     driver._active = previous
 
 
-def test_inductor_sees_that_only_outputs_are_written(sm90: Any) -> None:
+@pytest.mark.parametrize("branch_norm", ["none", "layer", "rms"])
+def test_inductor_sees_that_only_outputs_are_written(sm90: Any, branch_norm: str) -> None:
     """A kernel that its analysis does not understand counts as writing every operand, which costs a copy of each."""
     import torch._higher_order_ops.triton_kernel_wrap as wrap
 
     x, row = torch.empty(2, 8, 96, dtype=BF16), torch.empty(2, 1, 96, dtype=BF16)
     arguments = norm_call(x, residual=x, gate=row, scale=row, shift=row, weight=row, bias=row, sum_dtype=BF16)
+    arguments.update(branch_norm=branch_norm, branch_weight=row if branch_norm != "none" else None)
     launch = planned(arguments, "residual_norm_modulate")
     tensors = {**arguments, "out": x, "sum": x}
     kwargs = {**{p: tensors[n] for p, n in launch.tensors.items()}, **launch.scalars, **launch.constants}
@@ -226,6 +267,30 @@ def test_inductor_sees_that_only_outputs_are_written(sm90: Any) -> None:
         accesses = wrap.identify_accessed_tensors(launch.kernel, kwargs, {})
         written = {dep.name for dep in accesses.read_writes.writes}
     assert written == {"sum", "out"}
+
+
+def compiled_ptx(launch: Launch, target: Any) -> str:
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as compile_kernel
+
+    names = launch.kernel.arg_names
+    signature = {n: "*bf16" if n in launch.tensors else "constexpr" for n in names}
+    constants = {(names.index(n),): v for n, v in launch.constants.items()}
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in launch.tensors}
+    source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=aligned)
+    return compile_kernel(source, target=target, options={"num_warps": launch.num_warps}).asm["ptx"]
+
+
+@pytest.mark.parametrize("roundings", [0, 511])
+@pytest.mark.parametrize("width", [2304, 3072, 3840])
+def test_branch_norms_read_every_row_once(sm90: Any, width: int, roundings: int) -> None:
+    launch = planned(branch_call(meta(1, 4096, width), roundings=roundings), "residual_norm_modulate")
+    ptx = compiled_ptx(launch, sm90)
+    chunks = launch.constants["CHUNKS"]
+    assert sum("ld.global" in line and ".v4." in line for line in ptx.splitlines()) == 6 * chunks
+    assert ptx.count("st.global") == 2 * chunks
+    assert ".local" not in ptx
+    assert "fma.rn.bf16" not in ptx
 
 
 @pytest.mark.parametrize("capability", [80, 90])

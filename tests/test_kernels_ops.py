@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+
 from dkfuse.kernels import ops, reference
 from dkfuse.kernels.rounding import Rounding
 from dkfuse.kernels.support import OPERANDS
@@ -32,6 +33,8 @@ def arguments_of(op: str, dtype: torch.dtype = BF16, parameters: torch.dtype = F
         arguments[name] = vectors[slices[name]] if name in slices else random(96, dtype=parameters, seed=len(name))
     if "weight" in broadcast:
         arguments.update(norm="layer", eps=1e-6, weight_offset=0.0)
+    if "branch_weight" in broadcast:
+        arguments.update(branch_norm="rms", branch_eps=1e-5, branch_weight_offset=0.0)
     if "scale" in broadcast:
         arguments["scale_offset"] = 1.0
     if "sum" in outputs:
@@ -58,6 +61,34 @@ def test_against_fp64(op: str, dtype: torch.dtype, parameters: torch.dtype) -> N
             assert value.shape == SHAPE
             assert value.is_contiguous()
             assert (value.double() - expected[name]).norm() / expected[name].norm() < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("op", ["residual_norm_modulate", "residual_norm_modulate_dual"])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("branch_norm", ["none", "layer", "rms"])
+def test_branch_norms_against_fp64(op: str, dtype: torch.dtype, branch_norm: str) -> None:
+    for norm in ("layer", "rms"):
+        arguments = arguments_of(op, dtype, norm=norm, branch_norm=branch_norm, branch_weight_offset=1.0)
+        arguments["branch_weight"] = arguments["branch_weight"] if branch_norm != "none" else None
+        x, h, g = (arguments[name].double() for name in ("x", "residual", "gate"))
+        if branch_norm == "layer":
+            x = F.layer_norm(x, (96,), eps=1e-5) * (1 + arguments["branch_weight"].double())
+        elif branch_norm == "rms":
+            x = F.rms_norm(x, (96,), eps=1e-5) * (1 + arguments["branch_weight"].double())
+        expected = ops.reference_outputs(op, arguments, compute=FP64)
+        torch.testing.assert_close(expected["sum"], h + g * x)
+        for name, value in call(op, arguments).items():
+            assert (value.double() - expected[name]).norm() / expected[name].norm() < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("op", ["residual_norm_modulate", "residual_norm_modulate_dual"])
+def test_branch_arguments_have_defaults(op: str) -> None:
+    """The compiler side hands over only what a site has."""
+    arguments = arguments_of(op, branch_norm="none", branch_weight=None, branch_eps=0.0)
+    few = {k: v for k, v in arguments.items() if not k.startswith("branch")}
+    for name, value in ops.reference_outputs(op, few).items():
+        assert torch.equal(value, ops.reference_outputs(op, arguments)[name])
+        assert torch.equal(value.to(BF16), call(op, {**few, "branch_weight": None})[name])
 
 
 def test_fp64_reference_is_the_formula() -> None:
@@ -141,11 +172,36 @@ def test_residual_roundings_reproduce_eager() -> None:
     assert torch.equal(ours(y, h, g, out_dtype=BF16), torch.addcmul(h.float(), g.float(), y.float()).to(BF16))
 
 
+def test_sandwich_roundings_reproduce_eager() -> None:
+    """G3, then A2: Z-Image's `x = x + gate.tanh() * norm2(y)`, `norm1(x) * scale`, both norms R0."""
+    y, h, g, s = random(*SHAPE), random(*SHAPE, seed=1), random(2, 1, 96, seed=2).tanh(), random(2, 1, 96, seed=3)
+    w2, w1 = random(96, seed=4), random(96, seed=5)
+    eager = h + g * (norm32(y, "rms").to(BF16) * w2)
+    next_norm = (norm32(eager, "rms").to(BF16) * w1) * (1.0 + s)
+    names = ("BRANCH", "BRANCH_WEIGHTED", "GATE_PRODUCT", "SUM", "NORM", "WEIGHTED", "ONE_PLUS")
+    dtypes = {"sum_dtype": BF16, "out_dtype": BF16}
+    both = {"norm": "rms", "eps": 1e-6, "branch_norm": "rms", "branch_eps": 1e-6}
+    ours = torch.ops.dkfuse.residual_norm_modulate
+    total, out = ours(y, h, g, w2, w1, None, s, None, **both, **dtypes, roundings=flags(*names))
+    assert torch.equal(total, eager)
+    assert torch.equal(out, next_norm)
+    # R1, one rounding behind the weight, and R2, no weight, each differ from R0.
+    r1 = h + g * (norm32(y, "rms") * w2.float()).to(BF16)
+    total, _ = ours(y, h, g, w2, w1, None, s, None, **both, **dtypes, roundings=flags(*names[1:]))
+    assert torch.equal(total, r1)
+    assert not torch.equal(r1, eager)
+    total, _ = ours(y, h, g, None, w1, None, s, None, **both, **dtypes, roundings=flags(*names))
+    assert torch.equal(total, h + g * norm32(y, "rms").to(BF16))
+    # G3m: Mochi's norm and gate share one rounding.
+    total, _ = ours(y, h, g, None, w1, None, s, None, **both, **dtypes, roundings=flags("GATE_PRODUCT", "SUM"))
+    assert torch.equal(total, h + (norm32(y, "rms") * g.float()).to(BF16))
+
+
 def test_the_norm_reads_the_rounded_sum_only_under_sum() -> None:
     y, h = random(*SHAPE), random(*SHAPE, seed=1)
     z = (h + y).float()
     common = {"norm": "layer", "eps": 1e-6, "sum_dtype": BF16, "out_dtype": FP32}
-    arguments = (y, h, None, None, None, None, None)
+    arguments = (y, h, None, None, None, None, None, None)
     total, out = torch.ops.dkfuse.residual_norm_modulate(*arguments, **common, roundings=flags("SUM"))
     assert torch.equal(total, z.to(BF16))
     torch.testing.assert_close(out, norm32(z, "layer"))
@@ -156,10 +212,17 @@ def test_the_norm_reads_the_rounded_sum_only_under_sum() -> None:
 # -- edges --
 
 
-@pytest.mark.parametrize("op", ops.OPS)
-def test_opcheck(op: str) -> None:
+@pytest.mark.parametrize(
+    ("op", "change"),
+    [
+        *((op, {}) for op in ops.OPS),
+        ("residual_norm_modulate", {"branch_norm": "none", "branch_weight": None}),
+        ("residual_norm_modulate", {"branch_norm": "layer", "branch_weight": None}),
+    ],
+)
+def test_opcheck(op: str, change: dict[str, Any]) -> None:
     schema = getattr(torch.ops.dkfuse, op).default._schema
-    arguments = arguments_of(op)
+    arguments = arguments_of(op, **change)
     args = tuple(arguments[a.name] for a in schema.arguments if not a.kwarg_only)
     kwargs = {a.name: arguments[a.name] for a in schema.arguments if a.kwarg_only}
     torch.library.opcheck(getattr(torch.ops.dkfuse, op).default, args, kwargs)
@@ -167,7 +230,8 @@ def test_opcheck(op: str) -> None:
 
 @pytest.mark.parametrize("op", ops.OPS)
 def test_missing_operands(op: str) -> None:
-    arguments = {k: None if k in OPERANDS[op][1] else v for k, v in arguments_of(op).items()}
+    change = {"branch_norm": "none"} if op.startswith("residual") else {}
+    arguments = {k: None if k in OPERANDS[op][1] else v for k, v in arguments_of(op, **change).items()}
     for name, value in call(op, arguments).items():
         z = arguments["x"].float() + (arguments["residual"].float() if "residual" in arguments else 0)
         expected = norm32(z, "layer") if "norm" in op and name != "sum" else z
@@ -208,6 +272,10 @@ def test_zero_tokens(op: str) -> None:
         ("norm_modulate", {"shift": random(2, 2, 5, 96)}, "does not broadcast"),
         ("norm_modulate", {"x": random().squeeze()}, "x has no dims"),
         ("gated_residual", {"residual": random(2, 4, 96)}, "residual has shape (2, 4, 96) but x (2, 5, 96)"),
+        ("residual_norm_modulate", {"branch_norm": "none"}, "branch_weight is given but branch_norm is 'none'"),
+        ("residual_norm_modulate", {"branch_norm": "group"}, "branch_norm is 'group'"),
+        ("residual_norm_modulate_dual", {"branch_weight": random(95)}, "branch_weight of shape (95,) does not"),
+        ("residual_norm_modulate_dual", {"branch_weight": random(96, dtype=FP64)}, "branch_weight has dtype"),
     ],
 )
 def test_errors_name_the_value(op: str, change: dict[str, Any], words: str) -> None:

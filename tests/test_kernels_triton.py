@@ -28,13 +28,14 @@ if not INTERPRETED:
         assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 else:
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+
     from dkfuse.kernels import ops
     from dkfuse.kernels.configs import Config
     from dkfuse.kernels.launch import plan, run
     from dkfuse.kernels.rounding import Rounding
     from dkfuse.kernels.support import OPERANDS, supports
-    from hypothesis import given, settings
-    from hypothesis import strategies as st
 
     DTYPES = (torch.bfloat16, torch.float16, torch.float32)
     TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-9, torch.float32: 3e-6}
@@ -77,6 +78,13 @@ else:
         view = storage[..., pad * inner :: inner]
         return view.permute([*(list(order).index(i) for i in range(len(order))), len(order)])
 
+    def branches(draw: Any) -> dict[str, Any]:
+        return {
+            "branch_norm": draw(st.sampled_from(["none", "layer", "rms"])),
+            "branch_eps": draw(st.sampled_from([1e-5, 1e-2])),
+            "branch_weight_offset": draw(st.sampled_from([0.0, 1.0])),
+        }
+
     @st.composite
     def calls(draw: Any) -> tuple[str, dict[str, Any], Config | None]:
         op = draw(st.sampled_from(sorted(OPERANDS)))
@@ -103,12 +111,16 @@ else:
                 eps=draw(st.sampled_from([1e-6, 1e-5, 1e-2])),
                 weight_offset=draw(st.sampled_from([0.0, 1.0])),
             )
+        if "branch_weight" in broadcast:
+            arguments.update(branches(draw))
+            if arguments["branch_norm"] == "none":
+                arguments["branch_weight"] = None
         if "scale" in broadcast:
             arguments["scale_offset"] = draw(st.sampled_from([0.0, 1.0]))
         if "sum" in OPERANDS[op][2]:
             arguments["sum_dtype"] = draw(st.sampled_from([None, *DTYPES]))
         arguments["out_dtype"] = draw(st.sampled_from(DTYPES))
-        arguments["roundings"] = draw(st.sampled_from([0, 0, 127, draw(st.integers(0, 127))]))
+        arguments["roundings"] = draw(st.sampled_from([0, 0, 511, draw(st.integers(0, 511))]))
         chunk = draw(st.sampled_from([4, 8, 16]))
         config = Config(chunk=chunk, chunks=-(-width // chunk), num_warps=1)
         return op, arguments, draw(st.sampled_from([None, config]))
@@ -117,7 +129,7 @@ else:
     @given(calls())
     def test_kernel_means_what_the_op_means(call: tuple[str, dict[str, Any], Config | None]) -> None:
         op, arguments, config = call
-        if arguments["x"].shape[-1] == 1 and arguments.get("norm") == "layer":
+        if arguments["x"].shape[-1] == 1 and "layer" in (arguments.get("norm"), arguments.get("branch_norm")):
             return  # the variance of one element is rounding noise
         assert supports(op, arguments) is None or supports(op, arguments).code == "outer_dims"
         if supports(op, arguments) is None:
@@ -130,6 +142,53 @@ else:
         defaults = {"weight": None, "bias": None, "scale": None, "shift": None, "weight_offset": 0.0}
         values = {"scale_offset": 1.0, "norm": "layer", "eps": 1e-6, "out_dtype": x.dtype, "roundings": 0}
         return {"x": x, **defaults, **values, **operands}
+
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @given(st.data())
+    def test_branch_norms_at_real_widths(data: Any) -> None:
+        """Odd widths and widths of the models with sandwich norms, in the tuned configuration."""
+        draw = data.draw
+        width = draw(st.sampled_from([72, 1003, 1536, 2304, 3840]))
+        dtype, parameters = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(DTYPES))
+        seeds = iter(range(draw(st.integers(0, 1000)) * 20, 10**6))
+        x, residual = (row(2, 3, width, dtype=dtype, seed=next(seeds)) for _ in range(2))
+        vectors = row(2, 1, 5 * width, dtype=parameters, seed=next(seeds)).chunk(5, dim=-1)
+        gate, weight, branch_weight = (
+            draw(st.sampled_from([None, tensor]))
+            for tensor in (vectors[0].tanh(), *(row(width, dtype=parameters, seed=next(seeds)) for _ in range(2)))
+        )
+        arguments = norm_call(x, residual=residual, gate=gate, weight=weight, scale=vectors[1], shift=vectors[2])
+        arguments.update(branches(draw), norm=draw(st.sampled_from(["layer", "rms"])), sum_dtype=dtype)
+        arguments["branch_weight"] = branch_weight if arguments["branch_norm"] != "none" else None
+        arguments["roundings"] = draw(st.sampled_from([0, 128, 384, 511]))
+        assert_same("residual_norm_modulate", arguments)
+        second = {"scale2": vectors[3], "shift2": vectors[4]}
+        assert_same("residual_norm_modulate_dual", {**arguments, **second})
+
+    @pytest.mark.parametrize("branch_norm", ["layer", "rms"])
+    def test_masked_lanes_do_not_count_in_the_branch(branch_norm: str) -> None:
+        x = row(3, 37, dtype=torch.float32) + 100
+        more = {"residual": x * 2, "gate": row(dtype=torch.float32), "branch_weight": row(37), "sum_dtype": x.dtype}
+        for chunk in (8, 16, 32, 64):
+            config = Config(chunk=chunk, chunks=-(-37 // chunk), num_warps=1)
+            call = norm_call(x, **more, branch_norm=branch_norm, branch_eps=1e-6, branch_weight_offset=1.0)
+            assert_same("residual_norm_modulate", call, config)
+
+    def test_branch_roundings_are_separate() -> None:
+        """Each flag alone is the reference with that flag: fp16, the interpreter truncates to bf16."""
+        half = torch.float16
+        x, h = row(2, 3, 40, dtype=half), row(2, 3, 40, dtype=half, seed=1)
+        more = {"residual": h, "gate": row(2, 1, 40, dtype=half, seed=2), "branch_weight": row(40, dtype=half, seed=3)}
+        common = {"branch_norm": "rms", "branch_eps": 1e-6, "branch_weight_offset": 0.0, "sum_dtype": torch.float32}
+        sums = {}
+        for flag in (0, int(Rounding.BRANCH), int(Rounding.BRANCH_WEIGHTED)):
+            call = norm_call(x, **more, **common, norm="rms", roundings=flag)
+            sums[flag] = ours("residual_norm_modulate", call)["sum"]
+            expected = plain("residual_norm_modulate", call)["sum"]
+            close = torch.isclose(sums[flag], expected, rtol=2e-6, atol=2e-6)
+            assert close.float().mean() > 0.98  # the rest fell on the other side of a tie
+        assert not torch.allclose(sums[0], sums[int(Rounding.BRANCH)], rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(sums[int(Rounding.BRANCH)], sums[int(Rounding.BRANCH_WEIGHTED)], rtol=1e-5, atol=1e-5)
 
     def test_pointwise_roundings_are_eagers() -> None:
         """In fp16: the interpreter truncates to bf16 instead of rounding. bf16 is checked on the GPU."""

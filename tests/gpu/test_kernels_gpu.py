@@ -72,7 +72,7 @@ def test_every_width(width: int) -> None:
     compare("norm_modulate", arguments)
     gate = random(2, 1, 6 * width, seed=9).chunk(6, dim=-1)[0]
     residual = random(*shape, seed=7)
-    arguments.update(residual=residual, gate=gate, sum_dtype=BF16)
+    arguments.update(residual=residual, gate=gate, branch_weight=None, sum_dtype=BF16)
     compare("residual_norm_modulate", arguments)
 
 
@@ -83,6 +83,7 @@ def test_dtypes(dtype: torch.dtype, parameters: torch.dtype, norm: str) -> None:
     arguments = norm_arguments((2, 33, 1536), dtype, parameters, norm=norm, weight_offset=1.0)
     second = {"scale2": arguments["shift"], "shift2": arguments["scale"]}
     residual = {"residual": random(2, 33, 1536, seed=3), "gate": arguments["shift"], "sum_dtype": FP32}
+    residual["branch_weight"] = None
     compare("norm_modulate", arguments)
     compare("norm_modulate_dual", {**arguments, **second})
     compare("residual_norm_modulate", {**arguments, **residual})
@@ -90,6 +91,36 @@ def test_dtypes(dtype: torch.dtype, parameters: torch.dtype, norm: str) -> None:
     pointwise = {"x": arguments["x"], "out_dtype": dtype}
     compare("gated_residual", {**pointwise, "residual": residual["residual"], "gate": residual["gate"]})
     compare("scale_shift", {**pointwise, "scale": arguments["scale"], "shift": arguments["shift"]})
+
+
+@pytest.mark.parametrize("width", [72, 1003, 1536, 2304, 3072, 3840, 16384])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("branch_norm", ["layer", "rms"])
+def test_branch_norms(width: int, dtype: torch.dtype, branch_norm: str) -> None:
+    shape = (2, 33, width)
+    arguments = norm_arguments(shape, dtype, BF16, norm="rms", bias=None, branch_norm=branch_norm, branch_eps=1e-5)
+    gate = random(2, 1, 6 * width, seed=9).chunk(6, dim=-1)[3].tanh()
+    arguments.update(residual=random(*shape, dtype=dtype, seed=7), gate=gate, sum_dtype=dtype)
+    compare("residual_norm_modulate", {**arguments, "branch_weight": random(width, seed=4)})
+    second = {"scale2": arguments["shift"], "shift2": arguments["scale"], "branch_weight_offset": 1.0}
+    compare("residual_norm_modulate_dual", {**arguments, **second, "branch_weight": random(width, dtype=FP32, seed=4)})
+    compare("residual_norm_modulate", {**arguments, "branch_weight": None, "gate": None})
+
+
+def test_branch_roundings_on_the_gpu() -> None:
+    """Z-Image's sandwich: all but sums on the other side of a tie are eager's bits."""
+    from dkfuse.kernels.rounding import Rounding
+
+    y, h = random(2, 33, 3840), random(2, 33, 3840, seed=1)
+    gate, scale = random(2, 1, 2 * 3840, seed=2).tanh().chunk(2, dim=-1)
+    w2, w1 = random(3840, seed=3), random(3840, seed=4)
+    n = (y.float() * torch.rsqrt(y.float().pow(2).mean(-1, keepdim=True) + 1e-5)).to(BF16)
+    flags = Rounding.BRANCH | Rounding.BRANCH_WEIGHTED | Rounding.GATE_PRODUCT | Rounding.SUM
+    values = {"norm": "rms", "eps": 1e-5, "branch_norm": "rms", "branch_eps": 1e-5, "roundings": int(flags)}
+    total, _ = torch.ops.dkfuse.residual_norm_modulate(
+        y, h, gate, w2, w1, None, scale, None, **values, sum_dtype=BF16, out_dtype=BF16
+    )
+    assert (total == h + gate * (n * w2)).float().mean().item() > 0.999
 
 
 def test_layouts() -> None:
@@ -157,8 +188,9 @@ def test_roundings_on_the_gpu() -> None:
 
 def test_kernel_node_in_a_compiled_program() -> None:
     """As a Triton kernel node Inductor launches it itself, and sees that it writes `out` only."""
-    from dkfuse.bench.launch import eager, kernel_node
     from torch._inductor.utils import run_and_get_code
+
+    from dkfuse.bench.launch import eager, kernel_node
 
     x, scale, shift = random(2, 33, 1152), random(2, 1, 1152), random(2, 1, 1152, seed=1)
     norm = kernel_node()

@@ -1,0 +1,160 @@
+"""The sandwich norms' kernel: residual_norm_modulate with a norm on the branch, two dependent reductions in one launch.
+
+    z = residual + gate * (norm_b(x) * (BRANCH_WEIGHT_OFFSET + branch_weight)), then as in `triton_norm`
+
+x, residual and z stay in registers between the reductions. A body of its own, so that calls without a branch norm keep
+their kernels.
+"""
+
+# Triton is a language of its own
+# mypy: ignore-errors
+# ruff: noqa: RUF005 - Triton has no starred tuples
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_rows import gated, indices, load_operand, load_row, modulated, place, rounded, shifted, store_chunk
+from .triton_statistics import centred, root_factor, weighted
+
+
+@triton.jit
+def row_branch_norm(
+    x,
+    residual,
+    gate,
+    branch_weight,
+    weight,
+    bias,
+    scale,
+    shift,
+    scale2,
+    shift2,
+    sum,
+    out,
+    out2,
+    n0,
+    n1,
+    x_s0,
+    x_s1,
+    x_s2,
+    residual_s0,
+    residual_s1,
+    residual_s2,
+    gate_s0,
+    gate_s1,
+    gate_s2,
+    gate_si,
+    branch_weight_s0,
+    branch_weight_s1,
+    branch_weight_s2,
+    branch_weight_si,
+    weight_s0,
+    weight_s1,
+    weight_s2,
+    weight_si,
+    bias_s0,
+    bias_s1,
+    bias_s2,
+    bias_si,
+    scale_s0,
+    scale_s1,
+    scale_s2,
+    scale_si,
+    shift_s0,
+    shift_s1,
+    shift_s2,
+    shift_si,
+    scale2_s0,
+    scale2_s1,
+    scale2_s2,
+    scale2_si,
+    shift2_s0,
+    shift2_s1,
+    shift2_s2,
+    shift2_si,
+    sum_offset,
+    sum_s0,
+    sum_s1,
+    sum_s2,
+    out_offset,
+    out_s0,
+    out_s1,
+    out_s2,
+    out2_offset,
+    out2_s0,
+    out2_s1,
+    out2_s2,
+    D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    AXES: tl.constexpr,
+    CENTER: tl.constexpr,
+    EPS: tl.constexpr,
+    WEIGHT_OFFSET: tl.constexpr,
+    BRANCH_CENTER: tl.constexpr,
+    BRANCH_EPS: tl.constexpr,
+    BRANCH_WEIGHT_OFFSET: tl.constexpr,
+    SCALE_OFFSET: tl.constexpr,
+    ROUNDINGS: tl.constexpr,
+):
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    i0, i1, i2 = indices(n0, n1, AXES)
+    x_at = place(i0, i1, i2, x_s0, x_s1, x_s2)
+    residual_at = place(i0, i1, i2, residual_s0, residual_s1, residual_s2)
+    gate_at = place(i0, i1, i2, gate_s0, gate_s1, gate_s2)
+    branch_weight_at = place(i0, i1, i2, branch_weight_s0, branch_weight_s1, branch_weight_s2)
+    weight_at = place(i0, i1, i2, weight_s0, weight_s1, weight_s2)
+    bias_at = place(i0, i1, i2, bias_s0, bias_s1, bias_s2)
+    scale_at = place(i0, i1, i2, scale_s0, scale_s1, scale_s2)
+    shift_at = place(i0, i1, i2, shift_s0, shift_s1, shift_s2)
+    scale2_at = place(i0, i1, i2, scale2_s0, scale2_s1, scale2_s2)
+    shift2_at = place(i0, i1, i2, shift2_s0, shift2_s1, shift2_s2)
+    sum_at = shifted(place(i0, i1, i2, sum_s0, sum_s1, sum_s2), sum_offset)
+    out_at = shifted(place(i0, i1, i2, out_s0, out_s1, out_s2), out_offset)
+    out2_at = shifted(place(i0, i1, i2, out2_s0, out2_s1, out2_s2), out2_offset)
+
+    # Every load stands before the reductions, so that their latencies overlap.
+    xs = load_row(x, x_at, D, CHUNK, CHUNKS)
+    residuals = load_row(residual, residual_at, D, CHUNK, CHUNKS)
+    gates = load_operand(gate, gate_at, gate_si, D, CHUNK, CHUNKS)
+    branch_weights = load_operand(branch_weight, branch_weight_at, branch_weight_si, D, CHUNK, CHUNKS)
+    weights = load_operand(weight, weight_at, weight_si, D, CHUNK, CHUNKS)
+    biases = load_operand(bias, bias_at, bias_si, D, CHUNK, CHUNKS)
+    scales = load_operand(scale, scale_at, scale_si, D, CHUNK, CHUNKS)
+    shifts = load_operand(shift, shift_at, shift_si, D, CHUNK, CHUNKS)
+    scales2 = load_operand(scale2, scale2_at, scale2_si, D, CHUNK, CHUNKS)
+    shifts2 = load_operand(shift2, shift2_at, shift2_si, D, CHUNK, CHUNKS)
+
+    ys = ()
+    for i in tl.static_range(CHUNKS):
+        ys = ys + (xs[i].to(tl.float32),)
+    if BRANCH_CENTER:
+        ys = centred(ys, D, CHUNK, CHUNKS)
+    factor = root_factor(ys, BRANCH_EPS, D, CHUNKS)
+    branch = ()
+    for i in tl.static_range(CHUNKS):
+        y = rounded(ys[i] * factor, DTYPE, ROUNDINGS & 128)
+        if branch_weight is not None:
+            y = rounded(y * (BRANCH_WEIGHT_OFFSET + branch_weights[i].to(tl.float32)), DTYPE, ROUNDINGS & 256)
+        branch = branch + (y,)
+
+    zs = ()
+    for i in tl.static_range(CHUNKS):
+        zs = zs + (gated(branch, i, residuals, gates, DTYPE, ROUNDINGS),)
+    if sum is not None:
+        for i in tl.static_range(CHUNKS):
+            store_chunk(sum, sum_at, i, zs[i], D, CHUNK)
+
+    if CENTER:
+        zs = centred(zs, D, CHUNK, CHUNKS)
+    factor = root_factor(zs, EPS, D, CHUNKS)
+
+    for i in tl.static_range(CHUNKS):
+        a = weighted(zs[i] * factor, i, weights, biases, WEIGHT_OFFSET, DTYPE, ROUNDINGS)
+        value = modulated(a, i, scales, shifts, SCALE_OFFSET, DTYPE, ROUNDINGS)
+        store_chunk(out, out_at, i, value, D, CHUNK)
+        if out2 is not None:
+            value = modulated(a, i, scales2, shifts2, SCALE_OFFSET, DTYPE, ROUNDINGS)
+            store_chunk(out2, out2_at, i, value, D, CHUNK)
