@@ -16,7 +16,10 @@ FP32 = torch.float32
 
 @dataclass(frozen=True)
 class Case:
-    """One call of `op` on x of `shape`. `parameters` is the dtype of gate, scale and shift, `wide` their shape."""
+    """One call of `op` on x of `shape`. `parameters` is the dtype of gate, scale and shift, `residual` the stream's.
+
+    branch: the gate takes an RMS norm of x, with a weight (a sandwich norm).
+    """
 
     name: str
     op: str
@@ -27,6 +30,7 @@ class Case:
     per_token: bool = False
     weight: bool = False
     shift: bool = True
+    branch: bool = False
 
     def inputs(self, seed: int) -> dict[str, Tensor | None]:
         """Random CUDA operands; gate, scale and shift are slices of one modulation vector, as models chunk them."""
@@ -45,6 +49,8 @@ class Case:
             operands.update(scale=vectors[1], shift=vectors[2] if self.shift else None)
         if "norm" in self.op:
             operands.update(weight=random(width) if self.weight else None, bias=None)
+        if self.branch:
+            operands.update(branch_weight=random(width))
         if self.op.endswith("dual"):
             operands.update(scale2=vectors[3], shift2=vectors[4])
         return operands
@@ -58,10 +64,12 @@ class Case:
             values.update(norm=self.norm, eps=1e-6, weight_offset=0.0)
         if self.op.startswith("residual"):
             values["sum_dtype"] = self.residual
+        if self.branch:
+            values.update(branch_norm="rms", branch_eps=1e-6, branch_weight_offset=0.0)
         return values
 
     def eager(self) -> Callable[[dict[str, Tensor | None]], tuple[Tensor, ...]]:
-        """The same as the model's own code spells it (spellings A1, A1r, A2, A4, G1, G4)."""
+        """The same as the model's own code spells it (spellings A1, A1r, A2, A4, G1, G3, G4)."""
         return lambda operands: _eager(self, **operands)  # type: ignore[arg-type]
 
     def traffic(self, operands: dict[str, Tensor | None]) -> int:
@@ -74,11 +82,16 @@ class Case:
         return total + (size * 2 if self.op.startswith("residual") and self.residual == FP32 else 0)
 
 
+def _rms(x: Tensor) -> Tensor:
+    return (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)).to(BF16)
+
+
 def _eager(
     case: Case,
     x: Tensor,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
+    branch_weight: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     scale: Tensor | None = None,
@@ -87,6 +100,8 @@ def _eager(
     shift2: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     results: list[Tensor] = []
+    if branch_weight is not None:
+        x = _rms(x) * branch_weight
     if residual is not None and gate is not None:
         mixed = gate.dtype != x.dtype
         x = (residual.float() + x * gate).type_as(residual) if mixed else residual + gate * x
@@ -96,7 +111,7 @@ def _eager(
         if case.norm == "layer":
             a = F.layer_norm(wide, wide.shape[-1:], eps=1e-6)
         else:
-            a = (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)).to(BF16)
+            a = _rms(x)
             a = a * weight if weight is not None else a
     elif case.op == "scale_shift":
         a = x
@@ -125,6 +140,15 @@ _SHAPES: tuple[tuple[str, tuple[int, int, int], dict[str, Any]], ...] = (
 CASES: tuple[Case, ...] = (
     *(Case(name, "norm_modulate", shape, **more) for name, shape, more in _SHAPES),
     *(Case(name, "residual_norm_modulate", shape, **more) for name, shape, more in _SHAPES),
+    Case(
+        "Z-Image 4096x3840 sandwich",
+        "residual_norm_modulate",
+        (1, 4096, 3840),
+        norm="rms",
+        weight=True,
+        shift=False,
+        branch=True,
+    ),
     Case("SD3.5-L dual", "norm_modulate_dual", (2, 4096, 2432)),
     Case("SD3.5-L dual", "residual_norm_modulate_dual", (2, 4096, 2432)),
     Case("Flux image", "gated_residual", (1, 4096, 3072)),
