@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 import warnings
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -198,3 +199,9 @@ def test_release() -> None:
     assert release("2.13.0+cpu") == (2, 13)
     with pytest.raises(ValueError, match="not a version number"):
         release("main")
+
+
+def test_readme_lists_every_setting() -> None:
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    for row in Settings().table():
+        assert f"| `{row.option}` | `{row.variable}` |" in readme
