@@ -10,7 +10,7 @@ belong to Inductor and are handed on untouched. torch.compile takes `mode` or `o
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -174,6 +174,17 @@ class Settings:
         listed = [name for name in self.rules if not name.startswith("-")]
         only_removals = bool(self.rules) and not listed
         return f"-{rule}" not in self.rules and (rule in listed or only_removals)
+
+    def check_names(self, rules: Iterable[str], providers: Iterable[str]) -> None:
+        """Raise SettingsError for a rule or kernel provider that does not exist. They register outside this module."""
+        for option, given, known in (
+            ("rules", [name.removeprefix("-") for name in self.rules or ()], list(rules)),
+            ("kernels", self.kernels or (), list(providers)),
+        ):
+            for name in given:
+                if name not in known:
+                    what = "rule" if option == "rules" else "kernel provider"
+                    raise SettingsError(f"{PREFIX}{option}: there is no {what} {name!r}{did_you_mean(name, known)}")
 
     def table(self) -> list[Row]:
         """One row per setting, in the order of the class."""

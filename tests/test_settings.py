@@ -137,6 +137,16 @@ def test_rule_lists(listed: list[str], removed: list[str]) -> None:
     assert not any(only_removed.allows(name) for name in removed)
 
 
+def test_names_that_do_not_exist() -> None:
+    rules, providers = ("norm", "norm_modulate"), ("triton", "native")
+    Settings().check_names(rules, providers)
+    Settings(rules=("-norm", "norm_modulate"), kernels=("native",)).check_names(rules, providers)
+    with pytest.raises(SettingsError, match=r"dkfuse\.rules: there is no rule 'normm'; did you mean 'norm'"):
+        Settings(rules=("-normm",)).check_names(rules, providers)
+    with pytest.raises(SettingsError, match="no kernel provider 'trition'; did you mean 'triton'"):
+        Settings(kernels=("trition",)).check_names(rules, providers)
+
+
 def test_no_rules_at_all() -> None:
     assert not Settings(rules=()).allows("norm")
     assert Settings().allows("norm")
