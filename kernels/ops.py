@@ -145,12 +145,10 @@ def reference_outputs(op: str, arguments: dict[str, Any], compute: torch.dtype =
     operands = ("residual", "gate", "weight", "bias", "scale", "shift", "scale2", "shift2")
     values = ("norm", "eps", "weight_offset", "scale_offset", "roundings")
     branch = ("branch_weight", "branch_norm", "branch_eps", "branch_weight_offset")
+    keywords: dict[str, Any] = {name: arguments[name] for name in values}
+    keywords.update((name, arguments[name]) for name in branch if name in arguments)
     results = reference.residual_norm_modulate_dual(
-        x,
-        *(arguments.get(name) for name in operands),
-        **{name: arguments[name] for name in values},
-        **{name: arguments[name] for name in branch if name in arguments},
-        compute=compute,
+        x, *(arguments.get(name) for name in operands), **keywords, compute=compute
     )
     return {name: value for name, value in zip(("sum", "out", "out2"), results, strict=True) if name in OPERANDS[op][2]}
 
