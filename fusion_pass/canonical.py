@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from .terms import Term, TermView, getitem_source, same_size
-from .views import read_cat, read_split, VIEW_READERS
+from .views import VIEW_READERS, read_cat, read_split
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -223,7 +223,9 @@ def read_addcmul(view: TermView, node: fx.Node) -> Term | None:
 def read_pow(view: TermView, node: fx.Node) -> Term | None:
     base = view.operand(node.args[0])
     exponent = node.args[1]
-    return view.make("pow", base, attrs=(exponent,)) if base is not None and isinstance(exponent, (int, float)) else None
+    return (
+        view.make("pow", base, attrs=(exponent,)) if base is not None and isinstance(exponent, (int, float)) else None
+    )
 
 
 def read_cast(view: TermView, node: fx.Node) -> Term | None:

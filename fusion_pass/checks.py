@@ -40,7 +40,9 @@ def build_dual(first: tuple[Term, Binding], second: tuple[Term, Binding], rule: 
     if nodes[0].dtype != nodes[1].dtype or ("scale" in one.terms) != ("scale" in two.terms):
         raise Reject(Code.ESCAPES, "the norm feeds two modulations of different dtype or form")
     extra = {f"{n}2": two.terms[n] for n in ("scale", "shift") if n in two.terms}
-    binding = Binding({**one.terms, **extra}, one.numbers, {**two.roundings, **one.roundings}, one.interior + two.interior)
+    binding = Binding(
+        {**one.terms, **extra}, one.numbers, {**two.roundings, **one.roundings}, one.interior + two.interior
+    )
     site = Candidate(rule, view, root, binding, tuple(nodes[0].shape), nodes[0].device, family=rule.family, dual=True)
     site.outputs.update(out=root, out2=other_root)
     return _checked(site, roundings)
@@ -80,7 +82,9 @@ def _check_operands(site: Candidate) -> None:
         if not same_shape(norm.shape, shape):
             text = f"the norm has shape {text_shape(norm.shape)}, the result {text_shape(shape)}"
             raise Reject(Code.BROADCAST, text + "; the modulation must not enlarge it")
-        _check_eps(site, norm)
+        for statistic in (norm, site.branch_norm):
+            if statistic is not None:
+                _check_eps(site, statistic)
     elif site.rule.op == "gated_residual":
         if not (is_row_parameter(operands["gate"], shape) or is_cut(operands["gate"], shape)):
             raise Reject(Code.BROADCAST, "no factor is broadcast over the tokens: not a gate")
@@ -126,24 +130,22 @@ def _check_eps(site: Candidate, norm: Term) -> None:
 
 
 def _collect_interior(site: Candidate) -> None:
-    """Every node whose work the op takes over, roots excluded: the terms walked, and the inside of the norm."""
-    view, stop = site.view, set(site.binding.terms.values()) - {site.norm}
+    """Every node whose work the op takes over, roots excluded: the terms walked, and the inside of each norm."""
+    view, stop = site.view, set(site.binding.terms.values()) - {site.norm, site.branch_norm}
     for term in site.binding.interior:
         if term not in stop and all(term is not out for out in site.outputs.values()):
             site.interior.update(view.nodes(term))
-    if site.norm is not None:
-        below = set()
-        for operand in (site.binding.terms.get("x"), site.binding.terms.get("sum")):
-            below.update(view.nodes(operand) if operand is not None else ())
-        pending = [n for t in site.binding.interior if t.op in ("layer_norm", "rms_norm") for n in view.nodes(t)]
-        site.interior.update(pending)
-        norm_input = site.norm.args[0]
+    below = set()
+    for operand in (site.binding.terms.get("x"), site.binding.terms.get("sum")):
+        below.update(view.nodes(operand) if operand is not None else ())
+    for norm in (t for t in site.binding.interior if t.op in ("layer_norm", "rms_norm")):
+        pending = list(view.nodes(norm))
         while pending:
             for source in pending.pop().all_input_nodes:
                 term = view.term(source)
-                inside = term is None or (term is not norm_input and term.op != "leaf" and term not in stop)
+                inside = term is None or (term is not norm.args[0] and term.op != "leaf" and term not in stop)
                 if inside and source.op == "call_function" and source not in site.interior and source not in below:
-                    if term is not None and _below_norm_input(view, term, norm_input):
+                    if term is not None and _below_norm_input(view, term, norm.args[0]):
                         continue
                     site.interior.add(source)
                     pending.append(source)
@@ -185,7 +187,7 @@ def _check_escapes(site: Candidate) -> None:
     for node in site.interior:
         val = node.meta.get("val")
         full = isinstance(val, torch.Tensor) and same_shape(val.shape, site.shape)
-        statistic = view.term(node) is None or bool(val.shape) and same_size(val.shape[-1], 1) and val.dim() > 1
+        statistic = view.term(node) is None or (bool(val.shape) and same_size(val.shape[-1], 1) and val.dim() > 1)
         if not (full or statistic):
             continue  # a row parameter such as 1 + scale: cheap to compute twice
         if node in operands:
@@ -230,6 +232,10 @@ def _set_attributes(site: Candidate, roundings: str) -> None:
         attributes["norm"] = "layer" if site.norm.op == "layer_norm" else "rms"
         attributes["eps"] = site.norm.attrs[0]
         attributes["weight_offset"] = binding.numbers.get("weight_offset", 0.0)
+    if (branch := site.branch_norm) is not None:
+        attributes["branch_norm"] = "layer" if branch.op == "layer_norm" else "rms"
+        attributes["branch_eps"] = branch.attrs[0]
+        attributes["branch_weight_offset"] = binding.numbers.get("branch_weight_offset", 0.0)
     if site.rule.op != "gated_residual":
         attributes["scale_offset"] = binding.numbers.get("offset", 0.0)
     if site.rule.op.startswith("residual"):

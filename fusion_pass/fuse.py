@@ -56,7 +56,7 @@ class _State:
     anchor: Anchor
     site: Candidate | None = None
     attempts: list[tuple[Reject, Rule]] = field(default_factory=list)
-    absorbed_by: "_State | None" = None
+    absorbed_by: _State | None = None
 
 
 def plan(graph: fx.Graph, settings: Settings) -> Plan:
@@ -118,8 +118,14 @@ class _Planner:
             state = self.states.get(anchors.key_of(self.view, norm) if norm is not None else ("sum", inner))
             if state is None or state.site is not None or state.anchor.node in self.claimed:
                 continue
+            branch = binding.terms.get("branch_norm")
+            inner_state = self.states.get(anchors.key_of(self.view, branch)) if branch is not None else None
+            if inner_state is not None and (inner_state.site is not None or inner_state.anchor.node in self.claimed):
+                continue
             try:
                 self._take(state, self._candidate(rule, term, binding, state))
+                if inner_state is not None:
+                    inner_state.absorbed_by = state
                 return True
             except NotThisRule:
                 continue
@@ -187,7 +193,7 @@ def _absorb(states: dict[object, _State]) -> None:
     """A gated residual inside a taken norm site is that site's work."""
     owners = {node: s for s in states.values() if s.site is not None for node in _all_nodes(s.site)}
     for state in states.values():
-        if state.site is None and state.anchor.kind != "norm":
+        if state.site is None and state.absorbed_by is None and state.anchor.kind != "norm":
             owner = owners.get(state.anchor.node)
             if owner is not None and owner is not state:
                 state.absorbed_by = owner
@@ -265,7 +271,7 @@ def _family(state: _State) -> str:
     if state.anchor.kind != "norm":
         return state.anchor.kind
     if done is not None:
-        return done.family
+        return done.family if state.site is not None else "sandwich"
     if any(reject.code == Code.QK_NORM.value for reject, _ in state.attempts):
         return "qk_norm"
     if state.attempts:

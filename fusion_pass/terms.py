@@ -38,7 +38,7 @@ class Term:
     `norm_reach` is the distance down to the nearest norm, or None: what the matcher looks at before it tries a rule.
     """
 
-    __slots__ = ("op", "args", "attrs", "shape", "precision", "norm_reach", "uid")
+    __slots__ = ("args", "attrs", "norm_reach", "op", "precision", "shape", "uid")
 
     def __init__(self, op: str, args: tuple[Term, ...], attrs: tuple, shape: tuple, precision: torch.dtype, uid: int):
         self.op, self.args, self.attrs, self.shape, self.precision, self.uid = op, args, attrs, shape, precision, uid
@@ -179,7 +179,11 @@ class TermView:
         if same_shape(shape, base.shape):
             kind = attrs[0]
             full_slice = kind == "slice" and attrs[2] == 0 and attrs[4] == 1
-            if kind in ("expand", "reshape") or full_slice or (kind == "permute" and attrs[1] == tuple(range(len(shape)))):
+            if (
+                kind in ("expand", "reshape")
+                or full_slice
+                or (kind == "permute" and attrs[1] == tuple(range(len(shape))))
+            ):
                 return base
         if attrs[0] == "unsqueeze" and base.op == "view" and base.attrs == ("squeeze", attrs[1]):
             return base.args[0]

@@ -1,7 +1,8 @@
-"""Residual streams: a gated or plain branch added to the stream, alone or with the norm that follows.
+"""Residual streams: a gated, plain or normed branch added to the stream, alone or with the norm that follows.
 
     r = residual + gate * x             G1, G4, G5, G6      both r and the norm of r are results
     r = residual + x                    G7
+    r = residual + gate * norm_b(x)     G3, G3m, G3e        sandwich norm: two norms, one after the other
     norm(r) [* w + b] [* (1 + scale) + shift]
 
 The operands of `add` and `mul` come in any order: which factor is the gate is decided by shape, in the checks.
@@ -9,29 +10,48 @@ The operands of `add` and `mul` come in any order: which factor is the gate is d
 
 from __future__ import annotations
 
-from dkfuse.pattern import Add, Mul, R, Var
+from dkfuse.pattern import Add, Mul, Norm, Num, Pattern, R, Var, alt
 from dkfuse.rules import Rule
 from dkfuse.terms import Term
 
-from .modulate import affine, check_modulation, modulated
+from .modulate import affine, check_modulation, is_vector, modulated
 
 
-def is_branch(term: Term) -> bool:
-    """Not itself a norm's result: ``residual + gate * norm(y)`` is a sandwich norm, which belongs to that norm."""
+def is_plain(term: Term) -> bool:
+    """Not made by a norm nearby: a normed branch is matched with its norm."""
     return term.norm_reach is None
 
 
-BRANCH = Var("x", is_branch)
-GATED = R("SUM", Add(Var("residual"), R("GATE_PRODUCT", Mul(Var("gate"), BRANCH))), name="sum")
-PLAIN = R("SUM", Add(Var("residual"), BRANCH), name="sum")
+def is_stream(term: Term) -> bool:
+    """Not the normed branch itself, ``gate * norm_b(x)``, in the other operand's place."""
+    inner = term
+    while inner.op in ("round", "view"):
+        inner = inner.args[0]
+    return inner.op not in ("layer_norm", "rms_norm") and not (inner.op == "mul" and inner.norm_reach is not None)
+
+
+def total(branch: Pattern, gated: bool) -> Pattern:
+    """``residual + gate * branch`` or ``residual + branch``, bound as ``sum`` too."""
+    product = R("GATE_PRODUCT", Mul(Var("gate"), branch)) if gated else branch
+    return R("SUM", Add(Var("residual", is_stream), product), name="sum")
+
+
+X = Var("x", is_plain)
+BRANCH = R("BRANCH", Norm(X, "branch_norm"))
+WEIGHT = alt(Var("branch_weight", is_vector), Add(Num(1.0, "branch_weight_offset"), Var("branch_weight", is_vector)))
+NORMED = alt(R("BRANCH_WEIGHTED", Mul(WEIGHT, BRANCH)), BRANCH)
 ALONE = Add(Var("residual"), R("GATE_PRODUCT", Mul(Var("gate"), Var("x"))))
 
-_MODULATE, _NORM = "residual_norm_modulate", "residual_norm"
+BRANCHES = (
+    ("sandwich_gate", total(NORMED, gated=True)),
+    ("sandwich", total(NORMED, gated=False)),
+    ("residual_gate", total(X, gated=True)),
+    ("residual", total(X, gated=False)),
+)
+OP = "residual_norm_modulate"
 
 RULES = (
-    Rule("residual_gate_norm_modulate", _MODULATE, _MODULATE, modulated(affine(GATED)), check=check_modulation),
-    Rule("residual_norm_modulate", _MODULATE, _MODULATE, modulated(affine(PLAIN)), check=check_modulation),
-    Rule("residual_gate_norm", _NORM, _MODULATE, affine(GATED)),
-    Rule("residual_norm", _NORM, _MODULATE, affine(PLAIN)),
+    *(Rule(f"{n}_norm_modulate", OP, OP, modulated(affine(b)), check=check_modulation) for n, b in BRANCHES),
+    *(Rule(f"{n}_norm", "residual_norm", OP, affine(b)) for n, b in BRANCHES),
 )
 POINTWISE = (Rule("gated_residual", "gated_residual", "gated_residual", ALONE, has_norm=False),)
