@@ -1,6 +1,6 @@
 """Whole models against Inductor: GPU time by kind of kernel, and wall time, in one process.
 
-    python -m dkfuse.bench.models flux sd35-large wan21-14b [--layers 8] [--json FILE]
+    python -m dkfuse.bench.models flux sd35-large@2 wan21-14b [--layers 8] [--json FILE]
 
 Each model is built at published width and token count with random weights, compiled by both backends with
 ``dynamic=False``, and run alternately. GPU time is the sum of kernel durations under the profiler (medians); a kernel
@@ -91,7 +91,7 @@ def difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
     return max(((x.double() - y.double()).norm() / y.double().norm()).item() for x, y in zip(a, b, strict=True))
 
 
-def measure(name: str, layers: int, rounds: int, mode: str | None = None) -> tuple[dict[str, Side], Any]:
+def measure(name: str, layers: int, rounds: int, mode: str | None = None, batch: int = 1) -> tuple[dict[str, Side], Any]:
     """Both backends on `name`; (sides, coverage)."""
     import dkfuse
     from dkfuse import zoo
@@ -99,7 +99,7 @@ def measure(name: str, layers: int, rounds: int, mode: str | None = None) -> tup
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
-    module, kwargs = zoo.build(name, "full", "cuda", dtype=torch.bfloat16, layers=layers)
+    module, kwargs = zoo.build(name, "full", "cuda", dtype=torch.bfloat16, layers=layers, batch=batch)
     sides: dict[str, Side] = {}
     runs: dict[str, Callable[[], Any]] = {}
     with torch.no_grad():
@@ -145,7 +145,7 @@ def _profile(sides: dict[str, Side], runs: dict[str, Callable[[], Any]], rounds:
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=["flux", "sd35-large", "wan21-14b"])
+    parser.add_argument("models", nargs="*", default=["flux", "sd35-large", "wan21-14b"], help="NAME or NAME@BATCH")
     parser.add_argument("--layers", type=int, default=8, help="blocks per stack (default 8)")
     parser.add_argument("--rounds", type=int, default=15, help="timed calls of each backend, alternating (default 15)")
     parser.add_argument("--mode", help="Inductor mode for both sides")
@@ -165,7 +165,8 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(width=140)
     results = {}
     for name in options.models:
-        sides, coverage = measure(name, options.layers, options.rounds, options.mode)
+        model, _, batch = name.partition("@")
+        sides, coverage = measure(model, options.layers, options.rounds, options.mode, int(batch or 1))
         ours, theirs = sides["dkfuse"], sides["inductor"]
         results[name] = {
             "sides": {k: {**asdict(s), "gpu": s.gpu, "glue": s.glue} for k, s in sides.items()},
