@@ -60,7 +60,7 @@ class Reason:
 
 @dataclass
 class Site:
-    """One place that could be fused. Bytes are the memory traffic of the site without and with the fusion."""
+    """One place that could be fused. Bytes are its memory traffic op by op, as in eager mode, and fused."""
 
     id: str  # the same for the same place in the same model, from run to run
     family: str

@@ -37,7 +37,7 @@ def test_groups(sample: Coverage) -> None:
 
 
 def test_headline(sample: Coverage) -> None:
-    expected = "4 of 7 sites fused (57.1 %) by 3 kernel calls; their memory traffic 300 MB → 150 MB (-50%)"
+    expected = "4 of 7 sites fused (57.1 %) by 3 kernel calls; their memory traffic: 300 MB op by op, 150 MB fused"
     assert summary.headline(sample) == expected
     assert "no norm or gated residual" in summary.headline(Coverage())
 
