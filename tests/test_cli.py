@@ -324,6 +324,24 @@ def test_doctor_reports_what_makes_dkfuse_unusable(run: Run, monkeypatch: pytest
     assert not found.usable
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU")
+def test_doctor_sees_a_gpu_that_torch_cannot_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dkfuse import doctor
+
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 580.65.06, 81559 MiB'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    found = doctor.diagnose()
+    by_name = {check.name: check for check in found.devices}
+    assert by_name["NVIDIA driver"].value == "580.65.06"
+    assert by_name["GPU"].value == "NVIDIA H100 80GB HBM3, not usable by torch"
+    assert by_name["GPU"].state == "error"
+    assert not found.usable
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert doctor.diagnose().devices[0].value == "not found"
+
+
 def test_help_and_version(run: Run) -> None:
     for arguments in ([], ["--help"], ["coverage", "-h"]):
         code, out, _ = run(*arguments)
