@@ -8,33 +8,18 @@ from __future__ import annotations
 
 import enum
 import json
-import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from .errors import (
-    DkfuseError,
-    ModelError,
-    ReportError,
-    SettingsError,
-    TraceError,
-    UnsupportedTorchError,
-    first_line,
-)
+from .errors import ReportError
+from .exits import BELOW, ENVIRONMENT, OK, REGRESSION, USAGE, Failure, explain, say
 from .render import format_of, print_report, render, write
 from .report import Coverage, Site
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-T = TypeVar("T")
-OK, REGRESSION, BELOW, NOT_TRACED, ENVIRONMENT, USAGE, INTERNAL = 0, 1, 2, 3, 4, 64, 70
+from .tracing import trace
 
 
 class Format(str, enum.Enum):
@@ -62,14 +47,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Fuse the adaLN, norm, gate and residual code of diffusion transformers under torch.compile.",
 )
-
-
-class _Failure(Exception):
-    """An error that is reported in one sentence, with its exit code."""
-
-    def __init__(self, code: int, message: str):
-        super().__init__(message)
-        self.code = code
 
 
 @app.callback(invoke_without_command=True)
@@ -126,18 +103,18 @@ def coverage(
     before = _read_baseline(baseline) if baseline else None
     if output:
         _check_writable(output)
-    found = _trace(model, size.value if size else None, layers, dtype.value if dtype else None, settings, console)
+    found = trace(model, size.value if size else None, layers, dtype.value if dtype else None, settings, console)
     regressions = found.regressions(before) if before else []
     if before and before.model != found.model:
-        _say(f"note: the baseline is of {before.model}, this report of {found.model}")
+        say(f"note: the baseline is of {before.model}, this report of {found.model}")
     _deliver(found, format.value if format else None, output, regressions)
     if regressions:
-        raise _Failure(
+        raise Failure(
             REGRESSION, f"{len(regressions)} of the sites that {baseline} has as fused are not fused any more"
         )
     reached = found.totals["coverage"] * 100
     if fail_under is not None and reached < fail_under:
-        raise _Failure(BELOW, f"{reached:.1f} % of the sites are fused, less than --fail-under {fail_under:g}")
+        raise Failure(BELOW, f"{reached:.1f} % of the sites are fused, less than --fail-under {fail_under:g}")
 
 
 @app.command()
@@ -186,67 +163,8 @@ def _settings(target: str | None) -> Any:
     from .settings import TARGETS, Settings
 
     if target is not None and target not in TARGETS:
-        raise _Failure(USAGE, f"--target {target} is not allowed: give one of {', '.join(TARGETS)}")
+        raise Failure(USAGE, f"--target {target} is not allowed: give one of {', '.join(TARGETS)}")
     return Settings.read({} if target is None else {"dkfuse.target": target})
-
-
-def _trace(
-    model: str, size: str | None, layers: int | None, dtype: str | None, settings: Any, console: Console
-) -> Coverage:
-    from .progress import progress
-
-    with progress(f"building {model}", console):
-        from .loading import FactoryError, describe_error, load
-        from .weightless import mode_of
-
-        try:
-            label, module, kwargs = load(model, size, layers, dtype)
-        except FactoryError as error:
-            raise _Failure(NOT_TRACED, str(error)) from error
-        except ImportError as error:
-            raise _Failure(
-                ENVIRONMENT, f"{first_line(error)}; the zoo needs: pip install 'dkfuse[diffusers]'"
-            ) from error
-    from . import recording
-
-    with (
-        recording.record() as seen,
-        progress(f"tracing {label}", console, seen),
-        mode_of(module, kwargs),
-        _quiet_torch(),
-    ):
-        try:
-            found = _with_stack(recording.coverage)(module, settings=settings, **kwargs)
-        except TraceError as error:
-            raise _Failure(NOT_TRACED, f"{label} cannot be traced: {describe_error(error.original)}") from error
-    found.model = label
-    return found
-
-
-@contextmanager
-def _quiet_torch() -> Iterator[None]:
-    """No log lines of torch about an error that is reported in one sentence anyway, unless they were asked for."""
-    wanted = "TORCH_LOGS" in os.environ or os.environ.get("DKFUSE_DEBUG") == "1"
-    before = logging.root.manager.disable
-    logging.disable(before if wanted else logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
-def _with_stack(function: Callable[..., T]) -> Callable[..., T]:
-    """The function, called from a frame that asks for a large stack.
-
-    CPython keeps frames in chunks of 16 KB. Deep code that happens to stand at the end of one maps and unmaps the
-    next chunk at every call, which costs a full-size trace 10 of 60 seconds; a large frame gets a large chunk.
-    """
-
-    def call(*args: Any, **kwargs: Any) -> T:
-        return function(*args, **kwargs)
-
-    call.__code__ = call.__code__.replace(co_stacksize=1 << 16)
-    return call
 
 
 def _deliver(found: Coverage, format: str | None, output: Path | None, regressions: list[Site]) -> None:
@@ -257,8 +175,8 @@ def _deliver(found: Coverage, format: str | None, output: Path | None, regressio
         try:
             write(found, output, format or format_of(output), regressions)
         except OSError as error:
-            raise _Failure(ENVIRONMENT, f"cannot write {output}: {error.strerror or error}") from error
-        _say(f"{found.model}: {headline(found)}; written to {output}")
+            raise Failure(ENVIRONMENT, f"cannot write {output}: {error.strerror or error}") from error
+        say(f"{found.model}: {headline(found)}; written to {output}")
     elif format in (None, "text"):
         from rich.console import Console
 
@@ -271,11 +189,9 @@ def _read_baseline(path: Path) -> Coverage:
     try:
         return Coverage.from_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise _Failure(
-            USAGE, f"cannot read the baseline {path}: {getattr(error, 'strerror', None) or error}"
-        ) from error
+        raise Failure(USAGE, f"cannot read the baseline {path}: {getattr(error, 'strerror', None) or error}") from error
     except ReportError as error:
-        raise _Failure(USAGE, f"the baseline {path} is {error}; make one with -o {path} --format json") from error
+        raise Failure(USAGE, f"the baseline {path} is {error}; make one with -o {path} --format json") from error
 
 
 def _check_writable(path: Path) -> None:
@@ -289,16 +205,7 @@ def _check_writable(path: Path) -> None:
         problem = "permission denied"
     else:
         return
-    raise _Failure(ENVIRONMENT, f"cannot write {path}: {problem}")
-
-
-def _say(message: str) -> None:
-    print(f"dkfuse: {message}", file=sys.stderr)
-
-
-# typer carries click inside itself or depends on it, as its version goes; either way these are its base classes.
-_UsageError: Any = typer.BadParameter.__base__
-_ClickError: Any = _UsageError.__base__
+    raise Failure(ENVIRONMENT, f"cannot write {path}: {problem}")
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -314,30 +221,13 @@ def run(arguments: list[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - closed at exit
         return OK
     except Exception as error:
-        code, message = _explain(error)
+        code, message = explain(error)
         if os.environ.get("DKFUSE_DEBUG") == "1":
             import traceback
 
             traceback.print_exception(error)
-        _say(message)
+        say(message)
         return code
-
-
-def _explain(error: Exception) -> tuple[int, str]:
-    """The exit code and the sentence for an error."""
-    if isinstance(error, _Failure):
-        return error.code, str(error)
-    if isinstance(error, _ClickError):
-        message = error.format_message().strip().rstrip(".")
-        return USAGE, f"{message[:1].lower()}{message[1:]}; see dkfuse --help"
-    if isinstance(error, (ModelError, SettingsError, ReportError)):
-        return USAGE, str(error)
-    if isinstance(error, UnsupportedTorchError):
-        return ENVIRONMENT, str(error)
-    if isinstance(error, DkfuseError):
-        return INTERNAL, str(error)
-    text = f"{type(error).__name__}: {first_line(error)}"
-    return INTERNAL, f"internal error, please report it: {text} (DKFUSE_DEBUG=1 shows the traceback)"
 
 
 def main() -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +72,17 @@ def sample() -> Any:
         "sm90",
         [Graph(0, 1234, 0.5, sites=sites), Graph(1, 7, 0.0, True, sites=more), Graph(2, 3, 0.0, note="training")],
     )
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command line in this process: (exit code, stdout, stderr)."""
+    from dkfuse import cli
+
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        code = cli.run([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return code, out, err
+
+    return run

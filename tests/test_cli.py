@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
-from dkfuse import cli, recording, zoo
+from dkfuse import cli, recording
 from dkfuse.errors import TraceError
-from dkfuse.progress import progress
 from dkfuse.report import Coverage, Graph, Reason, Site, Status
 from dkfuse.settings import Settings
 from dkfuse.weightless import FakeTensor
@@ -94,17 +90,6 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        code = cli.run([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        assert "Traceback" not in out + err
-        return code, out, err
-
-    return run
 
 
 def fails(run: Run, code: int, *arguments: Any) -> str:
@@ -281,90 +266,6 @@ def test_trace_error_without_a_users_line(run: Run, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(recording, "coverage", coverage)
     assert fails(run, 3, "coverage", "flux").startswith("flux (tiny) cannot be traced: RuntimeError: no line here")
-
-
-def test_zoo_list(run: Run) -> None:
-    code, out, _ = run("zoo")
-    assert code == 0
-    assert all(name in out for name in zoo.MODELS)
-    rows = json.loads(run("zoo", "--json")[1])
-    assert [row["name"] for row in rows] == list(zoo.MODELS)
-
-
-def test_doctor(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DKFUSE_TARGET", "sm89")
-    monkeypatch.setenv("DKFUSE_TAGRET", "sm89")
-    code, out, _ = run("doctor")
-    assert code == 0
-    for part in ("torch", "triton", "CuTe DSL", "sgl-kernel", "FlashInfer", "diffusers", "GPU", "Inductor cache"):
-        assert part in out
-    data = json.loads(run("doctor", "--json")[1])
-    rows = {row["variable"]: row for row in data["settings"]}
-    assert (rows["DKFUSE_TARGET"]["value"], rows["DKFUSE_TARGET"]["origin"]) == ("sm89", "environment")
-    assert rows["DKFUSE_DISABLE"]["origin"] == "default"
-    assert "DKFUSE_DEBUG" in rows
-    assert any(check["name"] == "DKFUSE_TAGRET" for check in data["folders"])
-
-
-def test_doctor_reports_what_makes_dkfuse_unusable(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dkfuse import doctor
-
-    monkeypatch.setenv("DKFUSE_FUEL", "lots")
-    code, out, _ = run("doctor")
-    assert code == 4
-    assert "DKFUSE_FUEL='lots' is not allowed" in " ".join(out.split())
-    monkeypatch.delenv("DKFUSE_FUEL")
-    versions = {"torch": "2.10.0"}
-    monkeypatch.setattr(doctor, "_version", versions.get)
-    found = doctor.diagnose()
-    by_name = {check.name: check for check in found.checks}
-    assert by_name["torch"].state == "error"
-    assert "pip install 'torch>=2.11'" in by_name["torch"].hint
-    assert by_name["FlashInfer"].hint.startswith("pip install 'dkfuse[flashinfer]'")
-    assert not found.usable
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU")
-def test_doctor_sees_a_gpu_that_torch_cannot_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dkfuse import doctor
-
-    program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 580.65.06, 81559 MiB'\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    found = doctor.diagnose()
-    by_name = {check.name: check for check in found.devices}
-    assert by_name["NVIDIA driver"].value == "580.65.06"
-    assert by_name["GPU"].value == "NVIDIA H100 80GB HBM3, not usable by torch"
-    assert by_name["GPU"].state == "error"
-    assert not found.usable
-    program.write_text("#!/bin/sh\nexit 9\n")
-    assert doctor.diagnose().devices[0].value == "not found"
-
-
-def test_help_and_version(run: Run) -> None:
-    for arguments in ([], ["--help"], ["coverage", "-h"]):
-        code, out, _ = run(*arguments)
-        assert code == 0
-        assert "Usage: dkfuse" in out
-    assert run("--version")[1].startswith("dkfuse 0.")
-
-
-def test_progress_lines_without_a_terminal() -> None:
-    stream = io.StringIO()
-    with progress("tracing flux", Console(file=stream, width=80), report(Status.FUSED), interval=0.05):
-        time.sleep(0.2)
-    lines = stream.getvalue().splitlines()
-    assert len(lines) >= 2
-    assert lines[0] == "tracing flux: 0 s, 1 graph, 1 site"
-
-
-def test_progress_on_a_terminal_leaves_nothing_behind() -> None:
-    stream = io.StringIO()
-    with progress("tracing flux", Console(file=stream, width=80, force_terminal=True), Coverage()):
-        time.sleep(0.3)
-    assert "tracing flux: 0 s" in stream.getvalue()
-    assert stream.getvalue().endswith("\x1b[2K")
 
 
 def test_file_model_for_real(run: Run, model_file: Path) -> None:
