@@ -31,7 +31,7 @@ NATIVE_NORMS = (
 STATISTICS = (aten.var_mean.correction, aten.var.correction)
 MEANS = (aten.mean.dim, aten.sum.dim_IntList)
 SQUARES = (aten.pow.Tensor_Scalar, aten.square.default, aten.mul.Tensor)
-ROOTS = (aten.rsqrt.default, aten.sqrt.default, aten.reciprocal.default, aten.div.Tensor, aten.pow.Tensor_Scalar)
+ROOTS = (aten.rsqrt.default, aten.sqrt.default, aten.reciprocal.default)
 ATTENTION = ("scaled_dot_product", "flash_attention", "flash_attn", "attention", "sdpa", "sage")
 
 
@@ -62,7 +62,7 @@ def _norm_anchor(view: TermView, node: fx.Node) -> Anchor | None:
         return Anchor("norm", node, _norm_below(view, outs[0]) or node)
     if node.target in STATISTICS:
         x = view.term(node.args[0])
-        if _centred_later(view, node):
+        if not node.users:
             return None
         last = x is not None and _over_last_dim(node)
         return Anchor("norm", node, ("var", x, _correction(node)) if last else node)
@@ -73,7 +73,7 @@ def _norm_anchor(view: TermView, node: fx.Node) -> Anchor | None:
         if term is not None and term.op == "var":
             return Anchor("norm", node, ("var", term.args[0], term.attrs[0]))
         last = term is not None and term.op in ("mean", "sum")
-        return Anchor("norm", node, ("mean", term.args[0]) if last else node)
+        return Anchor("norm", node, ("mean", term.args[0]) if term is not None and last else node)
     return None
 
 
@@ -88,7 +88,8 @@ def key_of(view: TermView, norm: Term) -> object:
 
 
 def _norm_below(view: TermView, node: fx.Node) -> Term | None:
-    pending, term = [], view.term(node)
+    pending: list[Term] = []
+    term = view.term(node)
     while term is not None:
         if term.op in ("layer_norm", "rms_norm"):
             return term
@@ -108,13 +109,12 @@ def _over_last_dim(node: fx.Node) -> bool:
     return dims is not None and [d % rank for d in dims] == [rank - 1]
 
 
-def _centred_later(view: TermView, node: fx.Node) -> bool:
-    return not node.users
-
-
 def _is_square(node: object) -> bool:
     """``x**2`` or ``x*x``, through casts."""
-    while isinstance(node, fx.Node) and node.target in (torch.ops.prims.convert_element_type.default, aten._to_copy.default):
+    while isinstance(node, fx.Node) and node.target in (
+        torch.ops.prims.convert_element_type.default,
+        aten._to_copy.default,
+    ):
         node = node.args[0]
     if not isinstance(node, fx.Node) or node.target not in SQUARES:
         return False
@@ -126,13 +126,16 @@ def _is_square(node: object) -> bool:
 def _reaches_root(node: fx.Node, depth: int = 6) -> bool:
     """A root, a reciprocal or a division by the value follows within a few elementwise ops on the [..., 1] result."""
     for user in node.users:
-        if user.target in ROOTS:
-            divides = user.target is aten.div.Tensor
-            if not divides or (len(user.args) > 1 and user.args[1] is node):
-                if user.target is not aten.pow.Tensor_Scalar or user.args[1] < 1:
-                    return True
+        if user.target is aten.div.Tensor:
+            found = len(user.args) > 1 and user.args[1] is node
+        elif user.target is aten.pow.Tensor_Scalar:
+            found = user.args[1] < 1
+        else:
+            found = user.target in ROOTS
+        if found:
+            return True
         val = user.meta.get("val")
-        small = isinstance(val, torch.Tensor) and val.numel() == node.meta["val"].numel()
+        small = isinstance(val, torch.Tensor) and same_size(val.numel(), node.meta["val"].numel())
         if depth and small and _reaches_root(user, depth - 1):
             return True
     return False

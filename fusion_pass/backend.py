@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from dkfuse import patterns
+
 from . import compat, fuse
-from .choose import resolve_target
+from .choose import PROVIDERS, resolve_target
 from .drift import keep_roundings
 from .recording import publish
 from .report import Graph
@@ -36,6 +38,7 @@ def dkfuse(gm: fx.GraphModule, example_inputs: Any, *, mode: str | None = None, 
     Raises SettingsError for an unknown option and UnsupportedTorchError on torch < 2.11.
     """
     settings, mode, own = Settings.parse(mode, options)
+    settings.check_names(patterns.NAMES, PROVIDERS)
     _set_log_level(settings)
     check_torch(torch.__version__)
     inductor_options = {**compat.mode_options(mode), **own}
@@ -80,7 +83,9 @@ def _compile(gm: fx.GraphModule, inputs: Any, options: dict[str, Any], settings:
     identities = [record.uuid, *map(compat.pass_uuid, users)]
     uuid = None if None in identities else "/".join(map(str, identities))
     try:
-        compiled = compat.inductor(gm, inputs, {**compat.launch_options(), **options, HOOK: compat.graph_pass(passes, uuid)})
+        compiled = compat.inductor(
+            gm, inputs, {**compat.launch_options(), **options, HOOK: compat.graph_pass(passes, uuid)}
+        )
     except Exception:
         if context.error is None or os.environ.get("DKFUSE_DEBUG") == "1":
             raise

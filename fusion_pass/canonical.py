@@ -88,9 +88,9 @@ def power(view: TermView, args, attrs) -> Term | None:
 
 def mean_from_sum(view: TermView, args, attrs) -> Term | None:
     c, s = args[0], bare(args[1])
-    if c.op == "const" and s.op == "sum" and isinstance(s.args[0].shape[-1], int):
-        if abs(c.value * s.args[0].shape[-1] - 1.0) < 1e-6:
-            return view.make("mean", s.args[0], shape=s.shape)
+    known = c.op == "const" and s.op == "sum" and isinstance(s.args[0].shape[-1], int)
+    if known and abs(c.value * s.args[0].shape[-1] - 1.0) < 1e-6:
+        return view.make("mean", s.args[0], shape=s.shape)
     return None
 
 
@@ -191,8 +191,8 @@ ALGEBRA = {
 
 def elementwise(op: str):
     def read(view: TermView, node: fx.Node) -> Term | None:
-        args = [view.operand(a) for a in node.args]
-        if any(a is None for a in args):
+        args = [term for a in node.args if (term := view.operand(a)) is not None]
+        if len(args) < len(node.args):
             return None
         alpha = node.kwargs.get("alpha", 1)
         if op == "rsub":

@@ -132,10 +132,10 @@ def _check_eps(site: Candidate, norm: Term) -> None:
 def _collect_interior(site: Candidate) -> None:
     """Every node whose work the op takes over, roots excluded: the terms walked, and the inside of each norm."""
     view, stop = site.view, set(site.binding.terms.values()) - {site.norm, site.branch_norm}
-    for term in site.binding.interior:
-        if term not in stop and all(term is not out for out in site.outputs.values()):
-            site.interior.update(view.nodes(term))
-    below = set()
+    for walked in site.binding.interior:
+        if walked not in stop and all(walked is not out for out in site.outputs.values()):
+            site.interior.update(view.nodes(walked))
+    below: set[fx.Node] = set()
     for operand in (site.binding.terms.get("x"), site.binding.terms.get("sum")):
         below.update(view.nodes(operand) if operand is not None else ())
     for norm in (t for t in site.binding.interior if t.op in ("layer_norm", "rms_norm")):

@@ -1,7 +1,8 @@
 """Which implementation runs an op: the target, the providers at hand, and their own word on what they take.
 
     triton    one Triton kernel, launched by Inductor as one of its own; targets sm80 and newer
-    native    the op's definition, inlined as ATen: what Inductor makes of fp32 arithmetic with one rounding; target cpu
+    native    the op's definition, inlined as ATen: what Inductor makes of fp32 arithmetic with one rounding; target cpu,
+              elsewhere by request (``dkfuse.kernels=native``)
 
 `current` is the device the site is on. Another target may be named to plan for a GPU on a machine without one: kernels
 are then chosen, and real runs still use what runs here.
@@ -68,7 +69,10 @@ def choose(site: Candidate, settings: Settings) -> str:
     first: tuple[str, str] | None = None
     for name in settings.kernels or tuple(PROVIDERS):
         provider = PROVIDERS[name]
-        if settings.kernels is None and not _serves(provider, target):
+        asked = settings.kernels is not None
+        if not _serves(provider, target) and not (asked and name == "native"):
+            if asked:
+                first = first or (Code.NO_KERNEL.value, f"{name} does not run on target {target}")
             continue
         reason = provider.supports(site.op, arguments)
         if reason is None:

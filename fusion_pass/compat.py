@@ -46,7 +46,7 @@ def inductor(gm: fx.GraphModule, inputs: Any, options: dict[str, Any]) -> Any:
 
 
 def lower_with(gm: fx.GraphModule, inputs: Any, inner: Callable[[fx.GraphModule, Any], Any], options: dict) -> Any:
-    """Trace `gm` exactly as Inductor would, and hand each functional ATen graph to `inner` instead of code generation."""
+    """Trace `gm` exactly as Inductor would, and give each functional ATen graph to `inner`: no code is generated."""
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.fx_passes.post_grad import view_to_reshape
 

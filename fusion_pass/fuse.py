@@ -259,7 +259,8 @@ def _unexplained(state: _State, view: TermView) -> tuple[Reason, str]:
     node = state.anchor.node
     term = view.term(node) or view.term(next(iter(node.users), node))
     text = render(term) if term is not None else str(node.target)
-    if state.anchor.kind == "norm" and state.anchor.key is node:
+    by_node = state.anchor.key is state.anchor.node  # not a norm over the last dim
+    if state.anchor.kind == "norm" and by_node:
         dims = node.args[1] if len(node.args) > 1 else None
         message = f"{node.target} over dims {dims}: only norms over the last dim are fused"
         return Reason(Stage.STRUCTURE.value, Code.NORM_DIM.value, message), text

@@ -53,7 +53,9 @@ def check(site: Candidate, claimed: Collection[fx.Node] = ()) -> None:
     `claimed` are the nodes of sites already taken: what they read must be in memory anyway.
     """
     if not site.rule.has_norm:
-        text = "no reduction and no removed copy: Inductor joins this with its neighbours (dkfuse.pointwise=True fuses it)"
+        text = (
+            "no reduction and no removed copy: Inductor joins this with its neighbours (dkfuse.pointwise=True fuses it)"
+        )
         raise _left(Code.POINTWISE, text)
     readers = [u for n in site.roots for u in _readers(n)]
     if readers and all(is_elementwise(u) and u not in claimed for u in readers):
@@ -136,4 +138,3 @@ def traffic(site: Candidate) -> tuple[int | None, int | None]:
 
 def _add(*parts: int | None) -> int | None:
     return None if any(p is None for p in parts) else sum(p for p in parts if p is not None)
-

@@ -1,8 +1,8 @@
 """Concatenation without a copy: kernels that write their part of a joint tensor.
 
-``cat([norm1(text), norm1(image)], dim=1)`` of two fused results would be a copy of both. When every part of a cat is the
-result of a kernel that nobody else reads, the joint buffer is allocated once and each kernel writes its rows into it.
-CogVideoX and its relatives do this before attention and before the feed-forward of every block.
+``cat([norm1(text), norm1(image)], dim=1)`` of two fused results would be a copy of both. When every part of a cat is
+the result of a kernel that nobody else reads, the joint buffer is allocated once and each kernel writes its rows into
+it. CogVideoX and its relatives do this before attention and before the feed-forward of every block.
 """
 
 from __future__ import annotations

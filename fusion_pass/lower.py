@@ -1,8 +1,8 @@
 """Replacing sites by ops, and ops by what runs them.
 
-A taken site becomes one ``dkfuse::`` call, its operands the nodes (and views of nodes) that were bound. The call is then
-lowered: `triton` to the kernel-wrapper node that Inductor launches, caches and exports like its own kernels (an opaque
-op costs 20 us of Python a call), `native` to the op's definition as ATen nodes.
+A taken site becomes one ``dkfuse::`` call, its operands the nodes (and views of nodes) that were bound. The call is
+then lowered: `triton` to the kernel-wrapper node that Inductor launches, caches and exports like its own kernels (an
+opaque op costs tens of us of Python a call), `native` to the op's definition as ATen nodes.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def lower_to_triton(graph: fx.Graph, call: fx.Node, parts: dict[tuple[fx.Node, s
         node.meta["eager_input_vals"] = fake_arguments(node)
         _copy_origin(call, node)
         items = {}
-        for name, buffer in buffers.items():
+        for name in buffers:
             items[name] = graph.call_function(operator.getitem, (node, parameter[name]))
             items[name].meta["val"] = node.meta["val"][parameter[name]]
     for name, place in places.items():
@@ -208,7 +208,7 @@ def _allocate(graph: fx.Graph, value: torch.Tensor, tensors: list[fx.Node]) -> f
 
 
 def _like(value: torch.Tensor) -> torch.Tensor:
-    """A fake tensor of its own: torch clones a buffer before a kernel writes to it if others seem to share its storage."""
+    """A fake tensor of its own: torch clones a buffer before a kernel writes to it if others seem to share storage."""
     return value.new_empty_strided(value.shape, value.stride())
 
 
@@ -275,9 +275,10 @@ _definitions: dict[tuple, fx.Graph] = {}
 
 
 def _trace(op: str, tensors: dict[str, torch.Tensor], constants: dict[str, Any]) -> fx.Graph:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     from dkfuse.kernels.ops import reference_outputs
     from dkfuse.kernels.support import OPERANDS
-    from torch.fx.experimental.proxy_tensor import make_fx
 
     defaults = {a.name: a.default_value for a in getattr(torch.ops.dkfuse, op).default._schema.arguments}
     names = OPERANDS[op][2]

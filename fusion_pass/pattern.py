@@ -2,9 +2,9 @@
 
     Mul(Norm(Var("x")), R("ONE_PLUS", Add(Num(1), Var("scale"))))
 
-`Add` and `Mul` try both orders. `R(label, p)` lets an intermediate rounding pass and records it under `label`, so that a
-kernel can reproduce it. `Var` binds any term that some node (or views of one) computes; a `Var` bound twice must be the
-same term. Every pattern but `Var` looks through views by moving them down to the operands (`TermView.expose`).
+`Add` and `Mul` try both orders. `R(label, p)` lets an intermediate rounding pass and records it under `label`, so that
+a kernel can reproduce it. `Var` binds any term that some node (or views of one) computes; a `Var` bound twice must be
+the same term. Every pattern but `Var` looks through views by moving them down to the operands (`TermView.expose`).
 
 `match(view, term)` yields one `Binding` per way to match, in the order the alternatives are written.
 """
@@ -60,9 +60,10 @@ class Var(Pattern):
     when: Callable[[Term], bool] | None = None
 
     def match(self, view, term, binding):
-        if term.op != "const" and view.realizable(term) and (self.when is None or self.when(term)):
-            if (bound := binding.bind(self.name, term)) is not None:
-                yield bound
+        if term.op == "const" or not view.realizable(term) or not (self.when is None or self.when(term)):
+            return
+        if (bound := binding.bind(self.name, term)) is not None:
+            yield bound
 
 
 @dataclass(frozen=True)

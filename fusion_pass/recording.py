@@ -67,13 +67,14 @@ def coverage(module: Any, *args: Any, settings: Settings | None = None, **kwargs
     Raises TraceError with the original exception when the model cannot be traced.
     """
     from .backend import planning_backend
+    from .weightless import mode_of
 
     settings = settings or Settings.parse(None, None)[0]
     torch.compiler.reset()
     with record(type(module).__name__) as collected:
         compiled = torch.compile(module, backend=planning_backend(settings), dynamic=False)
         try:
-            with torch.no_grad():
+            with mode_of(module, (args, kwargs)), torch.no_grad():
                 compiled(*args, **kwargs)
         except DkfuseError:
             raise

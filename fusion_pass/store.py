@@ -1,9 +1,9 @@
 """Coverage records on disk, one per compiled graph, so that a warm start reports what the cold one did.
 
-Inductor's FX graph cache skips the pass when it is warm. Each graph therefore has a record file with a random token, and
-the token is part of the pass's identity in Inductor's cache key: a cached graph without its record cannot be found, and a
-record whose code changed (sources, options, torch, GPU) has another name. Files are written beside and renamed, so that
-processes may share the folder; on a read-only or full disk the graph is compiled anew each time.
+Inductor's FX graph cache skips the pass when it is warm. Each graph therefore has a record file with a random token,
+and the token is part of the pass's identity in Inductor's cache key: a cached graph without its record cannot be found,
+and a record whose code changed (sources, options, torch, GPU) has another name. Files are written beside and renamed,
+so that processes may share the folder; on a read-only or full disk the graph is compiled anew each time.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ class Record:
         except FileNotFoundError:
             self._write(None)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("dkfuse: the stored record %s cannot be read (%s); the graph is compiled anew", self.path, error)
+            log.warning(
+                "dkfuse: the stored record %s cannot be read (%s); the graph is compiled anew", self.path, error
+            )
             self._write(None)
 
     @property

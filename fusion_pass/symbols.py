@@ -1,4 +1,4 @@
-"""Symbolic sizes as graph nodes: a SymInt that a pass computed becomes `sym_size`, `sym_stride` and integer arithmetic."""
+"""Symbolic sizes as graph nodes: a SymInt that a pass computed becomes `sym_size`, `sym_stride` and arithmetic."""
 
 from __future__ import annotations
 

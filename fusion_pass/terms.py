@@ -39,6 +39,7 @@ class Term:
     """
 
     __slots__ = ("args", "attrs", "norm_reach", "op", "precision", "shape", "uid")
+    norm_reach: int | None
 
     def __init__(self, op: str, args: tuple[Term, ...], attrs: tuple, shape: tuple, precision: torch.dtype, uid: int):
         self.op, self.args, self.attrs, self.shape, self.precision, self.uid = op, args, attrs, shape, precision, uid
@@ -235,7 +236,11 @@ class TermView:
         if known is None:
             from .views import push
 
-            moved = push(self, term.attrs, self.expose(term.args[0]), term.shape)
+            inner = term.args[0]
+            base = self.expose(inner)
+            if not same_shape(base.shape, inner.shape):
+                base = inner  # an expand vanished into broadcasting, which the views above it rely on
+            moved = push(self, term.attrs, base, term.shape)
             known = self._exposed[term] = term if moved is None else self.expose(moved)
         return known
 

@@ -1,9 +1,11 @@
 """Views as terms: one vocabulary for every spelling, and how a view moves below arithmetic.
 
-    ("slice", dim, start, stop, step)   ("squeeze", dim)   ("unsqueeze", dim)   ("expand",)   ("reshape",)   ("permute", dims)
+    ("slice", dim, start, stop, step)   ("squeeze", dim)   ("unsqueeze", dim)   ("permute", dims)
+    ("expand", *shape)   ("reshape", *shape)
 
 Dims are non-negative; the shape of the result is the term's. `push` rewrites ``view(f(a, b))`` to
-``f(view(a), view(b))`` with each operand's view adapted to what that operand broadcasts. `replay` emits a view as nodes.
+``f(view(a), view(b))`` with each operand's view adapted to what that operand broadcasts. `replay` emits a view as
+nodes.
 """
 
 from __future__ import annotations
@@ -162,12 +164,13 @@ def read_split(view: TermView, node: fx.Node, producer: fx.Node, index: int) -> 
 
 def read_cat(view: TermView, node: fx.Node) -> Term | None:
     """``cat([h[:, :t], h[:, t:]], 1)`` is h: blocks that split the stream and join it again."""
-    parts = [view.term(a) for a in node.args[0]]
+    parts = [term for a in node.args[0] if (term := view.term(a)) is not None]
     shape = _shape(node)
     dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % max(len(shape), 1)
-    if any(p is None or p.op != "view" or p.attrs[0] != "slice" or p.attrs[1] != dim for p in parts):
+    if len(parts) < len(node.args[0]) or any(p.op != "view" or p.attrs[:2] != ("slice", dim) for p in parts):
         return None
-    base, at = parts[0].args[0], 0
+    base: Term = parts[0].args[0]
+    at: Any = 0
     for p in parts:
         if p.args[0] is not base or p.attrs[4] != 1 or not same_size(p.attrs[2], at):
             return None
@@ -267,7 +270,7 @@ def adapt(view: TermView, attrs: tuple, arg: Term, before: tuple, after: tuple) 
 
 
 def _reshaped(operand: tuple, before: tuple, after: tuple) -> tuple | None:
-    """Shape of a broadcast operand after ``reshape(before -> after)``: the dims that differ must be all there or all 1."""
+    """Shape of a broadcast operand after ``reshape(before -> after)``: dims that differ must be all there or all 1."""
     if same_shape(operand, before):
         return after
     padded = (1,) * (len(before) - len(operand)) + tuple(operand)
@@ -334,4 +337,3 @@ def is_view_of_input(node: fx.Node) -> fx.Node | None:
         else:
             return None
     return seen if seen.op == "placeholder" else None
-

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from .unsupported import Unsupported
 
 MAX_AXES = 3
-Int = int | torch.SymInt
+Int: TypeAlias = "int | torch.SymInt"
 
 
 @dataclass

@@ -69,6 +69,21 @@ def test_an_unknown_option_names_the_nearest(inductor_calls):
     assert isinstance(caught.value.__cause__ or caught.value, (SettingsError, Exception))
 
 
+def test_an_unknown_rule_or_kernel_is_an_error(inductor_calls):
+    for option, value, known in (("rules", "normm", "norm"), ("kernels", "trition", "triton")):
+        torch.compiler.reset()
+        with pytest.raises(Exception, match=known), torch.no_grad():
+            torch.compile(block, backend="dkfuse", options={f"dkfuse.{option}": value})(*inputs())
+
+
+def test_a_kernel_that_cannot_run_here_is_not_chosen():
+    with torch.no_grad(), dkfuse.record() as coverage:
+        options = {"dkfuse.remainder": "eager", "dkfuse.kernels": "triton", "dkfuse.target": "cpu"}
+        torch.compile(block, backend="dkfuse", options=options)(*inputs())
+    (site,) = coverage.sites
+    assert site.reason is not None and site.reason.code == "no_kernel" and "triton" in site.reason.message
+
+
 def test_disabled_by_the_environment(inductor_calls, monkeypatch):
     monkeypatch.setenv("DKFUSE_DISABLE", "1")
     with torch.no_grad(), dkfuse.record() as coverage:

@@ -42,8 +42,9 @@ def opaque(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 @functools.cache
 def kernel_node() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """norm_modulate as a `triton_op`, which traces to the Triton kernel node that the backend inserts."""
-    from dkfuse.kernels.launch import plan
     from torch.library import triton_op, wrap_triton
+
+    from dkfuse.kernels.launch import plan
 
     @functools.cache
     def configured(kernel: Any, num_warps: int, num_stages: int) -> Any:

@@ -11,6 +11,7 @@ attention.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import re
@@ -91,7 +92,9 @@ def difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
     return max(((x.double() - y.double()).norm() / y.double().norm()).item() for x, y in zip(a, b, strict=True))
 
 
-def measure(name: str, layers: int, rounds: int, mode: str | None = None, batch: int = 1) -> tuple[dict[str, Side], Any]:
+def measure(
+    name: str, layers: int, rounds: int, mode: str | None = None, batch: int = 1
+) -> tuple[dict[str, Side], Any]:
     """Both backends on `name`; (sides, coverage)."""
     import dkfuse
     from dkfuse import zoo
@@ -107,7 +110,7 @@ def measure(name: str, layers: int, rounds: int, mode: str | None = None, batch:
         with dkfuse.record(name) as coverage:
             for backend in ("inductor", "dkfuse"):
                 compiled = torch.compile(module, backend=backend, dynamic=False, **({"mode": mode} if mode else {}))
-                runs[backend] = lambda compiled=compiled: compiled(**kwargs)
+                runs[backend] = functools.partial(compiled, **kwargs)
                 side = sides[backend] = Side()
                 started = time.perf_counter()
                 out = tensors(runs[backend]())
@@ -121,7 +124,7 @@ def measure(name: str, layers: int, rounds: int, mode: str | None = None, batch:
         for _ in range(rounds):
             for backend, run in runs.items():
                 times[backend].append(wall(run))
-        for backend, run in runs.items():
+        for backend in runs:
             sides[backend].wall = statistics.median(times[backend])
         _profile(sides, runs)
     return sides, coverage
