@@ -1,8 +1,8 @@
 """Which implementation runs an op: the target, the providers at hand, and their own word on what they take.
 
     triton    one Triton kernel, launched by Inductor as one of its own; targets sm80 and newer
-    native    the op's definition, inlined as ATen: what Inductor makes of fp32 arithmetic with one rounding; target cpu,
-              elsewhere by request (``dkfuse.kernels=native``)
+    native    the op's definition, inlined as ATen: what Inductor makes of fp32 arithmetic with one rounding;
+              target cpu, elsewhere by request (``dkfuse.kernels=native``)
 
 `current` is the device the site is on. Another target may be named to plan for a GPU on a machine without one: kernels
 are then chosen, and real runs still use what runs here.
