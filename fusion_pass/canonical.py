@@ -1,7 +1,7 @@
-"""What each ATen op means as a term, and the rules that make equal meanings equal terms.
+"""The rules that make equal meanings equal terms.
 
-`READERS` maps an op to a function ``(view, node) -> Term | None`` (None: leave it a leaf). `ALGEBRA` maps a term op to
-rules ``(view, args, attrs) -> Term | None``, tried in order whenever such a term is made. Norms are recognised here:
+`ALGEBRA` maps a term op to rules ``(view, args, attrs) -> Term | None``, tried in order whenever such a term is made.
+Norms are recognised here:
 
     layer_norm(x) = (x - mean(x)) * rsqrt(var(x) + eps)          rms_norm(x) = x * rsqrt(mean(x * x) + eps)
 
@@ -11,17 +11,9 @@ statistics in fp32 whatever the model did.
 
 from __future__ import annotations
 
-import operator
-from typing import Any
-
 import torch
-from torch import fx
 
-from .terms import Term, TermView, getitem_source, same_size
-from .views import VIEW_READERS, read_cat, read_split
-
-aten = torch.ops.aten
-prims = torch.ops.prims
+from .terms import Term, TermView
 
 
 def bare(term: Term) -> Term:
@@ -33,13 +25,6 @@ def bare(term: Term) -> Term:
 
 def is_const(term: Term, value: float) -> bool:
     return term.op == "const" and term.value == value
-
-
-def is_norm(term: Term) -> bool:
-    return term.op in ("layer_norm", "rms_norm")
-
-
-# -- algebra: one rule a line in the tables at the end, each with the spelling it absorbs ----------------------------
 
 
 def fold(op):
@@ -166,6 +151,7 @@ def scale_the_statistic(view: TermView, args, attrs) -> Term | None:
     return None
 
 
+# one rule a line, each with the spelling it absorbs
 ALGEBRA = {
     "add": [
         fold(lambda a, b: a + b),  # 1 + 0
@@ -183,162 +169,4 @@ ALGEBRA = {
     "reciprocal": [fold(lambda a: 1.0 / a if a else float("inf")), inverse_root],  # 1 / sqrt(v)
     "pow": [power],  # x ** 2, v ** -0.5
     "mean": [variance_from_squares],  # ((x - mean) ** 2).mean(-1)
-}
-
-
-# -- readers ---------------------------------------------------------------------------------------------------------
-
-
-def elementwise(op: str):
-    def read(view: TermView, node: fx.Node) -> Term | None:
-        args = [term for a in node.args if (term := view.operand(a)) is not None]
-        if len(args) < len(node.args):
-            return None
-        alpha = node.kwargs.get("alpha", 1)
-        if op == "rsub":
-            args = [args[1], args[0]]
-        if op in ("add", "sub", "rsub") and alpha != 1:
-            args[1] = view.make("mul", view.const(alpha), args[1])
-        if op in ("sub", "rsub"):
-            return view.make("add", args[0], view.make("neg", args[1]))
-        if op == "div":
-            if node.kwargs.get("rounding_mode") is not None:
-                return None
-            return view.make("mul", args[0], view.make("reciprocal", args[1]))
-        if op == "square":
-            return view.make("mul", args[0], args[0])
-        return view.make(op, *args)
-
-    return read
-
-
-def read_addcmul(view: TermView, node: fx.Node) -> Term | None:
-    t, a, b = (view.operand(x) for x in node.args)
-    if t is None or a is None or b is None:
-        return None
-    product = view.make("mul", view.const(node.kwargs.get("value", 1)), view.make("mul", a, b))
-    return view.make("add", t, product)
-
-
-def read_pow(view: TermView, node: fx.Node) -> Term | None:
-    base = view.operand(node.args[0])
-    exponent = node.args[1]
-    return (
-        view.make("pow", base, attrs=(exponent,)) if base is not None and isinstance(exponent, (int, float)) else None
-    )
-
-
-def read_cast(view: TermView, node: fx.Node) -> Term | None:
-    source = node.args[0]
-    if source.meta["val"].device != node.meta["val"].device:
-        return None
-    return view.operand(source)
-
-
-def read_full(view: TermView, node: fx.Node) -> Term | None:
-    fill = node.args[1] if len(node.args) > 1 else node.args[0]
-    return view.const(fill) if isinstance(fill, (int, float)) and not isinstance(fill, bool) else None
-
-
-def _last_dim_only(node: fx.Node, dims: Any) -> bool:
-    rank = node.args[0].meta["val"].dim()
-    dims = [dims] if isinstance(dims, int) else dims
-    return dims is not None and len(dims) == 1 and dims[0] % rank == rank - 1
-
-
-def _reduction(view: TermView, node: fx.Node, op: str, dims: Any, keepdim: bool, attrs: tuple = ()) -> Term | None:
-    x = view.operand(node.args[0])
-    if x is None or not x.shape or not _last_dim_only(node, dims):
-        return None
-    term = view.make(op, x, attrs=attrs, shape=(*x.shape[:-1], 1))
-    return term if keepdim else view.view(term, ("squeeze", len(x.shape) - 1), x.shape[:-1])
-
-
-def _argument(node: fx.Node, index: int, name: str, default: Any) -> Any:
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
-
-
-def read_mean(view: TermView, node: fx.Node) -> Term | None:
-    return _reduction(view, node, "mean", _argument(node, 1, "dim", None), _argument(node, 2, "keepdim", False))
-
-
-def read_sum(view: TermView, node: fx.Node) -> Term | None:
-    return _reduction(view, node, "sum", _argument(node, 1, "dim", None), _argument(node, 2, "keepdim", False))
-
-
-def _correction(node: fx.Node) -> float:
-    value = _argument(node, 2, "correction", None)
-    return 1 if value is None else value
-
-
-def read_var(view: TermView, node: fx.Node) -> Term | None:
-    dims, keepdim = _argument(node, 1, "dim", None), _argument(node, 3, "keepdim", False)
-    return _reduction(view, node, "var", dims, keepdim, (_correction(node),))
-
-
-def read_getitem(view: TermView, node: fx.Node) -> Term | None:
-    if (source := getitem_source(node)) is None:
-        return None
-    producer, index = source
-    if producer.target in SPLITS:
-        return read_split(view, node, producer, index)
-    if producer.target is aten.var_mean.correction:
-        dims, keepdim = _argument(producer, 1, "dim", None), _argument(producer, 3, "keepdim", False)
-        if index == 0:
-            return _reduction(view, producer, "var", dims, keepdim, (_correction(producer),))
-        return _reduction(view, producer, "mean", dims, keepdim)
-    if index == 0 and producer.target in (aten.native_layer_norm.default, aten._fused_rms_norm.default):
-        return read_native_norm(view, producer)
-    return None
-
-
-def read_native_norm(view: TermView, node: fx.Node) -> Term | None:
-    kind = "layer_norm" if "layer_norm" in node.target.name() else "rms_norm"
-    x, shape = view.operand(node.args[0]), node.args[1]
-    if x is None or len(shape) != 1 or not same_size(shape[0], x.shape[-1]):
-        return None
-    weight = _argument(node, 2, "weight", None)
-    bias = _argument(node, 3, "bias", None) if kind == "layer_norm" else None
-    eps = _argument(node, 4, "eps", 1e-5) if kind == "layer_norm" else _argument(node, 3, "eps", None)
-    # without eps ATen takes that of the accumulation type, not of the input
-    term = make_norm(view, kind, x, torch.finfo(torch.float32).eps if eps is None else eps)
-    for op, operand in (("mul", weight), ("add", bias)):
-        if operand is not None:
-            other = view.operand(operand)
-            if other is None:
-                return None
-            term = view.make(op, term, other)
-    return term
-
-
-SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.chunk.default)
-
-READERS = {
-    **{
-        getattr(getattr(aten, name), overload): elementwise(name)
-        for name in ("add", "sub", "mul", "div")
-        for overload in ("Tensor", "Scalar")
-    },
-    aten.rsub.Scalar: elementwise("rsub"),
-    aten.rsub.Tensor: elementwise("rsub"),
-    aten.neg.default: elementwise("neg"),
-    aten.square.default: elementwise("square"),
-    aten.sqrt.default: elementwise("sqrt"),
-    aten.rsqrt.default: elementwise("rsqrt"),
-    aten.reciprocal.default: elementwise("reciprocal"),
-    aten.addcmul.default: read_addcmul,
-    aten.pow.Tensor_Scalar: read_pow,
-    prims.convert_element_type.default: read_cast,
-    aten._to_copy.default: read_cast,
-    aten.to.dtype: read_cast,
-    aten.full.default: read_full,
-    aten.scalar_tensor.default: read_full,
-    aten.mean.dim: read_mean,
-    aten.sum.dim_IntList: read_sum,
-    aten.var.correction: read_var,
-    operator.getitem: read_getitem,
-    aten.layer_norm.default: read_native_norm,
-    aten.rms_norm.default: read_native_norm,
-    aten.cat.default: read_cat,
-    **VIEW_READERS,
 }

@@ -70,7 +70,8 @@ def plan(graph: fx.Graph, settings: Settings) -> Plan:
 
 def run(graph: fx.Graph, settings: Settings, lowered: bool = True) -> Graph:
     """Fuse `graph` in place and return its record. `lowered=False` leaves the ``dkfuse::`` ops in the graph."""
-    from .lower import lower, replace
+    from .lower import lower
+    from .replace import replace
 
     started = time.perf_counter()
     decided = plan(graph, settings)

@@ -1,8 +1,7 @@
-"""Replacing sites by ops, and ops by what runs them.
+"""From ops to what runs them.
 
-A taken site becomes one ``dkfuse::`` call, its operands the nodes (and views of nodes) that were bound. The call is
-then lowered: `triton` to the kernel-wrapper node that Inductor launches, caches and exports like its own kernels (an
-opaque op costs tens of us of Python a call), `native` to the op's definition as ATen nodes.
+`triton`: the kernel-wrapper node that Inductor launches, caches and exports like its own kernels (an opaque op costs
+tens of us of Python a call). `native`: the op's definition as ATen nodes, which Inductor compiles like any others.
 """
 
 from __future__ import annotations
@@ -15,77 +14,10 @@ import torch
 from torch import fx
 
 from . import compat, joins
-from .rules import Candidate
+from .replace import copy_origin, fake_arguments
 from .symbols import arguments as with_symbols
-from .terms import Term, TermView
-from .views import replay
 
 aten = torch.ops.aten
-
-
-def replace(graph: fx.Graph, view: TermView, sites: list[Candidate]) -> list[fx.Node]:
-    """Put one op call in the place of each site; returns the calls. Dead code is dropped, order restored."""
-    if not sites:
-        return []
-    renamed: dict[fx.Node, fx.Node] = {}
-    calls = [_insert(graph, view, site, renamed) for site in sites]
-    compat.stable_topological_sort(graph)
-    graph.eliminate_dead_code()
-    graph.lint()
-    return calls
-
-
-def _insert(graph: fx.Graph, view: TermView, site: Candidate, renamed: dict[fx.Node, fx.Node]) -> fx.Node:
-    import dkfuse.kernels.ops  # noqa: F401  (registers torch.ops.dkfuse)
-
-    overload = getattr(torch.ops.dkfuse, site.op).default
-    schema = overload._schema
-    anchor = site.output_nodes("out")[0]
-    with graph.inserting_before(anchor):
-        operands = {name: realize(graph, view, term, renamed) for name, term in site.operands.items()}
-        args = tuple(operands.get(a.name) for a in schema.arguments if not a.kwarg_only)
-        call = graph.call_function(overload, args, dict(site.attributes))
-        fakes = tuple(a.meta["val"] if a is not None else None for a in args)
-        call.meta["val"] = overload(*fakes, **site.attributes)
-        call.meta["eager_input_vals"] = fake_arguments(call)
-        call.meta["dkfuse_kernel"] = site.kernel
-        _copy_origin(anchor, call)
-        results = _results(graph, call)
-    for name in site.outputs:
-        for old in site.output_nodes(name):
-            old.replace_all_uses_with(results[name])
-            renamed[old] = results[name]
-    return call
-
-
-def _results(graph: fx.Graph, call: fx.Node) -> dict[str, fx.Node]:
-    """The results of an op call by name; one `getitem` each where there are several."""
-    returns = call.target._schema.returns  # type: ignore[union-attr]
-    if len(returns) == 1:
-        return {"out": call}
-    results = {}
-    for i, result in enumerate(returns):
-        item = graph.call_function(operator.getitem, (call, i))
-        item.meta["val"] = call.meta["val"][i]
-        results[result.name] = item
-    return results
-
-
-def _copy_origin(source: fx.Node, target: fx.Node) -> None:
-    for key in ("stack_trace", "nn_module_stack"):
-        if key in source.meta:
-            target.meta[key] = source.meta[key]
-
-
-def realize(graph: fx.Graph, view: TermView, term: Term, renamed: dict[fx.Node, fx.Node]) -> fx.Node:
-    """The node that computes `term`, its views inserted where no node has them."""
-    nodes = view.nodes(term)
-    if nodes:
-        return renamed.get(nodes[0], nodes[0])
-    return replay(graph, realize(graph, view, term.args[0], renamed), term)
-
-
-# -- from ops to what runs them ----------------------------------------------------------------------------------------
 
 
 def lower(graph: fx.Graph, calls: list[fx.Node]) -> None:
@@ -154,7 +86,7 @@ def lower_to_triton(graph: fx.Graph, call: fx.Node, parts: dict[tuple[fx.Node, s
         parameter = {n: p for p, n in launch.tensors.items()}
         node.meta["val"] = {parameter[n]: _like(b.meta["val"]) for n, b in buffers.items()}
         node.meta["eager_input_vals"] = fake_arguments(node)
-        _copy_origin(call, node)
+        copy_origin(call, node)
         items = {}
         for name in buffers:
             items[name] = graph.call_function(operator.getitem, (node, parameter[name]))
@@ -179,11 +111,6 @@ def _advance(join: joins.Join, written: fx.Node) -> None:
     join.buffer, join.missing = written, join.missing - 1
     if not join.missing:
         join.cat.replace_all_uses_with(written)
-
-
-def fake_arguments(node: fx.Node) -> tuple[Any, Any]:
-    """``(args, kwargs)`` of a node as fake values, in fx's own containers: torch compares the two structures."""
-    return fx.map_arg(node.args, lambda n: n.meta["val"]), fx.map_arg(node.kwargs, lambda n: n.meta["val"])
 
 
 def _op_name(call: fx.Node) -> str:
@@ -249,7 +176,7 @@ def inline(graph: fx.Graph, call: fx.Node) -> None:
         for node in body.nodes:
             if node.op == "call_function":
                 copy = environment[node] = graph.node_copy(node, lambda n: environment[n])
-                _copy_origin(call, copy)
+                copy_origin(call, copy)
         (output,) = [n for n in body.nodes if n.op == "output"]
         results = [environment[n] for n in output.args[0]]  # type: ignore[union-attr]
     names = result_names(call)

@@ -202,7 +202,7 @@ class TermView:
                     self.written_inputs.add(value)
 
     def _read(self, node: fx.Node) -> Term:
-        from .canonical import READERS
+        from .readers import READERS
 
         val = node.meta["val"]
         reader = READERS.get(node.target) if node.op == "call_function" else None
@@ -234,7 +234,7 @@ class TermView:
             return term
         known = self._exposed.get(term)
         if known is None:
-            from .views import push
+            from .push import push
 
             inner = term.args[0]
             base = self.expose(inner)

@@ -63,7 +63,7 @@ def test_nodes_say_where_they_come_from():
 
 
 def test_split_and_chunk_are_one_of_the_known_splits():
-    from dkfuse.canonical import SPLITS
+    from dkfuse.readers import SPLITS
     from dkfuse.views import VIEW_READERS
 
     graph = graph_at_the_hook(lambda x: torch.cat(x.chunk(2, -1)[::-1], -1), X)

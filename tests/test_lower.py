@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from dkfuse import compat, joins, lower
 from dkfuse.fuse import plan
+from dkfuse.replace import replace
 from dkfuse.settings import Settings
 
 pytest.importorskip("triton")
@@ -26,7 +27,7 @@ def lowered(function, *inputs, dynamic=False, join=True):
         def inner(graph_module, _):
             graph = graph_module.graph
             decided = plan(graph, Settings(target="sm90"))
-            calls = lower.replace(graph, decided.view, decided.taken)
+            calls = replace(graph, decided.view, decided.taken)
             order = {node: i for i, node in enumerate(graph.nodes)}
             calls.sort(key=lambda call: order[call])
             parts = joins.find(graph, calls) if join else {}

@@ -1,0 +1,101 @@
+"""Moving a view below arithmetic: ``view(f(a, b))`` becomes ``f(view(a), view(b))``.
+
+Each operand's view is adapted to what that operand broadcasts; a norm is crossed only when its last dim survives.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .terms import Term, TermView, same_shape, same_size
+
+ARITHMETIC = ("add", "mul", "neg", "round", "rsqrt", "sqrt", "reciprocal", "pow")
+NORMS = ("layer_norm", "rms_norm")
+
+
+def push(view: TermView, attrs: tuple, base: Term, shape: tuple) -> Term | None:
+    """``f(view(a), view(b))`` for ``view(f(a, b))``, or None when the view cannot pass."""
+    if base.op in NORMS:
+        if not _last_dim_survives(attrs, base.shape, shape):
+            return None
+    elif base.op not in ARITHMETIC:
+        return None
+    moved = []
+    for arg in base.args:
+        operand = adapt(view, attrs, arg, base.shape, shape)
+        if operand is None:
+            return None
+        moved.append(operand)
+    if base.op in NORMS:
+        term = view.intern(base.op, tuple(moved), base.attrs, shape, torch.float32)
+        view.reductions.setdefault(term, view.reductions[base])
+        view.statistics_dtype.setdefault(term, view.statistics_dtype[base])
+        return term
+    if base.op == "round":
+        return view.round(moved[0], base.attrs[0])
+    return view.make(base.op, *moved, attrs=base.attrs, shape=shape)
+
+
+def _last_dim_survives(attrs: tuple, before: tuple, after: tuple) -> bool:
+    last = len(before) - 1
+    match attrs[0]:
+        case "unsqueeze":
+            return attrs[1] <= last
+        case "squeeze" | "slice":
+            return attrs[1] != last
+        case "permute":
+            return attrs[1][-1] == last
+    return bool(after) and same_size(before[-1], after[-1])
+
+
+def adapt(view: TermView, attrs: tuple, arg: Term, before: tuple, after: tuple) -> Term | None:
+    """The view of one operand that yields what it contributes to ``view(f(...))``."""
+    missing = len(before) - len(arg.shape)
+    if arg.op == "const" or not arg.shape:
+        return arg
+    kind = attrs[0]
+    if kind == "expand":
+        return arg if len(after) == len(before) and same_size(before[-1], after[-1]) else None
+    if kind in ("unsqueeze", "squeeze", "slice"):
+        dim = attrs[1] - missing
+        if kind == "unsqueeze":
+            if dim <= 0 and missing:
+                return arg
+            return view.view(arg, ("unsqueeze", dim), (*arg.shape[:dim], 1, *arg.shape[dim:]))
+        if dim < 0:
+            return arg
+        if kind == "squeeze":
+            return view.view(arg, ("squeeze", dim), arg.shape[:dim] + arg.shape[dim + 1 :])
+        if same_size(arg.shape[dim], 1) and not same_size(before[dim + missing], 1):
+            return arg
+        return view.view(arg, ("slice", dim, *attrs[2:]), (*arg.shape[:dim], after[attrs[1]], *arg.shape[dim + 1 :]))
+    if kind == "permute":
+        if not missing:
+            return view.view(arg, attrs, tuple(arg.shape[d] for d in attrs[1]))
+        moved = [d for i, d in enumerate(attrs[1]) if d != i]
+        return arg if all(d < missing for d in moved) else None
+    if kind == "reshape":
+        shape = _reshaped(arg.shape, before, after)
+        return None if shape is None else view.view(arg, ("reshape",), shape)
+    return None
+
+
+def _reshaped(operand: tuple, before: tuple, after: tuple) -> tuple | None:
+    """Shape of a broadcast operand after ``reshape(before -> after)``: dims that differ must be all there or all 1."""
+    if same_shape(operand, before):
+        return after
+    padded = (1,) * (len(before) - len(operand)) + tuple(operand)
+    head = 0
+    while head < min(len(before), len(after)) and same_size(before[head], after[head]):
+        head += 1
+    tail = 0
+    while tail < min(len(before), len(after)) - head and same_size(before[-1 - tail], after[-1 - tail]):
+        tail += 1
+    middle = padded[head : len(padded) - tail]
+    if all(same_size(m, 1) for m in middle):
+        new: tuple = (1,) * (len(after) - head - tail)
+    elif same_shape(middle, before[head : len(before) - tail]):
+        new = after[head : len(after) - tail]
+    else:
+        return None
+    return padded[:head] + new + (padded[len(padded) - tail :] if tail else ())
