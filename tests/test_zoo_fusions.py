@@ -116,6 +116,21 @@ def test_fusions(name: str) -> None:
     assert error(ours, exact) <= bound, f"less accurate than eager: {error(ours, exact):.3g}, eager {bound:.3g}"
 
 
+@pytest.mark.parametrize("name", ["dit-xl-2", "wan21-14b", "z-image"])
+def test_eager_roundings_are_eager_bit_for_bit(name: str) -> None:
+    """Bf16 and fp32 modulation, sandwich norms: with ``roundings=eager`` the fused ops give eager's very bits on CPU."""
+    module, kwargs = zoo.build(name)
+    options = {"dkfuse.remainder": "eager", "dkfuse.roundings": "eager"}
+    torch.compiler.reset()
+    with torch.no_grad(), dkfuse.record(name) as coverage:
+        eager = tensors(module(**kwargs))
+        ours = tensors(torch.compile(module, backend="dkfuse", dynamic=False, options=options)(**kwargs))
+    torch.compiler.reset()
+    assert len(coverage.fused()) == sum(PINNED[name].values())
+    for a, b in zip(ours, eager, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_the_families_are_covered() -> None:
     """Over the whole zoo at least 95 % of the sites of these families are fused."""
     fused = sum(sum(counts.values()) for counts in PINNED.values())
