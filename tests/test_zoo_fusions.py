@@ -118,7 +118,7 @@ def test_fusions(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["dit-xl-2", "wan21-14b", "z-image"])
 def test_eager_roundings_are_eager_bit_for_bit(name: str) -> None:
-    """Bf16 and fp32 modulation, sandwich norms: with ``roundings=eager`` the fused ops give eager's very bits on CPU."""
+    """Bf16 and fp32 modulation, sandwich norms: with ``roundings=eager`` fused ops give eager's very bits on CPU."""
     module, kwargs = zoo.build(name)
     options = {"dkfuse.remainder": "eager", "dkfuse.roundings": "eager"}
     torch.compiler.reset()
