@@ -107,6 +107,14 @@ def two_duals_modulate_each_other(x: T, y: T, s: T, w: T) -> tuple[T, ...]:
     return first @ w, second @ w, third @ w, fourth @ w
 
 
+@near_miss("norm=2 gated_residual", "h:BLD y:BLD g:B1D w:DD")
+def branch_norm_is_read_elsewhere(h: T, y: T, g: T, w: T) -> tuple[T, T]:
+    """A sandwich whose inner norm is a result of its own; harmless: each part alone."""
+    n = ln(y)
+    h = h + g * n
+    return ln(h) @ w, n @ w
+
+
 # -- inputs that the function writes to --------------------------------------------------------------------------------
 
 

@@ -204,6 +204,34 @@ def g3m_sandwich_in_fp32(h: T, y: T, g: T, w: T) -> T:
     return (h + n.to(h.dtype)) @ w
 
 
+@spelling("sandwich_gate_norm_modulate absorbed=2", "h:BLD y:BLD g:B1D a:D b:D s:B1D w:DD")
+def g3_sandwich_then_modulate(h: T, y: T, g: T, a: T, b: T, s: T, w: T) -> tuple[T, T]:
+    """Z-Image, Lumina 2: both norms and the stream between them are one op."""
+    h = h + g.tanh() * rms0(y @ w, a)
+    return h, (rms0(h, b) * s) @ w
+
+
+@spelling("sandwich_gate_norm_modulate absorbed=2", "h:BLD y:BLD g:BD s:BD w:DD")
+def g3m_sandwich_then_modulate(h: T, y: T, g: T, s: T, w: T) -> tuple[T, T]:
+    """Mochi: the norm of the branch and its gate in fp32."""
+    n = F.rms_norm((y @ w).float(), y.shape[-1:], eps=1e-6) * torch.tanh(g).unsqueeze(1).float()
+    h = h + n.to(h.dtype)
+    n = F.rms_norm(h.float(), h.shape[-1:], eps=1e-6)
+    return h, (n * (1 + s.unsqueeze(1).float())).to(h.dtype) @ w
+
+
+@spelling("sandwich_gate_norm absorbed=2", "h:BLD y:BLD g:B1D a:D b:D w:DD")
+def g3_sandwich_then_affine_norm(h: T, y: T, g: T, a: T, b: T, w: T) -> tuple[T, T]:
+    h = h + rms0(y @ w, a) * g
+    return h, rms0(h, b) @ w
+
+
+@spelling("sandwich_norm_modulate absorbed", "h:BLD y:BLD s:B1D t:B1D w:DD")
+def ungated_sandwich_then_modulate(h: T, y: T, s: T, t: T, w: T) -> tuple[T, T]:
+    h = ln(y @ w) + h
+    return h, modulated(h, s, t) @ w
+
+
 @spelling("gated_residual", "h:BLD y:BLD g:B1D w:DD")
 def gated_residual_alone(h: T, y: T, g: T, w: T) -> T:
     return (h + g * (y @ w)) @ w
