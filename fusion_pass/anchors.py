@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from .canonical import bare
 from .checks import is_cut, is_row_parameter
 from .terms import Term, TermView, getitem_source, same_shape, same_size
 
@@ -159,7 +160,7 @@ def _stream_anchor(view: TermView, node: fx.Node) -> Anchor | None:
 
 def is_gated_residual(stream: Term, product: Term, shape: tuple) -> bool:
     """``stream + gate * branch``, and not the two products of a rotation."""
-    p, s = _bare(product), _bare(stream)
+    p, s = bare(product), bare(stream)
     if p.op != "mul" or p.args[0].op == "const" or stream.op == "const" or not same_shape(stream.shape, shape):
         return False
     if s.op == "mul" and any(is_row_parameter(a, shape) for a in s.args):
@@ -178,23 +179,17 @@ def is_factor_of_norm(term: Term) -> bool:
 
 def is_modulation(shift: Term, product: Term, shape: tuple) -> bool:
     """``x * (1 + scale) + shift`` without a norm below."""
-    p = _bare(product)
+    p = bare(product)
     if p.op != "mul" or product.norm_reach is not None or not is_row_parameter(shift, shape):
         return False
     for factor, x in (p.args, p.args[::-1]):
-        f = _bare(factor)
+        f = bare(factor)
         while f.op == "view":
-            f = _bare(f.args[0])
+            f = bare(f.args[0])
         one_plus = f.op == "add" and f.args[0].op == "const" and f.args[0].value == 1.0
         if one_plus and is_row_parameter(factor, shape) and same_shape(x.shape, shape):
             return True
     return False
-
-
-def _bare(term: Term) -> Term:
-    while term.op == "round":
-        term = term.args[0]
-    return term
 
 
 def qk_reductions(view: TermView) -> set[fx.Node]:

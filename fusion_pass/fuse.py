@@ -11,7 +11,6 @@ The result says what became of every anchor.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -31,8 +30,6 @@ from .report import Graph, Reason, Site, Status
 from .rules import Candidate, Code, NotThisRule, Reject, Rule, Stage
 from .settings import Settings
 from .terms import Term, TermView, render, short_dtype
-
-log = logging.getLogger("dkfuse")
 
 QK_NORM = (
     "norm of a query or key: Inductor joins it with the rotation or transpose that follows, "
@@ -138,7 +135,7 @@ class _Planner:
         return False
 
     def _candidate(self, rule: Rule, term: Term, binding: Binding, state: _State) -> Candidate:
-        if not _allowed(rule, self.settings):
+        if not self.settings.allows(rule.name):
             raise Reject(Code.DISABLED, f"rule {rule.name} is switched off by dkfuse.rules", Stage.KERNEL)
         if state.anchor.node in self.queries:
             raise Reject(Code.QK_NORM, QK_NORM, Stage.KERNEL, left=True)
@@ -168,13 +165,6 @@ class _Planner:
         self.taken.append(site)
         self.together.add(site)
         self.claimed.update(dict.fromkeys(_all_nodes(site), site))
-
-
-def _allowed(rule: Rule, settings: Settings) -> bool:
-    if settings.rules is None:
-        return True
-    wanted = [n for n in settings.rules if not n.startswith("-")]
-    return (not wanted or rule.name in wanted) and f"-{rule.name}" not in settings.rules
 
 
 def _all_nodes(site: Candidate) -> set[fx.Node]:

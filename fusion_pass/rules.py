@@ -50,7 +50,6 @@ class Code(str, enum.Enum):
     POINTWISE = "pointwise"  # no reduction, no removed copy
     FEEDS_POINTWISE = "feeds_pointwise"
     POINTWISE_PRODUCER = "pointwise_producer"
-    MATERIALIZES = "materializes"
     NO_KERNEL = "no_kernel"
     INNER_STRIDE = "inner_stride"
     ROW_TOO_LONG = "row_too_long"
