@@ -2,6 +2,7 @@
 
 spell("x:BLD scale:BD w:DD")     bf16 tensors [2,6,36], [2,36], [36,36]; ":f" after the dims makes one fp32, see DTYPES
 run(fn, args)                    the compiled function's results and the coverage of that compilation
+fused(fn, args)                  the ATen graph with dkfuse's ops in it
 counts(coverage)                 {"norm_modulate": 1, "absorbed": 1, "left:qk_norm": 2}
 """
 
@@ -14,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dkfuse
-from dkfuse import Coverage, Status
+from dkfuse import Coverage, Settings, Status, compat, fuse
 
 SIZES = {"B": 2, "L": 6, "F": 3, "D": 36, "E": 72, "H": 4, "K": 9, "P": 216, "T": 4, "S": 10}
 SIZES |= {"C": 16, "R": 8, "M": 12, "I": 64, "J": 32, "Q": 192}  # head_dim, its half, 3/4; 4 heads, 2 heads; packed qkv
@@ -91,6 +92,26 @@ def run(function: Callable[..., Any], args: Sequence[Any], **how: Any) -> tuple[
     with dkfuse.record() as coverage, torch.no_grad():
         results = flat(compiled(function, **how)(*args))
     return results, coverage
+
+
+def fused(function: Callable[..., Any], args: Sequence[Any]) -> fx.Graph:
+    """The graph of the compiled function after fusing, before anything runs or is made a kernel of."""
+    graphs: list[fx.Graph] = []
+
+    def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        def inner(module: fx.GraphModule, _: Any) -> Callable:
+            fuse.run(module.graph, Settings(), lowered=False)
+            module.recompile()
+            graphs.append(module.graph)
+            return module.forward
+
+        return compat.lower_with(gm, inputs, inner, {})
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.compile(function, backend=backend, dynamic=False)(*args)
+    (graph,) = graphs
+    return graph
 
 
 def flat(results: Any) -> tuple[Tensor, ...]:
