@@ -73,14 +73,7 @@ def test_calls_in_the_graph(name: str) -> None:
     assert not set(REST) & set(found), found
 
 
-COMPLEX = (
-    "q3_complex64",
-    "q3_table_per_sample",
-    "q3d_complex128",
-    "q3d_complex64_times_complex128",
-    "q9_complex",
-    "qwen",
-)
+Q3 = ("q3_complex64", "q3_table_per_sample", "q3d_complex128", "q3d_complex64_times_complex128")
 
 
 @pytest.mark.parametrize("name", [*Q3, "q9_complex", "qwen"])
