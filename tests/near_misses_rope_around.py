@@ -36,9 +36,9 @@ def complex_quotient(x: T, f: T) -> T:
     return as_real(as_complex(x) / f)
 
 
-@near_miss("", COMPLEX)
+@near_miss("either", COMPLEX)
 def complex_conjugate(x: T, f: T) -> T:
-    """The inverse rotation."""
+    """The inverse rotation, which is one by the conjugate table."""
     return as_real(as_complex(x) * f.conj())
 
 

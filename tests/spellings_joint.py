@@ -14,7 +14,7 @@ from torch import Tensor as T
 from .harness import Spelling, table
 from .spellings_norms import rms0
 from .spellings_qk import rope
-from .spellings_rope import BOTH, attend, heads, rms, rotate_half, turned
+from .spellings_rope import BOTH, attend, heads, rms, rotate_half
 from .spellings_rope_forms import matrix_product
 
 ROWS: list[Spelling] = []
@@ -202,9 +202,12 @@ def contiguous_for_attention(q: T, k: T, v: T, a: T, c: T, s: T) -> T:
 @spelling(BOTH, "q:BLI k:BTI v:BTI a:I b:I c:1LI:f s:1LI:f d:1TI:f e:1TI:f")
 def tables_of_their_own(q: T, k: T, v: T, a: T, b: T, c: T, s: T, d: T, e: T) -> T:
     """LTX-2 between video and audio: q and k of different lengths, each with its tables."""
-    q, k = rms(q, a), rms(k, b)
-    q = (q.float() * c + turned(q.unsqueeze(2)).squeeze(2).float() * s).to(q.dtype)
-    k = (k.float() * d + turned(k.unsqueeze(2)).squeeze(2).float() * e).to(k.dtype)
+
+    def rotate(x: T, cos: T, sin: T) -> T:
+        real, imag = x.unflatten(2, (-1, 2)).unbind(-1)
+        return (x.float() * cos + torch.stack([-imag, real], dim=-1).flatten(2).float() * sin).to(x.dtype)
+
+    q, k = rotate(rms(q, a), c, s), rotate(rms(k, b), d, e)
     return attend(heads(q), heads(k), heads(v))
 
 
