@@ -15,7 +15,7 @@ from torch import fx
 from dkfuse.patterns.heads import NORM_ROPE, QK_NORM, ROPE
 
 from .checks import base_node, check_eps, check_mutation, fake, text_shape
-from .gain import is_elementwise, only_read_in, readers, through_views, widens
+from .gain import is_elementwise, is_view, only_read_in, readers, through_views, widens
 from .heads import Heads, Part
 from .pattern import Binding
 from .rules import Code, Reject, Rule, Stage
