@@ -25,6 +25,7 @@ from .simplify import slice_term
 from .terms import Term, TermView, same_size
 
 NORMED = affine(Var("x"))
+LONGEST_HEAD = 512
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,15 @@ def parse(view: TermView, term: Term, norms: bool = True) -> Heads | None:
     parts = [p for piece in pieces for p in _parts(view, piece, joined[0] if joined is not None else None, norms)]
     if len(parts) == 1 and term.op == "view" and parts[0].rotation is None:
         return None
-    if all(p.norm is None and p.rotation is None for p in parts):
+    if all(p.rotation is None and (p.norm is None or not is_head(p.norm.term)) for p in parts):
         return None
     dim = joined[0] if joined is not None else _own_dim(parts, term)
     return Heads(tuple(parts), dim)
+
+
+def is_head(norm: Term) -> bool:
+    """A norm of one head: short rows, several to a program. Longer ones are norms like any other."""
+    return not isinstance(norm.shape[-1], int) or norm.shape[-1] <= LONGEST_HEAD
 
 
 def _own_dim(parts: list[Part], term: Term) -> int | None:

@@ -16,7 +16,7 @@ two products of a column of one x with a table. ``x * cos + rotate_half(x) * sin
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,6 +44,7 @@ class Rotation:
     width: int
     tables: Tables
     roundings: tuple[torch.dtype, ...] = ()  # of the products
+    double: bool = False  # x was cast to fp64
 
 
 class NotARotation(Exception):
@@ -89,7 +90,7 @@ def _partial(view: TermView, value: Term) -> Rotation | None:
     if not whole or (inner := match(view, rotated)) is None or inner.width != width:
         return None
     first = view.view(x, ("slice", last, 0, width, 1), (*x.shape[:-1], width))
-    return Rotation(x, inner.style, inner.width, inner.tables, inner.roundings) if inner.x is first else None
+    return replace(inner, x=x) if inner.x is first else None
 
 
 def _whole(view: TermView, value: Term, style: str) -> Rotation | None:
@@ -108,8 +109,11 @@ def _whole(view: TermView, value: Term, style: str) -> Rotation | None:
         (p10, t10), (p11, t11) = entries[1][0], entries[1][1]
         tables = _tables(view, style, width, (t00, t01, t10, t11), (p00, p01, p10, p11))
         rounded = {p.rounded for row in rows for p in row} - {None}
-        x = _stripped(x) if x.op in ("double", "from_double") else x
-        return Rotation(x, style, width, tables, tuple(d for d in rounded if d is not None))
+        lifted = view.expose(x)
+        double = lifted.op == "double"
+        return Rotation(
+            lifted.args[0] if double else x, style, width, tables, tuple(d for d in rounded if d is not None), double
+        )
     return None
 
 
