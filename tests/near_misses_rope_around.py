@@ -64,8 +64,9 @@ def complex_of_two_halves(x: T, f: T) -> T:
     return as_real(torch.complex(a, b) * f)
 
 
-@near_miss("", COMPLEX)
+@near_miss("rope", COMPLEX)
 def complex_of_a_transposed_layout(x: T, f: T) -> T:
+    """Harmless: a rotation of the copy whose columns are in another order."""
     z = torch.view_as_complex(x.unflatten(-1, (2, -1)).transpose(-1, -2).contiguous())
     return as_real(z * f)
 
@@ -157,9 +158,9 @@ def turned_part_doubled(x: T, c: T, s: T) -> T:
     return torch.add(x * c, turned(x) * s, alpha=2)
 
 
-@whole("rope", f"{QKV} {FULL}", FP32)
+@whole("", f"{QKV} {FULL}", FP32)
 def normed_over_heads(q: T, k: T, v: T, a: T, c: T, s: T) -> T:
-    """Harmless: a norm over the heads of each column is none of ours; the rotation is."""
+    """A norm over the heads of each column is none of ours, and its kernel can rotate."""
     q = heads(q)
     q = q * torch.rsqrt(q.pow(2).mean(2, keepdim=True) + 1e-6) * a
     return attend(q * c + turned(q) * s, heads(k), heads(v))
@@ -237,9 +238,9 @@ def joined_parts_overlap(q: T, k: T, v: T, a: T, c: T, s: T) -> T:
     return attend(torch.cat([q[:, :5], rotated], dim=1), heads(k), heads(v))
 
 
-@whole("", "q:BLD k:BTD v:BTD a:K c:L14 s:L14", FP32)
+@whole("rope", "q:BLD k:BTD v:BTD a:K c:L14 s:L14", FP32)
 def odd_head_dim(q: T, k: T, v: T, a: T, c: T, s: T) -> T:
-    """Nine columns, of which eight are rotated."""
+    """Nine columns, of which eight are rotated. Harmless: the eight are a tensor of their own."""
     q = F.rms_norm(heads(q), (9,), a)
     x, y = pairs(q[..., :8])
     return attend(torch.cat([joined(x * c - y * s, y * c + x * s), q[..., 8:]], -1), heads(k), heads(v))
