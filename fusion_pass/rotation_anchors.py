@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from .gain import is_elementwise, is_view
+from .readers import SPLITS
 from .recombine import COMPLEX
 from .terms import TermView, getitem_source, same_size
 
@@ -151,7 +152,7 @@ def _half(node: fx.Node) -> tuple[object, int] | None:
     """``((tensor, kind), i)`` where `node` extracts half i of the columns of a tensor."""
     if (source := getitem_source(node)) is not None:
         producer, index = source
-        if index > 1 or not isinstance(producer.args[0], fx.Node) or len(producer.meta["val"]) != 2:
+        if producer.target not in SPLITS or len(producer.meta["val"]) != 2:
             return None
         dim = producer.args[2] if len(producer.args) > 2 else producer.kwargs.get("dim", 0)
         if producer.target is aten.unbind.int:
