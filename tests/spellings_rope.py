@@ -208,24 +208,33 @@ def q6_mochi(x: T, c: T, s: T) -> T:
 
 
 def split_in_two(x: T, c: T, s: T) -> T:
-    """LTX-2's ``apply_split_rotary_emb`` on [B,H,L,C]."""
+    """LTX-2's ``apply_split_rotary_emb`` on [B,H,L,C], fp32 out."""
     split = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2).float()
     out = split * c.unsqueeze(-2)
     out[..., :1, :].addcmul_(-s.unsqueeze(-2), split[..., 1:, :])
     out[..., 1:, :].addcmul_(s.unsqueeze(-2), split[..., :1, :])
-    return out.reshape(x.shape).to(x.dtype)
+    return out.reshape(x.shape)
 
 
 @bhsd("c:BHLR:f s:BHLR:f")
 def q7_ltx2_split(x: T, c: T, s: T) -> T:
-    return split_in_two(x, c, s)
+    return split_in_two(x, c, s).to(x.dtype)
+
+
+def of_flat(x: T, c: T, s: T) -> T:
+    b, h, n, _ = c.shape
+    y = x.reshape(b, n, h, -1).swapaxes(1, 2)
+    return split_in_two(y, c, s).swapaxes(1, 2).reshape(b, n, -1).to(x.dtype)
 
 
 @flat("c:BHLR:f s:BHLR:f")
 def q7_ltx2_split_of_flat(x: T, c: T, s: T) -> T:
-    b, h, n, _ = c.shape
-    x = x.reshape(b, n, h, -1).swapaxes(1, 2)
-    return split_in_two(x, c, s).swapaxes(1, 2).reshape(b, n, -1)
+    return of_flat(x, c, s)
+
+
+@flat("c:1HLR s:1HLR", batch="1")
+def q7_ltx2_bf16_tables(x: T, c: T, s: T) -> T:
+    return of_flat(x, c, s)
 
 
 @flat("c:BLI:f s:BLI:f")

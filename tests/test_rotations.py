@@ -41,6 +41,14 @@ def test_executed(name: str) -> None:
     assert (name in WITHOUT) == (name not in EXECUTED)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", rotations.REUSED_GRAPHS)
+def test_compiled_where_blocks_share_a_graph(name: str) -> None:
+    """The models with as many sites as rotations are compared in `test_zoo_fusions`."""
+    module, kwargs = zoo.build(name)
+    assert rotations.compiled(module, kwargs) == EXECUTED[name]
+
+
 def test_a_helper_is_not_counted_again() -> None:
     from torch import nn
 
