@@ -32,7 +32,7 @@ def is_factor(term: Term) -> bool:
 
 
 def affine(x: Pattern, vector: Callable[[Term], bool] = is_vector) -> Pattern:
-    """``norm(x)``, ``norm(x) * w``, ``norm(x) * (1 + w)``, each with and without ``+ b``; `vector` says what w may be."""
+    """``norm(x)``, ``norm(x) * w``, ``norm(x) * (1 + w)``, each with and without ``+ b``; w and b are a `vector`."""
     n = R("NORM", Norm(x))
     weight = alt(Var("weight", vector), Add(Num(1.0, "weight_offset"), Var("weight", vector)))
     weighted = R("WEIGHTED", Mul(weight, n))
