@@ -15,20 +15,26 @@ from .compat import statically_known_true
 from .gain import is_view
 from .head_site import HeadSite
 from .replace import copy_origin, op_call
-from .terms import TermView, same_size
+from .terms import Term, TermView, same_size
 
 aten = torch.ops.aten
 
 
-def insert(graph: fx.Graph, view: TermView, site: HeadSite, renamed: dict[fx.Node, fx.Node]) -> list[fx.Node]:
-    """The op calls; the site's root is replaced by their result."""
+def insert(
+    graph: fx.Graph,
+    view: TermView,
+    site: HeadSite,
+    renamed: dict[fx.Node, fx.Node],
+    tables: dict[Term, fx.Node],
+) -> list[fx.Node]:
+    """The op calls; the site's root is replaced by their result. `tables`: the views of tables inserted so far."""
     nodes = site.output_nodes("out")
     copies = _copies(nodes) if site.heads.dim is None and not site.casts else {}
     order = _wanted_order(nodes, copies)
     calls = []
     with graph.inserting_before(nodes[0]):
         for part in site.calls:
-            call = op_call(graph, view, part.op, part.operands, {**part.attributes, "order": order}, renamed)
+            call = op_call(graph, view, part.op, part.operands, {**part.attributes, "order": order}, renamed, tables)
             call.meta["dkfuse_kernel"] = site.kernel
             copy_origin(nodes[0], call)
             calls.append(call)
