@@ -15,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def total(zs, b: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr, ACROSS: tl.constexpr):
-    """Sums over the rows of tile `b`, `[ROWS, 1]`; with ACROSS over all tiles, `[1, 1]`."""
+    """Sums over the rows of tile `b`, `[ROWS, 1]`; with ACROSS one sum over all tiles."""
     FIRST: tl.constexpr = 0 if ACROSS else b
     LAST: tl.constexpr = BLOCKS if ACROSS else b + 1
     accumulated = zs[FIRST * PARTS]
@@ -24,14 +24,13 @@ def total(zs, b: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr, ACROSS
             accumulated += zs[k * PARTS]
         if PARTS > 1:
             accumulated += zs[k * PARTS + 1]
-    result = tl.sum(accumulated, axis=1, keep_dims=True)
+    AXIS: tl.constexpr = None if ACROSS else 1
+    result = tl.sum(accumulated, axis=AXIS, keep_dims=not ACROSS)
     if PARTS > 2:
         tails = zs[FIRST * PARTS + 2]
         for k in tl.static_range(FIRST + 1, LAST):
             tails += zs[k * PARTS + 2]
-        result += tl.sum(tails, axis=1, keep_dims=True)
-    if ACROSS:
-        result = tl.sum(result, axis=0, keep_dims=True)
+        result += tl.sum(tails, axis=AXIS, keep_dims=not ACROSS)
     return result
 
 

@@ -171,7 +171,8 @@ else:
         check(call_of(x, **rope))
 
     def test_dtypes() -> None:
-        for a, b, c, d in itertools.product((BF16, FP16, FP32), repeat=4):
+        for a, b, d in itertools.product((BF16, FP16, FP32), repeat=3):
+            c = BF16 if a == FP32 else FP32
             rope = tables("half", 16, S, 1, dtype=b)
             check(call_of(random(1, S, H, 16, dtype=a), norm="rms", weight=random(16, dtype=c), **rope, out_dtype=d))
 
@@ -283,7 +284,7 @@ else:
         config = RopeConfig(rows, -(-5 // rows), 1, repeat=draw(st.booleans()))
         return arguments, draw(st.sampled_from([None, config]))
 
-    @settings(max_examples=150, deadline=None, derandomize=True)
+    @settings(max_examples=100, deadline=None, derandomize=True)
     @given(calls())
     def test_kernel_means_what_the_op_means(call: tuple[dict[str, Any], RopeConfig | None]) -> None:
         arguments, config = call
