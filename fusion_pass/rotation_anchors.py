@@ -133,14 +133,34 @@ def _sum_of_pairs(node: fx.Node) -> bool:
 
 
 def _mixes_halves(view: TermView, node: fx.Node, taken: Container[fx.Node]) -> set[fx.Node] | None:
-    """The nodes between `node` and both halves of the columns of one tensor, if it comes from both; else None.
+    """The nodes between `node` and both halves of the columns of one tensor, if it recombines them; else None.
 
-    At least one of them is a product, a difference or a minus; what another rotation made is not looked into.
+    Each part of a cat comes from both halves, or they change places (``cat([-x2, x1])``); one with the rest of a tensor
+    that is rotated in part does neither. At least one node is a product, a difference or a minus.
     """
+    if node.target is aten.cat.default:
+        parts = [_halves_below(view, [part], taken) for part in node.args[0]]
+        (first, _, _), (second, _, _) = parts
+        mixed = any((first[key], second[key]) in MIXED for key in first.keys() & second.keys())
+    else:
+        parts = [_halves_below(view, list(_sources(node)), taken)]
+        mixed = any(len(found) == 2 for found in parts[0][0].values())
+    if not mixed or not any(products for _, products, _ in parts):
+        return None
+    return {at for _, _, seen in parts for at in seen}
+
+
+MIXED = (({0, 1}, {0, 1}), ({1}, {0}))
+
+
+def _halves_below(
+    view: TermView, start: list[fx.Node], taken: Container[fx.Node]
+) -> tuple[dict[object, set[int]], bool, set[fx.Node]]:
+    """``(tensor -> halves reached, is there a product, the nodes in between)``, not through rotations taken."""
     halves: dict[object, set[int]] = {}
     products = False
     seen: set[fx.Node] = set()
-    pending = [(source, 0) for source in _sources(node)]
+    pending = [(source, 0) for source in start]
     while pending:
         at, depth = pending.pop()
         if at in seen or at in taken or at.op != "call_function" or depth > REACH:
@@ -152,7 +172,7 @@ def _mixes_halves(view: TermView, node: fx.Node, taken: Container[fx.Node]) -> s
         products |= at.target in PRODUCTS
         if half is None and (is_elementwise(at) or is_view(at) or at.target in (*CASTS, *SCATTERS)):
             pending.extend((source, depth + 1) for source in _sources(at))
-    return seen if products and any(len(found) == 2 for found in halves.values()) else None
+    return halves, products, seen
 
 
 def _half(node: fx.Node) -> tuple[fx.Node, str, int] | None:
