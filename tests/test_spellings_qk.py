@@ -31,6 +31,53 @@ def test_spelling_compiled_by_inductor(row: Spelling) -> None:
     check_numerics(row.function, args, results)
 
 
+ANY_LENGTH = (
+    "q1",
+    "q3_complex64",
+    "q4_wan",
+    "q7_ltx2_split_of_flat",
+    "q9_cogvideox",
+    "k2_r1",
+    "flux",
+    "qwen",
+    "hunyuan_single",
+    "sd3",
+)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.name in ANY_LENGTH], ids=lambda row: row.name)
+def test_spelling_with_any_number_of_tokens(row: Spelling) -> None:
+    """Numbers of tokens are symbols, as with ``dynamic=True`` in a model, whose weights fix all other sizes."""
+    args = spell(row.inputs, row.dtype)
+    for text, arg in zip(row.inputs.split(), args, strict=True):
+        for dim, letter in enumerate(text.split(":")[1]):
+            if letter in "LST":
+                torch._dynamo.maybe_mark_dynamic(arg, dim)
+    results, coverage = run(row.function, args, dynamic=None)
+    assert counts(coverage) == row.expected, str(coverage)
+    assert any(isinstance(size, str) for site in coverage.sites for size in site.shapes["x"])
+    check_numerics(row.function, args, results)
+
+
+ROUNDED = (
+    "q1",
+    "q2b_bf16_arithmetic",
+    "q3d_complex64_times_complex128",
+    "q6_mochi",
+    "k0_r0",
+    "k4_layer_norm_no_weight",
+)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.name in ROUNDED], ids=lambda row: row.name)
+def test_eager_roundings_are_eager_bit_for_bit(row: Spelling) -> None:
+    results, coverage = run(row.function, spell(row.inputs, row.dtype), roundings="eager")
+    assert counts(coverage) == row.expected, str(coverage)
+    with torch.no_grad():
+        expected = row.function(*spell(row.inputs, row.dtype))
+    assert torch.equal(results[0], expected)
+
+
 # -- the graph ---------------------------------------------------------------------------------------------------------
 
 CALLS = {  # of norm_rope: one for each query or key, and part of it
