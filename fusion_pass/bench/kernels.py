@@ -2,7 +2,7 @@
 
 Columns: time; fraction of the time of a `copy_` of the same bytes, and of a 670 MB copy's bandwidth; speed-up over
 `torch.compile(dynamic=False)` and over eager, timed in the same process the same way (`bench.timing`); relative error
-||out - ref|| / ||ref|| against fp64 of ours, eager and Inductor. FlashInfer: its RoPE of q and k, in place, no norm.
+||out - ref|| / ||ref|| against fp64 of ours, eager and Inductor. FlashInfer: its in-place RoPE of q and k, no norm.
 """
 
 from __future__ import annotations
