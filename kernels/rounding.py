@@ -22,6 +22,7 @@ class Rounding(IntFlag):
     PRODUCT = 64  # a * (scale_offset + scale)
     BRANCH = 128  # the normalised x, before the branch weight
     BRANCH_WEIGHTED = 256  # n_b(x) * (branch_weight_offset + branch_weight)
+    BRANCH_BIAS = 1024  # x + branch_bias, also what the branch norm reads
 
 
-ALL_ROUNDINGS = int(Rounding(511))
+ALL_ROUNDINGS = sum(int(flag) for flag in Rounding)
