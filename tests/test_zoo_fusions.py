@@ -116,10 +116,18 @@ def test_fusions(name: str) -> None:
     assert error(ours, exact) <= bound, f"less accurate than eager: {error(ours, exact):.3g}, eager {bound:.3g}"
 
 
-@pytest.mark.parametrize("name", ["dit-xl-2", "wan21-14b", "z-image"])
-def test_eager_roundings_are_eager_bit_for_bit(name: str) -> None:
+@pytest.mark.parametrize("name", ["sd3-medium", "sd35-large", "hunyuan-video"])
+def test_a_batch_is_fused_as_one_sample_is(name: str) -> None:
+    """Where joint attention is sliced, the projections of a batch end in a bias add of their own."""
+    module, kwargs = zoo.build(name, batch=2)
+    coverage = dkfuse.coverage(module, **kwargs)
+    assert dict(Counter(s.family for s in coverage.fused())) == PINNED[name], "\n" + str(coverage)
+
+
+@pytest.mark.parametrize(("name", "batch"), [("dit-xl-2", 1), ("wan21-14b", 1), ("z-image", 1), ("sd35-large", 2)])
+def test_eager_roundings_are_eager_bit_for_bit(name: str, batch: int) -> None:
     """Bf16 and fp32 modulation, sandwich norms: with ``roundings=eager`` fused ops give eager's very bits on CPU."""
-    module, kwargs = zoo.build(name)
+    module, kwargs = zoo.build(name, batch=batch)
     options = {"dkfuse.remainder": "eager", "dkfuse.roundings": "eager"}
     torch.compiler.reset()
     with torch.no_grad(), dkfuse.record(name) as coverage:
