@@ -3,6 +3,7 @@
 * every norm reduction: `var_mean`, a mean of squares that goes to `rsqrt` or a division, a native norm op;
 * every gated residual: ``stream + gate * branch`` with a gate that is broadcast over the tokens or cut from a bigger
   tensor;
+* every rotation of pairs of columns (`dkfuse.rotation_anchors`);
 * every modulation without a norm: ``x * (1 + scale) + shift`` with broadcast scale and shift.
 
 Anchors of one value (duplicates that CSE would join) are one anchor.
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from . import rotation_anchors
 from .canonical import bare
 from .checks import is_cut, is_row_parameter
 from .terms import Term, TermView, getitem_source, same_shape, same_size
@@ -40,7 +42,7 @@ ATTENTION = ("scaled_dot_product", "flash_attention", "flash_attn", "attention",
 class Anchor:
     """One site of the denominator, at `node`; `key` is what a match is found by."""
 
-    kind: str  # "norm", "gated_residual", "scale_shift"
+    kind: str  # "norm", "rotation", "gated_residual", "scale_shift"
     node: fx.Node
     key: object
 
@@ -54,7 +56,10 @@ def find(view: TermView) -> list[Anchor]:
         anchor = _norm_anchor(view, node) or _stream_anchor(view, node)
         if anchor is not None and anchor.key not in found:
             found[anchor.key] = anchor
-    return list(found.values())
+    for node in rotation_anchors.find(view):
+        key = ("rotation", view.term(node) or node)
+        found.setdefault(key, Anchor("rotation", node, key))
+    return sorted(found.values(), key=lambda anchor: view.order[anchor.node])
 
 
 def _norm_anchor(view: TermView, node: fx.Node) -> Anchor | None:
@@ -151,7 +156,7 @@ def _stream_anchor(view: TermView, node: fx.Node) -> Anchor | None:
     if total.op != "add" or len(shape) < 2 or view.nodes(term)[0] is not node:
         return None
     for stream, product in (total.args, total.args[::-1]):
-        if is_gated_residual(stream, product, shape):
+        if is_gated_residual(view.expose(stream), product, shape):
             return Anchor("gated_residual", node, ("sum", total))
         if is_modulation(stream, product, shape):
             return Anchor("scale_shift", node, ("sum", total))
@@ -209,12 +214,12 @@ def qk_reductions(view: TermView) -> set[fx.Node]:
         seen.add(node)
         if node.target in STATISTICS or node.target in MEANS or node.target in NATIVE_NORMS:
             found.add(node)
-        elif is_elementwise(node) or is_view(node) or getitem_source(node) or node.target in _CARRIERS:
+        elif is_elementwise(node) or is_view(node) or getitem_source(node) or node.target in CARRIERS:
             pending += node.all_input_nodes
     return found
 
 
-_CARRIERS = (
+CARRIERS = (
     aten.cat.default,
     aten.clone.default,
     aten.stack.default,

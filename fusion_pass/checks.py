@@ -55,7 +55,7 @@ def _checked(site: Candidate, roundings: str) -> Candidate:
     _check_operands(site)
     _collect_interior(site)
     _check_escapes(site)
-    _check_mutation(site)
+    check_mutation(site)
     _check_layout(site)
     _set_attributes(site, roundings)
     return site
@@ -84,7 +84,7 @@ def _check_operands(site: Candidate) -> None:
             raise Reject(Code.BROADCAST, text + "; the modulation must not enlarge it")
         for statistic in (norm, site.branch_norm):
             if statistic is not None:
-                _check_eps(site, statistic)
+                check_eps(site.view, statistic)
     elif site.rule.op == "gated_residual":
         if not (is_row_parameter(operands["gate"], shape) or is_cut(operands["gate"], shape)):
             raise Reject(Code.BROADCAST, "no factor is broadcast over the tokens: not a gate")
@@ -117,12 +117,12 @@ def is_cut(term: Term, shape: tuple) -> bool:
     return False
 
 
-def _check_eps(site: Candidate, norm: Term) -> None:
+def check_eps(view: TermView, norm: Term) -> None:
     eps = norm.attrs[0]
-    reduction = site.view.reductions[norm]
+    reduction = view.reductions[norm]
     if reduction.op == "var" and reduction.attrs != (0,):
         raise Reject(Code.VARIANCE, f"the variance has correction {reduction.attrs[0]}; a LayerNorm's is 0")
-    dtype = site.view.statistics_dtype.get(norm, torch.float32)
+    dtype = view.statistics_dtype.get(norm, torch.float32)
     tiny = torch.finfo(dtype).smallest_normal
     if eps < 0 or 0 < eps < tiny:
         limit = f"the smallest normal {short_dtype(dtype)} number, {tiny:.3g}, in which the statistics are computed"
@@ -198,7 +198,8 @@ def _check_escapes(site: Candidate) -> None:
                 raise Reject(Code.ESCAPES, f"{node.name} ({node.target}) inside the site is also read by {user.name}")
 
 
-def _check_mutation(site: Candidate) -> None:
+def check_mutation(site: Any) -> None:
+    """No operand is (a view of) an input that the graph writes to."""
     for name, term in site.operands.items():
         source = is_view_of_input(base_node(site.view, term))
         if source is not None and source in site.view.written_inputs:

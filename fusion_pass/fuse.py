@@ -21,10 +21,11 @@ from torch import fx
 
 from dkfuse import patterns
 
-from . import anchors, choose, gain, origin
+from . import anchors, choose, gain, heads, origin, plan_heads
 from .anchors import Anchor
 from .checks import build, build_dual, fake
 from .cycles import Together, check_cycles
+from .head_site import HeadSite
 from .pattern import Binding, matches
 from .report import Graph, Reason, Site, Status
 from .rules import Candidate, Code, NotThisRule, Reject, Rule, Stage
@@ -32,7 +33,7 @@ from .settings import Settings
 from .terms import Term, TermView, render, short_dtype
 
 QK_NORM = (
-    "norm of a query or key: Inductor joins it with the rotation or transpose that follows, "
+    "norm of a query or key that is not fused with what follows it: Inductor joins the two, "
     "a norm of its own would add a pass over memory"
 )
 
@@ -42,24 +43,25 @@ class Plan:
     """What was decided for one graph: the sites to replace, and the record of every anchor."""
 
     view: TermView
-    taken: list[Candidate] = field(default_factory=list)
+    taken: list[Candidate | HeadSite] = field(default_factory=list)
     record: Graph = field(default_factory=lambda: Graph(index=0, nodes=0, seconds=0.0))
 
 
 @dataclass
-class _State:
+class State:
     """One anchor while the rules are tried."""
 
     anchor: Anchor
-    site: Candidate | None = None
+    site: Candidate | HeadSite | None = None
     attempts: list[tuple[Reject, Rule]] = field(default_factory=list)
-    absorbed_by: _State | None = None
+    absorbed_by: State | None = None
 
 
 def plan(graph: fx.Graph, settings: Settings) -> Plan:
     """Decide what to fuse in `graph`; the graph is not touched."""
     started = time.perf_counter()
-    planner = _Planner(TermView(graph), settings)
+    planner = Planner(TermView(graph), settings)
+    plan_heads.match(planner)
     planner.match(patterns.RULES, lambda term: term.norm_reach is not None)
     planner.match(patterns.POINTWISE, lambda term: (term.args[0] if term.op == "round" else term).op == "add")
     return planner.finish(started)
@@ -79,15 +81,15 @@ def run(graph: fx.Graph, settings: Settings, lowered: bool = True) -> Graph:
     return decided.record
 
 
-class _Planner:
+class Planner:
     """The anchors of one graph while the rules are tried on it."""
 
     def __init__(self, view: TermView, settings: Settings):
         self.view, self.settings = view, settings
-        self.states = {a.key: _State(a) for a in anchors.find(view)}
+        self.states = {a.key: State(a) for a in anchors.find(view)}
         self.queries = anchors.qk_reductions(view)
-        self.claimed: dict[fx.Node, Candidate] = {}
-        self.taken: list[Candidate] = []
+        self.claimed: dict[fx.Node, Candidate | HeadSite] = {}
+        self.taken: list[Candidate | HeadSite] = []
         self.together = Together()
         # modulations whose norm has another reader, by rule, norm and whether the branch's bias is a part of the site
         self.halves: dict[tuple[str, Term, bool], tuple[Term, Binding]] = {}
@@ -110,19 +112,21 @@ class _Planner:
         return Plan(self.view, self.taken, record)
 
     def _try(self, rule: Rule, term: Term) -> bool:
-        best: tuple[_State, Reject] | None = None
+        best: tuple[State, Reject] | None = None
         for binding in matches(rule.pattern, self.view, term):
             norm = binding.terms.get("norm")
             inner = term.args[0] if term.op == "round" else term
             state = self.states.get(anchors.key_of(self.view, norm) if norm is not None else ("sum", inner))
-            if state is None or state.site is not None or state.anchor.node in self.claimed:
+            if state is None or state.site is not None or state.absorbed_by is not None:
+                continue
+            if state.anchor.node in self.claimed:
                 continue
             branch = binding.terms.get("branch_norm")
             inner_state = self.states.get(anchors.key_of(self.view, branch)) if branch is not None else None
             if inner_state is not None and (inner_state.site is not None or inner_state.anchor.node in self.claimed):
                 continue
             try:
-                self._take(state, self._candidate(rule, term, binding, state))
+                self.take(state, self._candidate(rule, term, binding, state))
                 if inner_state is not None:
                     inner_state.absorbed_by = state
                 return True
@@ -135,10 +139,11 @@ class _Planner:
             best[0].attempts.append((best[1], rule))
         return False
 
-    def _candidate(self, rule: Rule, term: Term, binding: Binding, state: _State) -> Candidate:
+    def _candidate(self, rule: Rule, term: Term, binding: Binding, state: State) -> Candidate:
         if not self.settings.allows(rule.name):
             raise Reject(Code.DISABLED, f"rule {rule.name} is switched off by dkfuse.rules", Stage.KERNEL)
-        if state.anchor.node in self.queries:
+        norm = binding.terms.get("norm")
+        if state.anchor.node in self.queries and norm is not None and heads.is_head(norm):
             raise Reject(Code.QK_NORM, QK_NORM, Stage.KERNEL, left=True)
         try:
             return build(rule, self.view, term, binding, self.settings.roundings)
@@ -151,38 +156,47 @@ class _Planner:
                 raise
             return build_dual(half, (term, binding), rule, self.view, self.settings.roundings)
 
-    def _take(self, state: _State, site: Candidate) -> None:
+    def take(self, state: State, site: Candidate | HeadSite) -> None:
+        """Claim the site's nodes for `state`, or Reject."""
         settings = self.settings
-        check_cycles(site, self.together)
+        if not settings.allows(site.rule.name):
+            raise Reject(Code.DISABLED, f"rule {site.rule.name} is switched off by dkfuse.rules", Stage.KERNEL)
         for node in _all_nodes(site):
             if node in self.claimed and not _is_parameter(node, site):
                 raise Reject(Code.CLAIMED, f"{node.name} already belongs to a {self.claimed[node].name} site")
-        site.kernel = choose.choose(site, settings)
-        if not (settings.pointwise or (site.kernel == "native" and not site.rule.has_norm)):
-            gain.check(site, self.claimed)
+        if isinstance(site, HeadSite):
+            plan_heads.choose_and_check(self, site)
+        else:
+            self._choose_and_check(site)
         if settings.fuel is not None and len(self.taken) >= settings.fuel:
             raise Reject(Code.FUEL, f"dkfuse.fuel={settings.fuel} sites are fused already", Stage.KERNEL)
-        site.bytes_before, site.bytes_after = gain.traffic(site)
         state.site = site
         self.taken.append(site)
         self.together.add(site)
         self.claimed.update(dict.fromkeys(_all_nodes(site), site))
 
+    def _choose_and_check(self, site: Candidate) -> None:
+        check_cycles(site, self.together)
+        site.kernel = choose.choose(site, self.settings)
+        if not (self.settings.pointwise or (site.kernel == "native" and not site.rule.has_norm)):
+            gain.check(site, self.claimed)
+        site.bytes_before, site.bytes_after = gain.traffic(site)
 
-def _all_nodes(site: Candidate) -> set[fx.Node]:
+
+def _all_nodes(site: Candidate | HeadSite) -> set[fx.Node]:
     nodes = site.interior | site.roots
     if "sum" in site.binding.terms:
         nodes.update(site.view.nodes(site.binding.terms["sum"]))
     return nodes
 
 
-def _is_parameter(node: fx.Node, site: Candidate) -> bool:
+def _is_parameter(node: fx.Node, site: Candidate | HeadSite) -> bool:
     """A row parameter such as ``1 + scale`` may serve several sites."""
     val = node.meta.get("val")
     return isinstance(val, torch.Tensor) and val.dim() > 0 and tuple(val.shape) != site.shape and val.shape[-1] != 1
 
 
-def _absorb(states: dict[object, _State]) -> None:
+def _absorb(states: dict[object, State]) -> None:
     """A gated residual inside a taken norm site is that site's work."""
     owners = {node: s for s in states.values() if s.site is not None for node in _all_nodes(s.site)}
     for state in states.values():
@@ -195,7 +209,7 @@ def _absorb(states: dict[object, _State]) -> None:
 # -- records -----------------------------------------------------------------------------------------------------------
 
 
-def _sites(states: dict[object, _State], view: TermView) -> list[Site]:
+def _sites(states: dict[object, State], view: TermView) -> list[Site]:
     counts: Counter[str] = Counter()
     names: dict[int, str] = {}
     for state in states.values():
@@ -205,7 +219,7 @@ def _sites(states: dict[object, _State], view: TermView) -> list[Site]:
     return [_site(state, names, view) for state in states.values()]
 
 
-def _site(state: _State, names: dict[int, str], view: TermView) -> Site:
+def _site(state: State, names: dict[int, str], view: TermView) -> Site:
     node = state.anchor.node
     record = Site(
         id=names[id(state)],
@@ -248,7 +262,7 @@ def _deepest(attempts: list[tuple[Reject, Rule]]) -> tuple[Reject, Rule]:
     return next((a for a in attempts if a[0].left), attempts[0])
 
 
-def _unexplained(state: _State, view: TermView) -> tuple[Reason, str]:
+def _unexplained(state: State, view: TermView) -> tuple[Reason, str]:
     node = state.anchor.node
     term = view.term(node) or view.term(next(iter(node.users), node))
     text = render(term) if term is not None else str(node.target)
@@ -260,10 +274,12 @@ def _unexplained(state: _State, view: TermView) -> tuple[Reason, str]:
     return Reason(Stage.STRUCTURE.value, Code.NO_RULE.value, f"no rule explains {node.name}"), text
 
 
-def _family(state: _State) -> str:
+def _family(state: State) -> str:
     done = state.site or (state.absorbed_by.site if state.absorbed_by else None)
     if state.anchor.kind != "norm":
         return state.anchor.kind
+    if isinstance(done, HeadSite):
+        return "qk_norm"
     if done is not None:
         return done.family if state.site is not None else "sandwich"
     if any(reject.code == Code.QK_NORM.value for reject, _ in state.attempts):

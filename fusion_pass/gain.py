@@ -57,20 +57,20 @@ def check(site: Candidate, claimed: Collection[fx.Node] = ()) -> None:
             "no reduction and no removed copy: Inductor joins this with its neighbours (dkfuse.pointwise=True fuses it)"
         )
         raise _left(Code.POINTWISE, text)
-    readers = [u for n in site.roots for u in _readers(n)]
-    if readers and all(is_elementwise(u) and u not in claimed for u in readers):
-        names = ", ".join(sorted({str(u.target) for u in readers})[:3])
+    users = [u for n in site.roots for u in readers(n)]
+    if users and all(is_elementwise(u) and u not in claimed for u in users):
+        names = ", ".join(sorted({str(u.target) for u in users})[:3])
         text = f"every reader of the result is pointwise ({names}): Inductor finishes them in the norm's own kernel"
         raise _left(Code.FEEDS_POINTWISE, text)
     inside = site.interior | {n for name in site.outputs for n in site.output_nodes(name)}
     for name, term in site.operands.items():
         if not same_shape(term.shape, site.shape):
             continue
-        node = _through_views(base_node(site.view, term))
+        node = through_views(base_node(site.view, term))
         produced = site.view.term(node)
         if produced is not None and produced.norm_reach is not None:
             continue  # likely the result of another site, which writes it to memory
-        if is_elementwise(node) and node.target is not aten.clone.default and _only_read_in(node, inside):
+        if is_elementwise(node) and node.target is not aten.clone.default and only_read_in(node, inside):
             text = f"{name} is the result of {node.target}, which Inductor computes inside the norm's kernel"
             raise _left(Code.POINTWISE_PRODUCER, text + " and which would have to be written to memory here")
 
@@ -79,31 +79,31 @@ def _left(code: Code, text: str) -> Reject:
     return Reject(code, text, Stage.KERNEL, left=True)
 
 
-def _readers(node: fx.Node) -> list[fx.Node]:
+def readers(node: fx.Node) -> list[fx.Node]:
     """Users of `node`, seen through views and widening casts."""
     found: list[fx.Node] = []
     for user in node.users:
-        found.extend(_readers(user) if is_view(user) or _widens(user) else [user])
+        found.extend(readers(user) if is_view(user) or widens(user) else [user])
     return found
 
 
-def _widens(node: fx.Node) -> bool:
+def widens(node: fx.Node) -> bool:
     """A cast that loses nothing: the reader behind it decides."""
     if node.target not in _EXTRA_POINTWISE or not isinstance(node.args[0], fx.Node):
         return False
     return node.meta["val"].dtype.itemsize >= node.args[0].meta["val"].dtype.itemsize
 
 
-def _through_views(node: fx.Node) -> fx.Node:
+def through_views(node: fx.Node) -> fx.Node:
     while is_view(node):
         node = node.args[0]  # type: ignore[assignment]
     source = getitem_source(node)
     return node if source is None else source[0]
 
 
-def _only_read_in(node: fx.Node, inside: set[fx.Node]) -> bool:
+def only_read_in(node: fx.Node, inside: set[fx.Node]) -> bool:
     return all(
-        user in inside or ((is_view(user) or _widens(user)) and _only_read_in(user, inside)) for user in node.users
+        user in inside or ((is_view(user) or widens(user)) and only_read_in(user, inside)) for user in node.users
     )
 
 

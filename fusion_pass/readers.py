@@ -13,8 +13,10 @@ import torch
 from torch import fx
 
 from .canonical import make_norm
+from .recombine import RECOMBINE_READERS
+from .simplify import select_term
 from .terms import Term, TermView, getitem_source, same_size
-from .views import VIEW_READERS, read_cat, read_split
+from .views import VIEW_READERS, read_split
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -63,7 +65,12 @@ def read_cast(view: TermView, node: fx.Node) -> Term | None:
     source = node.args[0]
     if source.meta["val"].device != node.meta["val"].device:
         return None
-    return view.operand(source)
+    term = view.operand(source)
+    before, after = source.meta["val"].dtype, node.meta["val"].dtype
+    if term is not None and before != after and torch.float64 in (before, after):
+        # never the same value to a norm, whose statistics kernels compute in fp32
+        return view.make("double" if after == torch.float64 else "from_double", term, shape=term.shape)
+    return term
 
 
 def read_full(view: TermView, node: fx.Node) -> Term | None:
@@ -81,6 +88,10 @@ def _reduction(view: TermView, node: fx.Node, op: str, dims: Any, keepdim: bool,
     x = view.operand(node.args[0])
     if x is None or not x.shape or not _last_dim_only(node, dims):
         return None
+    if op == "sum" and same_size(x.shape[-1], 2):  # a 2x2 matrix times a pair
+        last = len(x.shape) - 1
+        both = view.make("add", *(select_term(view, x, last, i) for i in (0, 1)))
+        return view.view(both, ("unsqueeze", last), (*x.shape[:-1], 1)) if keepdim else both
     term = view.make(op, x, attrs=attrs, shape=(*x.shape[:-1], 1))
     return term if keepdim else view.view(term, ("squeeze", len(x.shape) - 1), x.shape[:-1])
 
@@ -170,6 +181,6 @@ READERS = {
     operator.getitem: read_getitem,
     aten.layer_norm.default: read_native_norm,
     aten.rms_norm.default: read_native_norm,
-    aten.cat.default: read_cat,
+    **RECOMBINE_READERS,
     **VIEW_READERS,
 }

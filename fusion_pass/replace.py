@@ -12,36 +12,58 @@ import torch
 from torch import fx
 
 from . import compat
+from .head_site import HeadSite
 from .rules import Candidate
 from .terms import Term, TermView
 from .views import replay
 
 
-def replace(graph: fx.Graph, view: TermView, sites: list[Candidate]) -> list[fx.Node]:
+def replace(graph: fx.Graph, view: TermView, sites: list[Candidate | HeadSite]) -> list[fx.Node]:
     """Put one op call in the place of each site; returns the calls. Dead code is dropped, order restored."""
     if not sites:
         return []
     renamed: dict[fx.Node, fx.Node] = {}
-    calls = [_insert(graph, view, site, renamed) for site in sites]
+    calls = [call for site in sites for call in _inserted(graph, view, site, renamed)]
     compat.stable_topological_sort(graph)
     graph.eliminate_dead_code()
     graph.lint()
     return calls
 
 
-def _insert(graph: fx.Graph, view: TermView, site: Candidate, renamed: dict[fx.Node, fx.Node]) -> fx.Node:
+def _inserted(
+    graph: fx.Graph, view: TermView, site: Candidate | HeadSite, renamed: dict[fx.Node, fx.Node]
+) -> list[fx.Node]:
+    if isinstance(site, HeadSite):
+        from .replace_heads import insert
+
+        return insert(graph, view, site, renamed)
+    return [_insert(graph, view, site, renamed)]
+
+
+def op_call(
+    graph: fx.Graph,
+    view: TermView,
+    op: str,
+    terms: dict[str, Term],
+    attributes: dict[str, Any],
+    renamed: dict[fx.Node, fx.Node],
+) -> fx.Node:
+    """A call of ``dkfuse::op`` on the nodes of `terms`, with everything that torch wants to know about it."""
     import dkfuse.kernels.ops  # noqa: F401  (registers torch.ops.dkfuse)
 
-    overload = getattr(torch.ops.dkfuse, site.op).default
-    schema = overload._schema
+    overload = getattr(torch.ops.dkfuse, op).default
+    operands = {name: realize(graph, view, term, renamed) for name, term in terms.items()}
+    args = tuple(operands.get(a.name) for a in overload._schema.arguments if not a.kwarg_only)
+    call = graph.call_function(overload, args, dict(attributes))
+    call.meta["val"] = overload(*(a.meta["val"] if a is not None else None for a in args), **attributes)
+    call.meta["eager_input_vals"] = fake_arguments(call)
+    return call
+
+
+def _insert(graph: fx.Graph, view: TermView, site: Candidate, renamed: dict[fx.Node, fx.Node]) -> fx.Node:
     anchor = site.output_nodes("out")[0]
     with graph.inserting_before(anchor):
-        operands = {name: realize(graph, view, term, renamed) for name, term in site.operands.items()}
-        args = tuple(operands.get(a.name) for a in schema.arguments if not a.kwarg_only)
-        call = graph.call_function(overload, args, dict(site.attributes))
-        fakes = tuple(a.meta["val"] if a is not None else None for a in args)
-        call.meta["val"] = overload(*fakes, **site.attributes)
-        call.meta["eager_input_vals"] = fake_arguments(call)
+        call = op_call(graph, view, site.op, site.operands, site.attributes, renamed)
         call.meta["dkfuse_kernel"] = site.kernel
         copy_origin(anchor, call)
         results = _results(graph, call)

@@ -47,6 +47,8 @@ class Code(str, enum.Enum):
     FUEL = "fuel"
     CLAIMED = "claimed"  # the value already belongs to another site
     QK_NORM = "qk_norm"
+    ROTATION = "rotation"  # pairs are recombined, but not as a rotation
+    OPERAND = "operand"  # an operand is no tensor of the graph
     POINTWISE = "pointwise"  # no reduction, no removed copy
     FEEDS_POINTWISE = "feeds_pointwise"
     POINTWISE_PRODUCER = "pointwise_producer"
@@ -79,7 +81,7 @@ class Rule:
     name: str
     family: str
     op: str
-    pattern: Pattern
+    pattern: Pattern | None = None  # None: found by a reader of its own (`dkfuse.heads`)
     has_norm: bool = True
     check: Callable[[Candidate], None] | None = None
 

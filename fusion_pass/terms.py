@@ -25,6 +25,7 @@ from .compat import statically_known_true
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 NARROW = (torch.bfloat16, torch.float16)
+READABLE = (*FLOATS, torch.float64)  # fp64 occurs in rotations; no kernel takes it as an activation
 NORM_REACH = 12  # a term further than this above a norm cannot be part of the norm's site
 
 aten = torch.ops.aten
@@ -43,7 +44,7 @@ class Term:
 
     def __init__(self, op: str, args: tuple[Term, ...], attrs: tuple, shape: tuple, precision: torch.dtype, uid: int):
         self.op, self.args, self.attrs, self.shape, self.precision, self.uid = op, args, attrs, shape, precision, uid
-        below = [a.norm_reach for a in args if a.norm_reach is not None]
+        below = [a.norm_reach for a in args if a.norm_reach is not None and op != "cat"]
         reach = 0 if op in ("layer_norm", "rms_norm") else (min(below) + 1 if below else None)
         self.norm_reach = reach if reach is not None and reach <= NORM_REACH else None
 
@@ -167,7 +168,8 @@ class TermView:
                 return result
         if shape is None:
             shape = broadcast_shape([a.shape for a in args])
-        return self.intern(op, args, attrs, shape, torch.float32)
+        exact = op in ("neg", "cat") and len({a.precision for a in args}) == 1  # moves values, computes none
+        return self.intern(op, args, attrs, shape, args[0].precision if exact else torch.float32)
 
     def round(self, term: Term, dtype: torch.dtype) -> Term:
         """`term` rounded to `dtype`; nothing where the value already fits."""
@@ -176,20 +178,11 @@ class TermView:
         return self.intern("round", (term,), (dtype,), term.shape, dtype)
 
     def view(self, base: Term, attrs: tuple, shape: tuple) -> Term:
-        """`base` seen through one view; views that change nothing vanish."""
-        if same_shape(shape, base.shape):
-            kind = attrs[0]
-            full_slice = kind == "slice" and attrs[2] == 0 and attrs[4] == 1
-            if (
-                kind in ("expand", "reshape")
-                or full_slice
-                or (kind == "permute" and attrs[1] == tuple(range(len(shape))))
-            ):
-                return base
-        if attrs[0] == "unsqueeze" and base.op == "view" and base.attrs == ("squeeze", attrs[1]):
-            return base.args[0]
-        if attrs[0] == "reshape" and base.op == "view" and base.attrs[0] == "reshape":
-            return self.view(base.args[0], attrs, shape)
+        """`base` seen through one view, in its simplest form: views that change nothing vanish."""
+        from .simplify import simplify
+
+        if (simpler := simplify(self, base, attrs, shape)) is not None:
+            return simpler
         if attrs[0] in ("expand", "reshape"):
             attrs = (attrs[0], *map(str, shape))
         return self.intern("view", (base,), attrs, shape, base.precision)
@@ -206,7 +199,7 @@ class TermView:
 
         val = node.meta["val"]
         reader = READERS.get(node.target) if node.op == "call_function" else None
-        if reader is None or val.dtype not in FLOATS:
+        if reader is None or val.dtype not in READABLE:
             return self.leaf(node)
         term = reader(self, node)
         if term is None or (term.op != "const" and differ(term.shape, val.shape)):
@@ -217,7 +210,7 @@ class TermView:
         """The term of an argument of an elementwise op: a node, a number, or None when it is neither."""
         if isinstance(arg, fx.Node):
             term = self._term.get(arg)
-            return term if term is not None and arg.meta["val"].dtype in FLOATS else None
+            return term if term is not None and arg.meta["val"].dtype in READABLE else None
         if isinstance(arg, (int, float)) and not isinstance(arg, bool):
             return self.const(arg)
         return None

@@ -1,7 +1,7 @@
 """Views as terms: one vocabulary for every spelling of a view, read from nodes and emitted as nodes.
 
     ("slice", dim, start, stop, step)   ("squeeze", dim)   ("unsqueeze", dim)   ("permute", dims)
-    ("expand", *shape)   ("reshape", *shape)
+    ("expand", *shape)   ("reshape", *shape)   ("clone",): a copy whose rows are dense and the source's are not
 
 Dims are non-negative; the shape of the result is the term's. How a view moves below arithmetic is in `dkfuse.push`.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from .compat import statically_known_true
+from .simplify import select_term, slice_term
 from .terms import Term, TermView, getitem_source, same_shape, same_size
 
 aten = torch.ops.aten
@@ -41,7 +42,10 @@ def read_same(view: TermView, node: fx.Node) -> Term | None:
     """alias, detach, and a clone that keeps rows dense: kernels read any outer strides, so that copy is not needed."""
     source, out = node.args[0].meta["val"].stride(), node.meta["val"].stride()
     dense_rows = bool(out) and same_size(source[-1], 1) and same_size(out[-1], 1)
-    return _base(view, node) if dense_rows or same_shape(source, out) else None
+    base = _base(view, node)
+    if base is None or dense_rows or same_shape(source, out):
+        return base
+    return view.view(base, ("clone",), _shape(node))
 
 
 def read_reshape(view: TermView, node: fx.Node) -> Term | None:
@@ -88,16 +92,7 @@ def read_permute(view: TermView, node: fx.Node) -> Term | None:
     return view.view(base, ("permute", tuple(dims)), _shape(node))
 
 
-def _slice(view: TermView, base: Term, dim: int, start: Any, stop: Any, step: int) -> Term:
-    size = base.shape[dim]
-    length = (stop - start + step - 1) // step
-    shape = (*base.shape[:dim], length, *base.shape[dim + 1 :])
-    if same_size(length, size) and step == 1:
-        return base
-    return view.view(base, ("slice", dim, start, stop, step), shape)
-
-
-def _clamped(value: Any, size: Any, default: Any) -> Any:
+def clamped(value: Any, size: Any, default: Any) -> Any:
     """A slice bound as a non-negative offset, or None where symbols do not tell."""
     if value is None:
         return default
@@ -119,16 +114,11 @@ def read_slice(view: TermView, node: fx.Node) -> Term | None:
     dim = _dim(node)
     args = [*node.args, *(None,) * (5 - len(node.args))]
     size = base.shape[dim]
-    start, stop = _clamped(args[2], size, 0), _clamped(args[3], size, size)
+    start, stop = clamped(args[2], size, 0), clamped(args[3], size, size)
     step = args[4] or 1
     if start is None or stop is None or not isinstance(step, int) or not statically_known_true(stop >= start):
         return None
-    return _slice(view, base, dim, start, stop, step)
-
-
-def _select(view: TermView, base: Term, dim: int, index: int) -> Term:
-    row = _slice(view, base, dim, index, index + 1, 1)
-    return view.view(row, ("squeeze", dim), base.shape[:dim] + base.shape[dim + 1 :])
+    return slice_term(view, base, dim, start, stop, step)
 
 
 def read_select(view: TermView, node: fx.Node) -> Term | None:
@@ -140,7 +130,7 @@ def read_select(view: TermView, node: fx.Node) -> Term | None:
         if not isinstance(base.shape[dim], int):
             return None
         index += base.shape[dim]
-    return _select(view, base, dim, index)
+    return select_term(view, base, dim, index)
 
 
 def read_split(view: TermView, node: fx.Node, producer: fx.Node, index: int) -> Term | None:
@@ -149,28 +139,12 @@ def read_split(view: TermView, node: fx.Node, producer: fx.Node, index: int) -> 
     if base is None:
         return None
     if producer.target is aten.unbind.int:
-        return _select(view, base, _dim(producer), index)
+        return select_term(view, base, _dim(producer), index)
     dim = _dim(producer, 2, producer.kwargs.get("dim", 0))
     start: Any = 0
     for sibling in range(index):
         start = start + producer.meta["val"][sibling].shape[dim]
-    return _slice(view, base, dim, start, start + node.meta["val"].shape[dim], 1)
-
-
-def read_cat(view: TermView, node: fx.Node) -> Term | None:
-    """``cat([h[:, :t], h[:, t:]], 1)`` is h: blocks that split the stream and join it again."""
-    parts = [term for a in node.args[0] if (term := view.term(a)) is not None]
-    shape = _shape(node)
-    dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % max(len(shape), 1)
-    if len(parts) < len(node.args[0]) or any(p.op != "view" or p.attrs[:2] != ("slice", dim) for p in parts):
-        return None
-    base: Term = parts[0].args[0]
-    at: Any = 0
-    for p in parts:
-        if p.args[0] is not base or p.attrs[4] != 1 or not same_size(p.attrs[2], at):
-            return None
-        at = p.attrs[3]
-    return base if same_size(at, base.shape[dim]) and same_shape(base.shape, shape) else None
+    return slice_term(view, base, dim, start, start + node.meta["val"].shape[dim])
 
 
 VIEW_READERS = {
@@ -209,6 +183,10 @@ def _call(term: Term) -> tuple[Any, tuple]:
             return aten.unsqueeze.default, attrs[1:]
         case "permute":
             return aten.permute.default, (list(attrs[1]),)
+        case "clone":
+            return aten.clone.default, ()
+        case "real":
+            return aten.view_as_real.default, ()
         case "expand":
             return aten.expand.default, (list(term.shape),)
     return aten.reshape.default, (list(term.shape),)

@@ -7,7 +7,7 @@ guards on them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -28,7 +28,7 @@ class Axis:
     strides: dict[str, Int]
 
 
-def _stride(tensor: Any, dim: int, rank: int) -> Int:
+def stride_of(tensor: Any, dim: int, rank: int) -> Int:
     """Stride of right-aligned dim `dim` of a `rank`-dim space; 0 where the tensor is broadcast along it."""
     own = dim - (rank - tensor.dim())
     if own < 0 or statically_known_true(tensor.shape[own] == 1) or statically_known_true(tensor.stride(own) == 0):
@@ -40,7 +40,7 @@ def inner_stride(tensor: Any) -> Int | None:
     """Stride of the last dim in elements; None where one scalar serves the whole row."""
     if tensor.dim() == 0:
         return None
-    stride = _stride(tensor, 0, 1) if tensor.dim() == 1 else _stride(tensor, tensor.dim() - 1, tensor.dim())
+    stride = stride_of(tensor, 0, 1) if tensor.dim() == 1 else stride_of(tensor, tensor.dim() - 1, tensor.dim())
     return None if isinstance(stride, int) and stride == 0 else stride
 
 
@@ -70,22 +70,34 @@ def collapse(
     do not exist yet.
     """
     rank = len(shape)
-    axes: list[Axis] = []
+    dims: list[Axis] = []
     for dim in range(rank - 2, -1, -1):
-        if statically_known_true(shape[dim] == 1):
-            continue
-        axis = Axis(shape[dim], {name: _stride(tensor, dim, rank) for name, tensor in tensors.items()})
+        axis = Axis(shape[dim], {name: stride_of(tensor, dim, rank) for name, tensor in tensors.items()})
         axis.strides.update((name, strides[dim]) for name, strides in (extra or {}).items())
+        dims.append(axis)
+    axes = merged(dims) or [Axis(1, dict.fromkeys((*tensors, *(extra or {})), 0))]
+    check_count(len(axes), shape)
+    return axes
+
+
+def merged(dims: Iterable[Axis]) -> list[Axis]:
+    """`dims`, innermost first, without those of size 1, each merged into the one before where all strides allow."""
+    axes: list[Axis] = []
+    for axis in dims:
+        if statically_known_true(axis.size == 1):
+            continue
         if axes and _merges(axis, axes[-1]):
-            axes[-1].size = axes[-1].size * axis.size
+            axes[-1] = Axis(axes[-1].size * axis.size, axes[-1].strides)
         else:
             axes.append(axis)
-    if not axes:
-        axes.append(Axis(1, dict.fromkeys((*tensors, *(extra or {})), 0)))
-    if len(axes) > MAX_AXES:
+    return axes
+
+
+def check_count(axes: int, shape: tuple[Int, ...]) -> None:
+    """Raise Unsupported("outer_dims") beyond three."""
+    if axes > MAX_AXES:
         raise Unsupported(
             "outer_dims",
-            f"the row dims of {tuple(shape)} collapse to {len(axes)} with these strides and a kernel takes {MAX_AXES}; "
+            f"the row dims of {tuple(shape)} collapse to {axes} with these strides and a kernel takes {MAX_AXES}; "
             "make x or the parameter contiguous.",
         )
-    return axes

@@ -72,6 +72,10 @@ def plan(
     reason = supports(op, arguments)
     if reason is not None:
         raise reason
+    if op == "norm_rope":
+        from .rope_launch import plan_rope
+
+        return plan_rope(arguments, outputs, offsets=offsets or {}, config=config)
     x = arguments["x"]
     shape = tuple(x.shape)
     pointwise = op in ("gated_residual", "scale_shift")

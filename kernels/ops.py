@@ -15,6 +15,7 @@
     residual_norm_modulate        sum, out       scale_shift      out = x*(scale_offset + scale) + shift
     norm_modulate_dual            out, out2
     residual_norm_modulate_dual   sum, out, out2
+    norm_rope                     see `rope_support`; what follows is about the others
 
 Shapes: x and residual `[..., D]`, equal; gate, branch_bias, branch_weight, weight, bias, scale, shift, scale2, shift2
 right-broadcast to it (last dim D or 1, or 0-D) with any strides and are read in place. Results are contiguous, of x's
@@ -41,7 +42,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from . import reference
+from . import reference, rope_reference, rope_support
 from .axes import Int
 from .launch import Launch, plan, run, supports
 from .rounding import ALL_ROUNDINGS
@@ -75,11 +76,14 @@ SCHEMAS: dict[str, str] = {
         " -> Tensor"
     ),
 }
-OPS = tuple(SCHEMAS)
+OPS = tuple(SCHEMAS)  # the adaLN family
 
 
 def check(op: str, arguments: dict[str, Any]) -> None:
     """Raise ValueError, in one sentence, for a call that no implementation can serve."""
+    if op == "norm_rope":
+        rope_support.check(arguments)
+        return
     full, broadcast, _ = OPERANDS[op]
     x = arguments["x"]
     for name in (*full, *broadcast):
@@ -123,6 +127,8 @@ def _differ(a: Int, b: Int) -> bool:
 
 def _empty_outputs(op: str, arguments: dict[str, Any]) -> dict[str, Tensor]:
     """Contiguous outputs of x's shape; a sum that is not stored is a `[0]` tensor of x's dtype."""
+    if op == "norm_rope":
+        return {"out": rope_support.empty_output(arguments)}
     x = arguments["x"]
     outputs = {}
     for name in OPERANDS[op][2]:
@@ -140,6 +146,8 @@ def _returned(outputs: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
 def reference_outputs(op: str, arguments: dict[str, Any], compute: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """The outputs of `op` in plain torch, still in `compute`."""
     x, roundings = arguments["x"], arguments["roundings"]
+    if op == "norm_rope":
+        return {"out": rope_reference.norm_rope(arguments, compute)}
     if op == "gated_residual":
         y = reference.biased(x.to(compute), arguments.get("branch_bias"), roundings, x.dtype)
         return {"out": reference.gate_and_add(y, arguments["residual"], arguments["gate"], roundings, x.dtype)}
@@ -187,7 +195,8 @@ _MAX_PLANS = 4096
 
 def _signature(op: str, arguments: dict[str, Any]) -> tuple[Any, ...]:
     """What a plan depends on: layouts and dtypes of the tensors, and every value."""
-    layouts = ((v.shape, v.stride(), v.dtype, v.device) if isinstance(v, Tensor) else v for v in arguments.values())
+    values = (tuple(v) if isinstance(v, list) else v for v in arguments.values())
+    layouts = ((v.shape, v.stride(), v.dtype, v.device) if isinstance(v, Tensor) else v for v in values)
     return (op, *layouts)
 
 
@@ -239,7 +248,7 @@ _library = torch.library.Library("dkfuse", "FRAGMENT")
 
 
 def _register() -> None:
-    for op, schema in SCHEMAS.items():
+    for op, schema in {**SCHEMAS, "norm_rope": rope_support.SCHEMA}.items():
         _library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"dkfuse::{op}", _bound(op, _fake), lib=_library)
         _library.impl(op, _bound(op, _plain), "CompositeExplicitAutograd")

@@ -16,11 +16,11 @@ def _rounded(value: Tensor, dtype: torch.dtype, roundings: int, flag: Rounding) 
     return value.to(dtype).to(value.dtype) if roundings & flag else value
 
 
-def normalize(z: Tensor, norm: str, eps: float) -> Tensor:
-    """layer: (z-mean)*rsqrt(var+eps), biased variance; rms: z*rsqrt(mean(z^2)+eps). Over the last dim."""
+def normalize(z: Tensor, norm: str, eps: float, dims: tuple[int, ...] = (-1,)) -> Tensor:
+    """layer: (z-mean)*rsqrt(var+eps), biased variance; rms: z*rsqrt(mean(z^2)+eps). Over `dims`."""
     if norm == "layer":
-        z = z - z.mean(-1, keepdim=True)
-    return z * torch.rsqrt(z.square().mean(-1, keepdim=True) + eps)
+        z = z - z.mean(dims, keepdim=True)
+    return z * torch.rsqrt(z.square().mean(dims, keepdim=True) + eps)
 
 
 def biased(y: Tensor, bias: Tensor | None, roundings: int, dtype: torch.dtype) -> Tensor:

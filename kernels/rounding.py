@@ -22,6 +22,7 @@ class Rounding(IntFlag):
     PRODUCT = 64  # a * (scale_offset + scale)
     BRANCH = 128  # the normalised x, before the branch weight
     BRANCH_WEIGHTED = 256  # n_b(x) * (branch_weight_offset + branch_weight)
+    ROTATION = 512  # each of the two products of a rotation
     BRANCH_BIAS = 1024  # x + branch_bias, also what the branch norm reads
 
 

@@ -36,6 +36,7 @@ OPERANDS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = 
     ),
     "gated_residual": (("x", "residual"), ("gate", "branch_bias"), ("out",)),
     "scale_shift": (("x",), ("scale", "shift"), ("out",)),
+    "norm_rope": (("x",), ("weight", "bias", "cos", "sin"), ("out",)),  # cos and sin have a width of their own
 }
 
 
@@ -64,6 +65,10 @@ def supports(op: str, arguments: Mapping[str, Any]) -> Unsupported | None:
     """
     if op not in OPERANDS:
         return Unsupported("op", f"dkfuse has no op {op!r}; known: {', '.join(OPERANDS)}.")
+    if op == "norm_rope":
+        from .rope_support import supports_rope
+
+        return supports_rope(arguments)
     x = arguments["x"]
     for name, tensor in present(op, arguments):
         if tensor.dtype not in ACTIVATIONS:

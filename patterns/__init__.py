@@ -5,13 +5,14 @@ checks takes it. `POINTWISE` lists the rules without a reduction.
 """
 
 from . import modulate, residual, scale_shift
+from .heads import HEADS
 
 _MODULATING = [r for r in residual.RULES + modulate.RULES if r.name.endswith("modulate")]
 _PLAIN = [r for r in residual.RULES + modulate.RULES if not r.name.endswith("modulate")]
 
 RULES = tuple(_MODULATING + _PLAIN)
 POINTWISE = residual.POINTWISE + scale_shift.POINTWISE
-ALL = RULES + POINTWISE
+ALL = HEADS + RULES + POINTWISE
 NAMES = tuple(rule.name for rule in ALL)
 
-__all__ = ["ALL", "NAMES", "POINTWISE", "RULES"]
+__all__ = ["ALL", "HEADS", "NAMES", "POINTWISE", "RULES"]

@@ -47,7 +47,7 @@ def affine_and_masked(x: T, s: T, t: T, m: T, w: T) -> T:
     return ((ln(x, s, t)) * m) @ w
 
 
-@near_miss("unmatched:no_rule", "x:BLD:f s:B1D:f t:B1D:f w:DD:f")
+@near_miss("rejected:dtype", "x:BLD:f s:B1D:f t:B1D:f w:DD:f")
 def in_fp64(x: T, s: T, t: T, w: T) -> T:
     return (ln(x.double()) * (1 + s.double()) + t.double()) @ w.double()
 

@@ -88,7 +88,7 @@ else:
 
     @st.composite
     def calls(draw: Any) -> tuple[str, dict[str, Any], Config | None]:
-        op = draw(st.sampled_from(sorted(OPERANDS)))
+        op = draw(st.sampled_from(sorted(ops.OPS)))
         rank = draw(st.integers(0, 3))
         outer = tuple(draw(st.sampled_from([1, 2, 3])) for _ in range(rank))
         width = draw(st.sampled_from([1, 2, 7, 8, 24, 33]))

@@ -1,0 +1,190 @@
+"""Queries and keys on their way into attention: norms, rotations and the joint tensor of several streams, as one site.
+
+    part  = rotate(norm(x) * w + b)        each step optional, x a stream's projection
+    value = cat([part, ...], dim)          one part, or text and image
+
+`parse` reads a value as its parts, wherever the model put the cat: before the norm, between norm and rotation, behind
+the rotation, or as a write into a slice of the joint tensor. A norm over all heads that stands before the split into
+heads is seen through the split.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from dkfuse.patterns.modulate import affine
+
+from . import rotation
+from .pattern import Binding, Var
+from .push import adapt
+from .rotation import Rotation, Tables
+from .simplify import slice_term
+from .terms import Term, TermView, same_size
+
+NORMED = affine(Var("x"))
+LONGEST_HEAD = 512
+
+
+@dataclass(frozen=True)
+class Normed:
+    """``norm(x) * (weight_offset + weight) + bias`` with x as the op reads it; `across` is the dim of the heads."""
+
+    term: Term  # the norm
+    x: Term
+    weight: Term | None
+    bias: Term | None
+    weight_offset: float
+    across: int | None
+    roundings: dict[str, torch.dtype] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stream: `value` is what reaches the joint tensor, `x` the tensor that the op reads."""
+
+    value: Term
+    x: Term
+    norm: Normed | None = None
+    rotation: Rotation | None = None
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A value made of `parts`, joined along `dim` where there are several."""
+
+    parts: tuple[Part, ...]
+    dim: int | None = None
+
+
+def parse(view: TermView, term: Term, norms: bool = True) -> Heads | None:
+    """`term` as normed and rotated parts; None where nothing is normed or rotated.
+
+    `norms` False leaves the norms out: their results are what is rotated.
+    """
+    if term.op == "view" and term.attrs[0] != "reshape":
+        return None  # a view of a site, not a site
+    joined = _cat_parts(view, term) if term.op != "view" else None
+    pieces = joined[1] if joined is not None else [term]
+    parts = [p for piece in pieces for p in _parts(view, piece, joined[0] if joined is not None else None, norms)]
+    if len(parts) == 1 and term.op == "view" and parts[0].rotation is None:
+        return None
+    if all(p.rotation is None and (p.norm is None or not is_head(p.norm.term)) for p in parts):
+        return None
+    dim = joined[0] if joined is not None else _own_dim(parts, term)
+    return Heads(tuple(parts), dim)
+
+
+def is_head(norm: Term) -> bool:
+    """A norm of one head: short rows, several to a program. Longer ones are norms like any other."""
+    return not isinstance(norm.shape[-1], int) or norm.shape[-1] <= LONGEST_HEAD
+
+
+def _own_dim(parts: list[Part], term: Term) -> int | None:
+    """The dim along which the parts of one rotated joint tensor follow each other."""
+    if len(parts) == 1:
+        return None
+    return next(d for d in range(len(term.shape)) if not same_size(parts[0].value.shape[d], term.shape[d]))
+
+
+def _cat_parts(view: TermView, term: Term) -> tuple[int, list[Term]] | None:
+    """``(dim, parts)`` of a joint tensor, also of one that was transposed or split into heads after the cat."""
+    seen = term
+    if seen.op == "cat":
+        dim = seen.attrs[0]
+        return (dim, list(seen.args)) if dim != len(seen.shape) - 1 else None
+    if seen.op != "view" or seen.attrs[0] not in ("permute", "reshape"):
+        return None
+    inner = _cat_parts(view, seen.args[0])
+    if inner is None:
+        return None
+    dim, parts = inner
+    if seen.attrs[0] == "permute":
+        dims = seen.attrs[1]
+        return dims.index(dim), [view.view(p, seen.attrs, tuple(p.shape[d] for d in dims)) for p in parts]
+    before, after = seen.args[0].shape, seen.shape
+    kept = len(after) > dim and all(same_size(a, b) for a, b in zip(before[: dim + 1], after[: dim + 1], strict=True))
+    if not kept:
+        return None
+    return dim, [view.view(p, ("reshape",), (*p.shape[: dim + 1], *after[dim + 1 :])) for p in parts]
+
+
+def _parts(view: TermView, value: Term, dim: int | None, norms: bool) -> list[Part]:
+    """One part, or those of a rotated joint tensor that the rotation is applied to as a whole."""
+    found = rotation.match(view, value)
+    if found is None:
+        return [_normed(view, Part(value, value), norms)]
+    joined = _cat_parts(view, found.x) if dim is None else None
+    if joined is None:
+        return [_normed(view, Part(value, found.x, rotation=found), norms)]
+    along, streams = joined
+    parts, at = [], 0
+    for stream in streams:
+        end = at + stream.shape[along]
+        own = replace(found, x=stream, tables=_cut(view, found.tables, along, at, end, value.shape))
+        rows = slice_term(view, value, along, at, end)
+        parts.append(_normed(view, Part(rows, stream, rotation=own), norms))
+        at = end
+    return parts
+
+
+def _cut(view: TermView, tables: Tables, dim: int, start: Any, stop: Any, shape: tuple) -> Tables:
+    """The rows of `tables` for the rows [start, stop) of the joint tensor of `shape`."""
+
+    def cut(table: Term | None) -> Term | None:
+        at = dim - (len(shape) - len(table.shape)) if table is not None else -1
+        if table is None or at < 0 or same_size(table.shape[at], 1):
+            return table
+        return slice_term(view, table, at, start, stop)
+
+    cos = cut(tables.cos)
+    assert cos is not None
+    return Tables(tables.form, cos, cut(tables.sin))
+
+
+def _normed(view: TermView, part: Part, norms: bool) -> Part:
+    """`part` with the norm that made its x, if there is one."""
+    found = _norm_of(view, part.x) if norms else None
+    return part if found is None else Part(part.value, found.x, found, part.rotation)
+
+
+def _norm_of(view: TermView, value: Term) -> Normed | None:
+    for binding in NORMED.match(view, value, Binding()):
+        return _bound(binding)
+    views: list[Term] = []
+    seen = value
+    while seen.op == "view":
+        views.append(seen)
+        seen = seen.args[0]
+        for binding in NORMED.match(view, seen, Binding()):
+            return _across(view, _bound(binding), views[::-1])
+    return None
+
+
+def _bound(binding: Binding) -> Normed:
+    terms = binding.terms
+    offset = binding.numbers.get("weight_offset", 0.0)
+    return Normed(
+        terms["norm"], terms["x"], terms.get("weight"), terms.get("bias"), offset, None, dict(binding.roundings)
+    )
+
+
+def _across(view: TermView, norm: Normed, views: list[Term]) -> Normed | None:
+    """A norm over [..., H*d] whose result is then seen as [..., H, d]: its operands through the same views."""
+    probe = view.intern("probe", (), (), (norm.term.shape[-1],), torch.float32)
+    terms: dict[str, Term] = {"x": norm.x, "probe": probe}
+    terms.update((name, t) for name, t in (("weight", norm.weight), ("bias", norm.bias)) if t is not None)
+    for seen in views:
+        before = seen.args[0].shape
+        for name, operand in list(terms.items()):
+            if (moved := adapt(view, seen.attrs, operand, before, seen.shape)) is None:
+                return None
+            terms[name] = moved
+    shape = views[-1].shape
+    spread = terms["probe"].shape
+    dims = [len(shape) - len(spread) + i for i, size in enumerate(spread) if not same_size(size, 1)]
+    if len(terms["x"].shape) != len(shape) or len(dims) != 2 or dims[-1] != len(shape) - 1:
+        return None
+    return replace(norm, x=terms["x"], weight=terms.get("weight"), bias=terms.get("bias"), across=dims[0])

@@ -1,0 +1,145 @@
+"""Finding the sites of queries and keys: values between a norm or rotation and attention, widest first.
+
+The seeds are the rotations of the graph and the norms that attention reads. Every value that elementwise ops, views and
+recombinations make of them is tried as a root, from the last one up, so that a joint tensor comes before its parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from dkfuse.patterns.heads import QK_NORM, ROPE
+
+from . import anchors, choose, heads
+from .cycles import check_cycles
+from .gain import is_elementwise, is_view, traffic
+from .head_site import HeadSite, build, check_gain
+from .rotation import NotARotation
+from .rules import Code, Reject, Rule, Stage
+from .terms import Term, getitem_source
+
+if TYPE_CHECKING:
+    from .fuse import Planner, State
+
+
+def match(planner: Planner) -> None:
+    """Take every site of queries and keys; reasons go to the anchors that a failed attempt was about."""
+    view = planner.view
+    seeds = [s.anchor.node for s in planner.states.values() if s.anchor.kind == "rotation"]
+    seeds += [s.anchor.node for s in planner.states.values() if s.anchor.node in planner.queries]
+    inside = _reached(seeds)
+    tried: set[Term] = set()
+    for node in sorted(inside, key=view.order.__getitem__, reverse=True):
+        term = view.term(node)
+        if term is None or term in tried or node in planner.claimed:
+            continue
+        tried.add(term)
+        for norms in (True, False):
+            if not _try(planner, term, norms):
+                break
+
+
+def _reached(seeds: list[fx.Node]) -> set[fx.Node]:
+    """What elementwise ops, views and recombinations make of the seeds."""
+    found: set[fx.Node] = set()
+    pending = list(seeds)
+    while pending:
+        node = pending.pop()
+        if node in found:
+            continue
+        found.add(node)
+        for user in node.users:
+            carries = is_elementwise(user) or is_view(user) or getitem_source(user) or user.target in anchors.CARRIERS
+            if user.op == "call_function" and carries:
+                pending.append(user)
+    return found
+
+
+def _try(planner: Planner, term: Term, norms: bool) -> bool:
+    """Try `term` as a root; True if it is worth trying again without its norms."""
+    view = planner.view
+    try:
+        parsed = heads.parse(view, term, norms)
+    except NotARotation as error:
+        for state in _rotations_below(planner, view.nodes(term)[0]):
+            _record(state, Reject(Code.ROTATION, str(error)), ROPE)
+        return False
+    if parsed is None:
+        return False
+    try:
+        site = build(view, term, parsed, planner.settings.roundings)
+        owned = _states(planner, site)
+        if not owned:
+            return False
+        planner.take(owned[0], site)
+        for state in owned[1:]:
+            state.absorbed_by = owned[0]
+        return False
+    except Reject as reject:
+        rotates = any(p.rotation is not None for p in parsed.parts)
+        about = _rotations_below(planner, view.nodes(term)[0]) if rotates else _norms(planner, parsed)
+        for state in about:
+            _record(state, reject, heads_rule(parsed))
+        return norms and rotates and any(p.norm is not None for p in parsed.parts)
+
+
+def heads_rule(parsed: heads.Heads) -> Rule:
+    from .head_site import rule_of
+
+    return rule_of(parsed)
+
+
+def _record(state: State, reject: Reject, rule: Rule) -> None:
+    if state.site is None and state.absorbed_by is None and all(known is not rule for _, known in state.attempts):
+        state.attempts.append((reject, rule))
+
+
+def _states(planner: Planner, site: HeadSite) -> list[State]:
+    """The anchors that the site explains, the first rotation first."""
+    inside = site.interior | site.roots
+    free = [s for s in planner.states.values() if s.site is None and s.absorbed_by is None]
+    rotations = [s for s in free if s.anchor.kind == "rotation" and s.anchor.node in inside]
+    keys = {anchors.key_of(planner.view, p.norm.term) for p in site.heads.parts if p.norm is not None}
+    norms = [s for s in free if s.anchor.kind == "norm" and s.anchor.key in keys]
+    return rotations + norms
+
+
+def _norms(planner: Planner, parsed: heads.Heads) -> list[State]:
+    keys = {anchors.key_of(planner.view, p.norm.term) for p in parsed.parts if p.norm is not None}
+    return [s for s in planner.states.values() if s.anchor.key in keys and s.anchor.node in planner.queries]
+
+
+def _rotations_below(planner: Planner, node: fx.Node) -> Iterator[State]:
+    """The rotations that `node` was made from, itself included, not through other rotations."""
+    by_node = {s.anchor.node: s for s in planner.states.values() if s.anchor.kind == "rotation"}
+    seen: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        at = pending.pop()
+        if at in seen or at.op != "call_function":
+            continue
+        seen.add(at)
+        if at in by_node:
+            yield by_node[at]
+        elif is_elementwise(at) or is_view(at) or at.target in anchors.CARRIERS:
+            pending.extend(at.all_input_nodes)
+
+
+def choose_and_check(planner: Planner, site: HeadSite) -> None:
+    """A kernel for every part, and a reason to have one."""
+    check_cycles(site, planner.together)
+    kernels = [choose.choose(call, planner.settings) for call in site.calls]
+    if len(set(kernels)) > 1:
+        raise Reject(
+            Code.NO_KERNEL, f"the parts of the site need different kernels: {', '.join(kernels)}", Stage.KERNEL
+        )
+    site.kernel = kernels[0]
+    if not planner.settings.pointwise:
+        check_gain(site, planner.claimed)
+    site.bytes_before, site.bytes_after = traffic(site)
+
+
+__all__ = ["QK_NORM", "choose_and_check", "match"]

@@ -1,0 +1,16 @@
+"""Queries and keys between projection and attention (RoPE: Su et al., arXiv:2104.09864; QK norm: arXiv:2010.04245).
+
+    norm_rope   rotate(norm(x) * w + b)      K0-K8 with Q1-Q10
+    rope        rotate(x)                    Q1-Q10 alone, or before a norm
+    qk_norm     norm(x) * w + b              K0-K8 alone
+
+each of one tensor or of several streams that are joined for attention. What a rotation is, in any spelling, is decided
+in `dkfuse.rotation`; how parts are found, in `dkfuse.heads`.
+"""
+
+from dkfuse.rules import Rule
+
+NORM_ROPE = Rule("norm_rope", "norm_rope", "norm_rope")
+ROPE = Rule("rope", "rope", "norm_rope")
+QK_NORM = Rule("qk_norm", "qk_norm", "norm_rope")
+HEADS = (NORM_ROPE, ROPE, QK_NORM)
