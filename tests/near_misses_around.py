@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor as T
 
 from .harness import Spelling
@@ -209,3 +210,10 @@ def bias_written_afterwards(h: T, y: T, b: T, g: T, s: T, t: T, w: T) -> tuple[T
     out = (ln(h) * (1 + s) + t) @ w
     b.mul_(2)
     return h, out
+
+
+@near_miss("gated_residual left:pointwise_producer", "h:BLD y:BLD g:B1D s:B1D t:B1D w:DD")
+def stream_made_for_the_sum(h: T, y: T, g: T, s: T, t: T, w: T) -> T:
+    """The stream is pointwise and only the site reads it; so is the sum, which only the norm reads."""
+    h = F.gelu(h @ w) + g * y
+    return (ln(h) * (1 + s) + t) @ w
