@@ -50,15 +50,17 @@ class Anchor:
 def find(view: TermView) -> list[Anchor]:
     """All anchors of the graph, in graph order."""
     found: dict[object, Anchor] = {}
+    rotations = rotation_anchors.find(view)
+    rotating = {node for between in rotations.values() for node in between}
+    for node in rotations:
+        key = ("rotation", view.term(node) or node)
+        found.setdefault(key, Anchor("rotation", node, key))
     for node in view.order:
         if node.op != "call_function":
             continue
-        anchor = _norm_anchor(view, node) or _stream_anchor(view, node)
+        anchor = _norm_anchor(view, node) or (None if node in rotating else _stream_anchor(view, node))
         if anchor is not None and anchor.key not in found:
             found[anchor.key] = anchor
-    for node in rotation_anchors.find(view):
-        key = ("rotation", view.term(node) or node)
-        found.setdefault(key, Anchor("rotation", node, key))
     return sorted(found.values(), key=lambda anchor: view.order[anchor.node])
 
 

@@ -27,12 +27,12 @@ from .terms import getitem_source, same_shape
 aten = torch.ops.aten
 prims = torch.ops.prims
 
-_EXTRA_POINTWISE = (prims.convert_element_type.default, aten._to_copy.default)
+CASTS = (prims.convert_element_type.default, aten._to_copy.default)
 
 
 @functools.lru_cache(maxsize=4096)
 def _is_pointwise(target: Any) -> bool:
-    return target in _EXTRA_POINTWISE or torch.Tag.pointwise in getattr(target, "tags", ())
+    return target in CASTS or torch.Tag.pointwise in getattr(target, "tags", ())
 
 
 def is_elementwise(node: fx.Node) -> bool:
@@ -91,7 +91,7 @@ def readers(node: fx.Node) -> list[fx.Node]:
 
 def widens(node: fx.Node) -> bool:
     """A cast that loses nothing: the reader behind it decides."""
-    if node.target not in _EXTRA_POINTWISE or not isinstance(node.args[0], fx.Node):
+    if node.target not in CASTS or not isinstance(node.args[0], fx.Node):
         return False
     return node.meta["val"].dtype.itemsize >= node.args[0].meta["val"].dtype.itemsize
 

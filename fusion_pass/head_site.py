@@ -15,7 +15,7 @@ from torch import fx
 from dkfuse.patterns.heads import NORM_ROPE, QK_NORM, ROPE
 
 from .checks import base_node, check_eps, check_mutation, fake, text_shape
-from .gain import is_elementwise, is_view, only_read_in, readers, through_views, widens
+from .gain import CASTS, is_elementwise, is_view, only_read_in, readers, through_views, widens
 from .heads import Heads, Part
 from .pattern import Binding
 from .rules import Code, Reject, Rule, Stage
@@ -51,6 +51,7 @@ class HeadSite:
     bytes_before: int | None = None
     bytes_after: int | None = None
     binding: Binding = field(default_factory=Binding)
+    casts: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)  # behind views of the root: the op rounds instead
 
     @property
     def name(self) -> str:
@@ -96,9 +97,11 @@ def build(view: TermView, root: Term, heads: Heads, roundings: str = "fused") ->
     """The site, or Reject."""
     value = view.nodes(root)[0].meta["val"]
     site = HeadSite(view, root, heads, rule_of(heads), value.device, outputs={"out": root})
-    if value.dtype not in FLOATS:
-        raise Reject(Code.DTYPE, f"the result is {short_dtype(value.dtype)}; bf16, fp16 and fp32 are supported")
-    site.calls = [_call(site, part, value.dtype, roundings) for part in heads.parts]
+    site.casts = _late_casts(site)
+    dtype = next(iter(site.casts)).meta["val"].dtype if site.casts else value.dtype
+    if dtype not in FLOATS:
+        raise Reject(Code.DTYPE, f"the result is {short_dtype(dtype)}; bf16, fp16 and fp32 are supported")
+    site.calls = [_call(site, part, dtype, roundings) for part in heads.parts]
     _collect_interior(site)
     _check_escapes(site)
     check_mutation(site)
@@ -124,7 +127,7 @@ def _call(site: HeadSite, part: Part, out_dtype: torch.dtype, roundings: str) ->
         operands.update((n, t) for n, t in (("cos", tables.cos), ("sin", tables.sin)) if t is not None)
         attributes.update(rotation=rotation.style, tables=tables.form)
         labels.update(("ROTATION", d) for d in rotation.roundings)
-    _check_operands(site, part, operands)
+    _check_operands(site, part, operands, out_dtype)
     flags = Rounding(0)
     x_dtype = fake(view, part.x).dtype
     if roundings == "eager":
@@ -137,7 +140,7 @@ def _call(site: HeadSite, part: Part, out_dtype: torch.dtype, roundings: str) ->
     return Call("norm_rope", view, site.device, operands, attributes)
 
 
-def _check_operands(site: HeadSite, part: Part, operands: dict[str, Term]) -> None:
+def _check_operands(site: HeadSite, part: Part, operands: dict[str, Term], out_dtype: torch.dtype) -> None:
     view, shape = site.view, part.value.shape
     if not isinstance(shape[-1], int):
         raise Reject(Code.SYMBOLIC, f"the row length {shape[-1]} is not a known number")
@@ -161,7 +164,7 @@ def _check_operands(site: HeadSite, part: Part, operands: dict[str, Term]) -> No
         if not fits:
             text = f"{name} of shape {text_shape(value.shape)} does not broadcast to {text_shape(shape)}"
             raise Reject(Code.BROADCAST, text)
-    if part.rotation is not None and part.rotation.double and site.outputs["out"].precision not in NARROW:
+    if part.rotation is not None and part.rotation.double and out_dtype not in NARROW:
         table = fake(view, part.rotation.tables.cos).dtype
         if table != torch.float64:
             text = f"the rotation is computed in fp64 with tables in {short_dtype(table)} and its result is not rounded"
@@ -218,6 +221,24 @@ def _check_escapes(site: HeadSite) -> None:
                 raise Reject(Code.ESCAPES, f"{node.name} ({node.target}) inside the site is also read by {user.name}")
 
 
+def _late_casts(site: HeadSite) -> dict[fx.Node, list[fx.Node]]:
+    """``{cast: views between the root and it}`` where every reader of a wide root casts it to one narrow dtype."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    if site.root.precision in NARROW:
+        return found
+    pending: list[tuple[fx.Node, list[fx.Node]]] = [(node, []) for node in site.output_nodes("out")]
+    while pending:
+        node, path = pending.pop()
+        for user in node.users:
+            if is_view(user):
+                pending.append((user, [*path, user]))
+            elif user.target in CASTS and path and user.meta["val"].dtype in NARROW:
+                found[user] = path
+            else:
+                return {}
+    return found if len({cast.meta["val"].dtype for cast in found}) == 1 else {}
+
+
 def _check_layout(site: HeadSite) -> None:
     for node in site.roots:
         for user in node.users:
@@ -227,7 +248,10 @@ def _check_layout(site: HeadSite) -> None:
 
 def check_gain(site: HeadSite, claimed: Any) -> None:
     """Raise Reject(left=True) where Inductor would join the site with pointwise work that it must do anyway."""
-    users = [u for n in site.roots for u in readers(n)]
+    values = (n.meta.get("val") for n in site.interior)
+    if any(isinstance(v, torch.Tensor) and v.is_complex() for v in values):
+        return  # Inductor has no code for complex numbers: it calls one ATen op after the other
+    users = [u for n in (site.casts or site.roots) for u in readers(n)]
     if users and all(is_elementwise(u) and u.target is not aten.clone.default and u not in claimed for u in users):
         names = ", ".join(sorted({str(u.target) for u in users})[:3])
         text = f"every reader of the result is pointwise ({names}): Inductor finishes them in one kernel with it"

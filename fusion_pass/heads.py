@@ -21,10 +21,16 @@ from . import rotation
 from .pattern import Binding, Var
 from .push import adapt
 from .rotation import Rotation, Tables
-from .simplify import slice_term
+from .simplify import slice_term, unsqueeze_term
 from .terms import Term, TermView, same_size
 
-NORMED = affine(Var("x"))
+
+def is_weight(term: Term) -> bool:
+    """A value for each column, or for each column of each head."""
+    return len(term.shape) > 0 and all(same_size(s, 1) for s in term.shape[:-2]) and not same_size(term.shape[-1], 1)
+
+
+NORMED = affine(Var("x"), is_weight)
 LONGEST_HEAD = 512
 
 
@@ -66,7 +72,7 @@ def parse(view: TermView, term: Term, norms: bool = True) -> Heads | None:
     """
     if term.op == "view" and term.attrs[0] != "reshape":
         return None  # a view of a site, not a site
-    joined = _cat_parts(view, term) if term.op != "view" else None
+    joined = None if term.op == "view" else _cat_parts(view, term.args[0] if term.op == "round" else term)
     pieces = joined[1] if joined is not None else [term]
     parts = [p for piece in pieces for p in _parts(view, piece, joined[0] if joined is not None else None, norms)]
     if len(parts) == 1 and term.op == "view" and parts[0].rotation is None:
@@ -113,7 +119,7 @@ def _cat_parts(view: TermView, term: Term) -> tuple[int, list[Term]] | None:
 
 def _parts(view: TermView, value: Term, dim: int | None, norms: bool) -> list[Part]:
     """One part, or those of a rotated joint tensor that the rotation is applied to as a whole."""
-    found = rotation.match(view, value)
+    found = _rotation(view, value)
     if found is None:
         return [_normed(view, Part(value, value), norms)]
     joined = _cat_parts(view, found.x) if dim is None else None
@@ -128,6 +134,26 @@ def _parts(view: TermView, value: Term, dim: int | None, norms: bool) -> list[Pa
         parts.append(_normed(view, Part(rows, stream, rotation=own), norms))
         at = end
     return parts
+
+
+def _rotation(view: TermView, value: Term) -> Rotation | None:
+    """The rotation that made `value`, also where heads and tokens were exchanged after it."""
+    found = rotation.match(view, value)
+    if found is not None or value.op != "view" or value.attrs[0] != "permute":
+        return found
+    dims, rank = value.attrs[1], len(value.shape)
+    inner = _rotation(view, value.args[0]) if dims[-1] == rank - 1 else None
+    if inner is None:
+        return None
+
+    def permuted(term: Term | None) -> Term | None:
+        while term is not None and len(term.shape) < rank:
+            term = unsqueeze_term(view, term, 0)
+        return None if term is None else view.view(term, value.attrs, tuple(term.shape[d] for d in dims))
+
+    x, cos = permuted(inner.x), permuted(inner.tables.cos)
+    assert x is not None and cos is not None
+    return replace(inner, x=x, tables=Tables(inner.tables.form, cos, permuted(inner.tables.sin)))
 
 
 def _cut(view: TermView, tables: Tables, dim: int, start: Any, stop: Any, shape: tuple) -> Tables:
@@ -173,7 +199,7 @@ def _bound(binding: Binding) -> Normed:
 
 def _across(view: TermView, norm: Normed, views: list[Term]) -> Normed | None:
     """A norm over [..., H*d] whose result is then seen as [..., H, d]: its operands through the same views."""
-    probe = view.intern("probe", (), (), (norm.term.shape[-1],), torch.float32)
+    probe = view.intern("probe", (), (norm.term.shape[-1],), (norm.term.shape[-1],), torch.float32)
     terms: dict[str, Term] = {"x": norm.x, "probe": probe}
     terms.update((name, t) for name, t in (("weight", norm.weight), ("bias", norm.bias)) if t is not None)
     for seen in views:

@@ -74,7 +74,7 @@ def _joinable(cat: fx.Node, parts: Any, results: dict[fx.Node, tuple[fx.Node, st
     dim = (cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", 0)) % value.dim()
     dense = all(a is b or a == b for a, b in zip(value.stride(), torch.empty_like(value).stride(), strict=True))
     return (
-        dim != value.dim() - 1
+        (dim != value.dim() - 1 or all(str(p.target) == "dkfuse.norm_rope.default" for p in parts))
         and dense
         and len(set(parts)) == len(parts)
         and all(p in results and set(p.users) == {cat} and p.meta["val"].dtype == value.dtype for p in parts)

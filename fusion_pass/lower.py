@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from . import compat, joins
+from .groups import grouped
 from .replace import copy_origin, fake_arguments
 from .symbols import arguments as with_symbols
 
@@ -26,8 +27,14 @@ def lower(graph: fx.Graph, calls: list[fx.Node]) -> None:
     calls = sorted(calls, key=lambda call: order[call])  # parts of a joint tensor are written in graph order
     kernels = [c for c in calls if c.meta["dkfuse_kernel"] == "triton" and _device(c).type != "cpu"]
     parts = joins.find(graph, kernels)
+    groups = {group[-1]: group for group in grouped(graph, [c for c in kernels if _op_name(c) == "norm_rope"])}
+    together = {call for group in groups.values() for call in group}
     for call in calls:
-        if call in kernels:
+        if call in groups:
+            lower_group(graph, groups[call], parts)
+        elif call in together:
+            continue
+        elif call in kernels:
             lower_to_triton(graph, call, parts)
         else:
             inline(graph, call)
@@ -65,35 +72,85 @@ def lower_to_triton(graph: fx.Graph, call: fx.Node, parts: dict[tuple[fx.Node, s
     written = {**outputs, **{n: p.join.part(p.start, p.length) for n, p in places.items()}}
     offsets = {n: p.join.offset(p.start) for n, p in places.items()}
     launch = plan(_op_name(call), fakes, written, sm_count=_sm_count(fakes["x"].device), offsets=offsets)
-    tensors = [v for v in nodes.values() if isinstance(v, fx.Node)]
+    inputs = {k: v for k, v in nodes.items() if isinstance(v, fx.Node)}
     with graph.inserting_before(call):
-        buffers = {name: _buffer(graph, value, places.get(name), tensors) for name, value in outputs.items()}
-        scalars = {k: v for k, v in launch.scalars.items() if isinstance(v, torch.SymInt)}
-        constants = {**launch.constants, **{k: v for k, v in launch.scalars.items() if k not in scalars}}
-        kernel_idx, constants_idx = compat.register_triton_kernel(
-            _configured(launch.kernel, launch.num_warps, launch.num_stages), constants
-        )
-        pointers = {p: buffers.get(n) or nodes[n] for p, n in launch.tensors.items()}
-        kwargs = {
-            "kernel_idx": kernel_idx,
-            "constant_args_idx": constants_idx,
-            "grid": [with_symbols(graph, tuple(launch.grid), tensors)],
-            "tma_descriptor_metadata": {},
-            "kwargs": {**pointers, **{k: with_symbols(graph, v, tensors) for k, v in scalars.items()}},
-            "tensors_to_clone": [p for p, n in launch.tensors.items() if n in buffers],
-        }
-        node = graph.call_function(compat.triton_call_target(), (), kwargs)
-        parameter = {n: p for p, n in launch.tensors.items()}
-        node.meta["val"] = {parameter[n]: _like(b.meta["val"]) for n, b in buffers.items()}
-        node.meta["eager_input_vals"] = fake_arguments(node)
-        copy_origin(call, node)
-        items = {}
-        for name in buffers:
-            items[name] = graph.call_function(operator.getitem, (node, parameter[name]))
-            items[name].meta["val"] = node.meta["val"][parameter[name]]
+        buffers = {n: _buffer(graph, v, places.get(n), list(inputs.values())) for n, v in outputs.items()}
+        items = _launch(graph, launch, inputs, buffers, call)
     for name, place in places.items():
         _advance(place.join, items[name])
     _replace_results(graph, call, names, items)
+
+
+def lower_group(graph: fx.Graph, calls: list[fx.Node], parts: dict[tuple[fx.Node, str], joins.Part]) -> None:
+    """Several norm_rope calls as one launch; parts of one joint tensor are written through one pointer."""
+    from dkfuse.kernels.rope_launch import Call, plan_group
+
+    inputs: dict[str, fx.Node] = {}
+    planned, alias, owners = [], {}, {}
+    joint: dict[int, str] = {}
+    for i, call in enumerate(calls):
+        nodes = bound_arguments(call)
+        for name, node in nodes.items():
+            if isinstance(node, fx.Node):
+                label = next((known for known, other in inputs.items() if other is node), None)
+                if label is not None:
+                    alias[f"{i}.{name}"] = label
+                else:
+                    inputs[f"{i}.{name}"] = node
+        fakes = {k: v.meta["val"] if isinstance(v, fx.Node) else v for k, v in nodes.items()}
+        place = parts.get((call, "out"))
+        if place is None:
+            planned.append(Call(fakes, call.meta["val"]))
+            owners[f"{i}.out"] = call.meta["val"]
+            continue
+        planned.append(Call(fakes, place.join.part(place.start, place.length), place.join.offset(place.start)))
+        first = joint.setdefault(id(place.join), f"{i}.out")
+        if first != f"{i}.out":
+            alias[f"{i}.out"] = first
+        owners.setdefault(first, call.meta["val"])
+    launch = plan_group(planned, alias=alias)
+    with graph.inserting_before(calls[-1]):
+        tensors = list(inputs.values())
+        places = {label: parts.get((calls[int(label.split(".")[0])], "out")) for label in owners}
+        buffers = {label: _buffer(graph, value, places[label], tensors) for label, value in owners.items()}
+        items = _launch(graph, launch, inputs, buffers, calls[-1])
+    for i, call in enumerate(calls):
+        result = items[alias.get(f"{i}.out", f"{i}.out")]
+        if (place := parts.get((call, "out"))) is not None:
+            _advance(place.join, result)
+        call.replace_all_uses_with(result)
+        graph.erase_node(call)
+
+
+def _launch(
+    graph: fx.Graph, launch: Any, inputs: dict[str, fx.Node], buffers: dict[str, fx.Node], origin: fx.Node
+) -> dict[str, fx.Node]:
+    """The kernel node of `launch`, whose tensors are named as in `inputs` and `buffers`; the results by those names."""
+    tensors = list(inputs.values())
+    scalars = {k: v for k, v in launch.scalars.items() if isinstance(v, torch.SymInt)}
+    constants = {**launch.constants, **{k: v for k, v in launch.scalars.items() if k not in scalars}}
+    kernel_idx, constants_idx = compat.register_triton_kernel(
+        _configured(launch.kernel, launch.num_warps, launch.num_stages), constants
+    )
+    pointers = {p: buffers.get(n) or inputs[n] for p, n in launch.tensors.items()}
+    kwargs = {
+        "kernel_idx": kernel_idx,
+        "constant_args_idx": constants_idx,
+        "grid": [with_symbols(graph, tuple(launch.grid), tensors)],
+        "tma_descriptor_metadata": {},
+        "kwargs": {**pointers, **{k: with_symbols(graph, v, tensors) for k, v in scalars.items()}},
+        "tensors_to_clone": [p for p, n in launch.tensors.items() if n in buffers],
+    }
+    node = graph.call_function(compat.triton_call_target(), (), kwargs)
+    parameter = {n: p for p, n in launch.tensors.items()}
+    node.meta["val"] = {parameter[n]: _like(b.meta["val"]) for n, b in buffers.items()}
+    node.meta["eager_input_vals"] = fake_arguments(node)
+    copy_origin(origin, node)
+    items = {}
+    for name in buffers:
+        items[name] = graph.call_function(operator.getitem, (node, parameter[name]))
+        items[name].meta["val"] = node.meta["val"][parameter[name]]
+    return items
 
 
 def _buffer(graph: fx.Graph, value: torch.Tensor, place: joins.Part | None, tensors: list[fx.Node]) -> fx.Node:

@@ -131,6 +131,10 @@ def complex_parts(view: TermView, node: Any) -> tuple[Term, Term] | None:
         real = view.make("add", view.make("mul", a[0], b[0]), view.make("neg", view.make("mul", a[1], b[1])))
         imaginary = view.make("add", view.make("mul", a[0], b[1]), view.make("mul", a[1], b[0]))
         return real, imaginary
+    if node.target is aten._conj.default and (parts := complex_parts(view, node.args[0])) is not None:
+        return parts[0], view.make("neg", parts[1])
+    if val.is_conj():
+        return None  # only resolved tensors can be seen as real
     last = val.dim()
     real_view = view.view(view.leaf(node), ("real",), (*val.shape, 2))
     return select_term(view, real_view, last, 0), select_term(view, real_view, last, 1)

@@ -17,13 +17,16 @@ from .rules import Candidate
 from .terms import Term, TermView
 from .views import replay
 
+TABLES = ("cos", "sin")
+
 
 def replace(graph: fx.Graph, view: TermView, sites: list[Candidate | HeadSite]) -> list[fx.Node]:
     """Put one op call in the place of each site; returns the calls. Dead code is dropped, order restored."""
     if not sites:
         return []
     renamed: dict[fx.Node, fx.Node] = {}
-    calls = [call for site in sites for call in _inserted(graph, view, site, renamed)]
+    tables: dict[Term, fx.Node] = {}  # queries and keys of all blocks read the same ones
+    calls = [call for site in sites for call in _inserted(graph, view, site, renamed, tables)]
     compat.stable_topological_sort(graph)
     graph.eliminate_dead_code()
     graph.lint()
@@ -31,12 +34,16 @@ def replace(graph: fx.Graph, view: TermView, sites: list[Candidate | HeadSite]) 
 
 
 def _inserted(
-    graph: fx.Graph, view: TermView, site: Candidate | HeadSite, renamed: dict[fx.Node, fx.Node]
+    graph: fx.Graph,
+    view: TermView,
+    site: Candidate | HeadSite,
+    renamed: dict[fx.Node, fx.Node],
+    tables: dict[Term, fx.Node],
 ) -> list[fx.Node]:
     if isinstance(site, HeadSite):
         from .replace_heads import insert
 
-        return insert(graph, view, site, renamed)
+        return insert(graph, view, site, renamed, tables)
     return [_insert(graph, view, site, renamed)]
 
 
@@ -47,12 +54,15 @@ def op_call(
     terms: dict[str, Term],
     attributes: dict[str, Any],
     renamed: dict[fx.Node, fx.Node],
+    tables: dict[Term, fx.Node] | None = None,
 ) -> fx.Node:
     """A call of ``dkfuse::op`` on the nodes of `terms`, with everything that torch wants to know about it."""
     import dkfuse.kernels.ops  # noqa: F401  (registers torch.ops.dkfuse)
 
     overload = getattr(torch.ops.dkfuse, op).default
-    operands = {name: realize(graph, view, term, renamed) for name, term in terms.items()}
+    operands = {
+        name: realize(graph, view, term, renamed, tables if name in TABLES else None) for name, term in terms.items()
+    }
     args = tuple(operands.get(a.name) for a in overload._schema.arguments if not a.kwarg_only)
     call = graph.call_function(overload, args, dict(attributes))
     call.meta["val"] = overload(*(a.meta["val"] if a is not None else None for a in args), **attributes)
@@ -93,12 +103,23 @@ def copy_origin(source: fx.Node, target: fx.Node) -> None:
             target.meta[key] = source.meta[key]
 
 
-def realize(graph: fx.Graph, view: TermView, term: Term, renamed: dict[fx.Node, fx.Node]) -> fx.Node:
-    """The node that computes `term`, its views inserted where no node has them."""
+def realize(
+    graph: fx.Graph,
+    view: TermView,
+    term: Term,
+    renamed: dict[fx.Node, fx.Node],
+    inserted: dict[Term, fx.Node] | None = None,
+) -> fx.Node:
+    """The node that computes `term`, its views inserted where no node has them, or taken from `inserted`."""
     nodes = view.nodes(term)
     if nodes:
         return renamed.get(nodes[0], nodes[0])
-    return replay(graph, realize(graph, view, term.args[0], renamed), term)
+    if inserted is not None and term in inserted:
+        return inserted[term]
+    node = replay(graph, realize(graph, view, term.args[0], renamed, inserted), term)
+    if inserted is not None:
+        inserted[term] = node
+    return node
 
 
 def fake_arguments(node: fx.Node) -> tuple[Any, Any]:

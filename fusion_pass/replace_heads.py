@@ -15,24 +15,33 @@ from .compat import statically_known_true
 from .gain import is_view
 from .head_site import HeadSite
 from .replace import copy_origin, op_call
-from .terms import TermView, same_size
+from .terms import Term, TermView, same_size
 
 aten = torch.ops.aten
 
 
-def insert(graph: fx.Graph, view: TermView, site: HeadSite, renamed: dict[fx.Node, fx.Node]) -> list[fx.Node]:
-    """The op calls; the site's root is replaced by their result."""
+def insert(
+    graph: fx.Graph,
+    view: TermView,
+    site: HeadSite,
+    renamed: dict[fx.Node, fx.Node],
+    tables: dict[Term, fx.Node],
+) -> list[fx.Node]:
+    """The op calls; the site's root is replaced by their result. `tables`: the views of tables inserted so far."""
     nodes = site.output_nodes("out")
-    copies = _copies(nodes) if site.heads.dim is None else {}
+    copies = _copies(nodes) if site.heads.dim is None and not site.casts else {}
     order = _wanted_order(nodes, copies)
     calls = []
     with graph.inserting_before(nodes[0]):
         for part in site.calls:
-            call = op_call(graph, view, part.op, part.operands, {**part.attributes, "order": order}, renamed)
+            call = op_call(graph, view, part.op, part.operands, {**part.attributes, "order": order}, renamed, tables)
             call.meta["dkfuse_kernel"] = site.kernel
             copy_origin(nodes[0], call)
             calls.append(call)
         result = calls[0] if site.heads.dim is None else _joined(graph, calls, site.heads.dim, nodes[0])
+        for cast, path in site.casts.items():
+            renamed[cast] = _views_again(graph, result, path)
+            cast.replace_all_uses_with(renamed[cast])
     for old in nodes:
         old.replace_all_uses_with(result)
         renamed[old] = result
@@ -47,6 +56,17 @@ def _joined(graph: fx.Graph, calls: list[fx.Node], dim: int, root: fx.Node) -> f
     cat.meta["val"] = aten.cat.default([call.meta["val"] for call in calls], dim)
     copy_origin(root, cat)
     return cat
+
+
+def _views_again(graph: fx.Graph, node: fx.Node, path: list[fx.Node]) -> fx.Node:
+    """The views in `path` of another tensor."""
+    for view in path:
+        copy = graph.call_function(view.target, (node, *view.args[1:]), dict(view.kwargs))  # type: ignore[arg-type]
+        args, kwargs = fx.map_arg((copy.args, copy.kwargs), lambda n: n.meta["val"])
+        copy.meta["val"] = copy.target(*args, **kwargs)  # type: ignore[operator]
+        copy_origin(view, copy)
+        node = copy
+    return node
 
 
 def _copies(nodes: list[fx.Node]) -> dict[fx.Node, fx.Node]:

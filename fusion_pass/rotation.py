@@ -20,10 +20,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .simplify import select_term
+from .simplify import cat_terms, select_term
 from .terms import Term, TermView, same_shape, same_size
 
 STYLES = ("interleaved", "half")
+NARROWEST = 4  # columns; a single pair is a complex number, not a head
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class _Product:
 def match(view: TermView, term: Term) -> Rotation | None:
     """The rotation that computes `term`; None where there is none. NotARotation where it only looks like one."""
     value = _stripped(term)
-    if not value.shape or not isinstance(value.shape[-1], int) or value.shape[-1] % 2:
+    if not value.shape or not isinstance(value.shape[-1], int) or value.shape[-1] % 2 or value.shape[-1] < NARROWEST:
         return None
     if (partial := _partial(view, value)) is not None:
         return partial
@@ -80,9 +81,9 @@ def match(view: TermView, term: Term) -> Rotation | None:
 def _partial(view: TermView, value: Term) -> Rotation | None:
     """``cat([rotated x[..., :r], x[..., r:]], -1)``."""
     last = len(value.shape) - 1
-    if value.op != "cat" or value.attrs != (last,) or len(value.args) != 2:
+    if value.op != "cat" or value.attrs != (last,) or len(value.args) < 2:
         return None
-    rotated, rest = value.args
+    rotated, rest = cat_terms(view, list(value.args[:-1]), last), value.args[-1]
     if rest.op != "view" or rest.attrs[0] != "slice" or rest.attrs[1] != last or rest.attrs[4] != 1:
         return None
     width, x = rotated.shape[last], rest.args[0]
@@ -101,7 +102,8 @@ def _whole(view: TermView, value: Term, style: str) -> Rotation | None:
         if products is None or len(products) != 2:
             return None
         rows.append(products)
-    for x in _bases(view, rows[0], style):
+    bases = [x for x in _bases(view, rows[0], style) if same_shape(x.shape, value.shape)]
+    for x in sorted(bases, key=_table_like):
         entries = [_entries(view, row, x, style) for row in rows]
         if entries[0] is None or entries[1] is None:
             continue
@@ -199,6 +201,15 @@ def _bases(view: TermView, row: list[_Product], style: str) -> Iterator[Term]:
             x = pair_base(view, factor, style, 0)
             if x is not None and any(pair_base(view, f, style, 1) is x for f in other.factors):
                 yield x
+
+
+def _table_like(x: Term) -> bool:
+    """Where table and x have one shape, either could be the other: x is normed, or no view of a complex tensor."""
+    seen, real = x, False
+    while seen.op in ("view", "round", "double", "from_double"):
+        real |= seen.op == "view" and seen.attrs[0] == "real"
+        seen = seen.args[0]
+    return real or seen.norm_reach is None
 
 
 def _entries(view: TermView, row: list[_Product], x: Term, style: str) -> list[tuple[bool, Term]] | None:

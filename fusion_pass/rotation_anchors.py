@@ -10,7 +10,7 @@ A swap of halves alone, without a product or a minus, is no rotation (the sine a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import torch
 from torch import fx
@@ -29,18 +29,21 @@ CASTS = (prims.convert_element_type.default, aten._to_copy.default, aten.copy.de
 REACH = 8  # elementwise ops between the halves and the place where they recombine
 
 
-def find(view: TermView) -> list[fx.Node]:
-    """The recombining nodes, in graph order."""
-    found: list[fx.Node] = []
-    taken: set[fx.Node] = set()
+def find(view: TermView) -> dict[fx.Node, set[fx.Node]]:
+    """The recombining nodes, in graph order, each with the nodes between the halves and it."""
+    found: dict[fx.Node, set[fx.Node]] = {}
     for node in view.order:
         if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
             continue
-        if _complex_product(node) or (_recombines(node) and _mixes_halves(node)):
-            taken.add(node)
-            found.append(node)
-        elif _merges_pairs(node) and not _behind(node, taken) and (_mixes_halves(node) or _sum_of_pairs(node)):
-            found.append(node)
+        between: set[fx.Node] | None = None
+        if _complex_product(node):
+            between = set()
+        elif _recombines(node):
+            between = _mixes_halves(view, node, found)
+        elif _merges_pairs(node) and not _behind(node, found):
+            between = set() if _sum_of_pairs(node) else _mixes_halves(view, node, found)
+        if between is not None:
+            found[node] = between
     return found
 
 
@@ -102,7 +105,7 @@ def _sources(node: fx.Node) -> Iterator[fx.Node]:
             yield source
 
 
-def _behind(node: fx.Node, taken: set[fx.Node]) -> bool:
+def _behind(node: fx.Node, taken: Container[fx.Node]) -> bool:
     """`node` only reshapes what was counted already."""
     seen = node
     while seen.op == "call_function":
@@ -129,27 +132,51 @@ def _sum_of_pairs(node: fx.Node) -> bool:
     )
 
 
-def _mixes_halves(node: fx.Node) -> bool:
-    """Both halves of the columns of one tensor are reached, through at least one product, difference or minus."""
+def _mixes_halves(view: TermView, node: fx.Node, taken: Container[fx.Node]) -> set[fx.Node] | None:
+    """The nodes between `node` and both halves of the columns of one tensor, if it recombines them; else None.
+
+    Each part of a cat comes from both halves, or they change places (``cat([-x2, x1])``); one with the rest of a tensor
+    that is rotated in part does neither. At least one node is a product, a difference or a minus.
+    """
+    if node.target is aten.cat.default:
+        parts = [_halves_below(view, [part], taken) for part in node.args[0]]
+        (first, _, _), (second, _, _) = parts
+        mixed = any((first[key], second[key]) in MIXED for key in first.keys() & second.keys())
+    else:
+        parts = [_halves_below(view, list(_sources(node)), taken)]
+        mixed = any(len(found) == 2 for found in parts[0][0].values())
+    if not mixed or not any(products for _, products, _ in parts):
+        return None
+    return {at for _, _, seen in parts for at in seen}
+
+
+MIXED = (({0, 1}, {0, 1}), ({1}, {0}))
+
+
+def _halves_below(
+    view: TermView, start: list[fx.Node], taken: Container[fx.Node]
+) -> tuple[dict[object, set[int]], bool, set[fx.Node]]:
+    """``(tensor -> halves reached, is there a product, the nodes in between)``, not through rotations taken."""
     halves: dict[object, set[int]] = {}
     products = False
     seen: set[fx.Node] = set()
-    pending = [(source, 0) for source in _sources(node)]
+    pending = [(source, 0) for source in start]
     while pending:
         at, depth = pending.pop()
-        if at in seen or at.op != "call_function" or depth > REACH:
+        if at in seen or at in taken or at.op != "call_function" or depth > REACH:
             continue
         seen.add(at)
         if (half := _half(at)) is not None:
-            halves.setdefault(half[0], set()).add(half[1])
+            base, kind, i = half
+            halves.setdefault((view.term(base) or base, kind), set()).add(i)
         products |= at.target in PRODUCTS
         if half is None and (is_elementwise(at) or is_view(at) or at.target in (*CASTS, *SCATTERS)):
             pending.extend((source, depth + 1) for source in _sources(at))
-    return products and any(len(found) == 2 for found in halves.values())
+    return halves, products, seen
 
 
-def _half(node: fx.Node) -> tuple[object, int] | None:
-    """``((tensor, kind), i)`` where `node` extracts half i of the columns of a tensor."""
+def _half(node: fx.Node) -> tuple[fx.Node, str, int] | None:
+    """``(tensor, kind, i)`` where `node` extracts half i of the columns of a tensor."""
     if (source := getitem_source(node)) is not None:
         producer, index = source
         if producer.target not in SPLITS or len(producer.meta["val"]) != 2:
@@ -157,7 +184,7 @@ def _half(node: fx.Node) -> tuple[object, int] | None:
         dim = producer.args[2] if len(producer.args) > 2 else producer.kwargs.get("dim", 0)
         if producer.target is aten.unbind.int:
             dim = producer.args[1] if len(producer.args) > 1 else producer.kwargs.get("dim", 0)
-        return ((producer.args[0], "split"), index) if _last_or_pair_dim(producer.args[0], dim) else None
+        return (producer.args[0], "split", index) if _last_or_pair_dim(producer.args[0], dim) else None
     if node.target not in (aten.select.int, aten.slice.Tensor) or not isinstance(node.args[0], fx.Node):
         return None
     base, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
@@ -165,12 +192,12 @@ def _half(node: fx.Node) -> tuple[object, int] | None:
         return None
     size = base.meta["val"].shape[dim]
     if node.target is aten.select.int:
-        return ((base, "select"), node.args[2] % 2) if same_size(size, 2) else None
+        return (base, "select", node.args[2] % 2) if same_size(size, 2) else None
     start = (node.args[2] if len(node.args) > 2 else 0) or 0
     step = node.args[4] if len(node.args) > 4 else 1
     if step == 2:
-        return ((base, "even and odd"), start) if start in (0, 1) else None
+        return (base, "even and odd", start) if start in (0, 1) else None
     if not isinstance(size, int) or not isinstance(start, int) or size % 2:
         return None
     length = node.meta["val"].shape[dim]
-    return ((base, "halves"), 0 if start == 0 else 1) if length == size // 2 and start in (0, size // 2) else None
+    return (base, "halves", 0 if start == 0 else 1) if length == size // 2 and start in (0, size // 2) else None

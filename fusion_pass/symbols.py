@@ -9,6 +9,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.functions import FloorDiv
 
 aten = torch.ops.aten
 
@@ -45,6 +46,9 @@ def node_for(graph: fx.Graph, expression: sympy.Expr, value: Any, tensors: list[
             term = int(part) if part.is_Integer else node_for(graph, part, None, tensors)
             total = term if total is None else _binary(graph, combine, total, term)
         return total
+    if isinstance(expression, FloorDiv):
+        above, below = (int(p) if p.is_Integer else node_for(graph, p, None, tensors) for p in expression.args)
+        return _binary(graph, operator.floordiv, above, below)
     for node in graph.nodes:
         val = node.meta.get("val")
         if isinstance(val, torch.SymInt) and val.node.expr == expression:

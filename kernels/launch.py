@@ -84,7 +84,7 @@ def plan(
     tensors = {name: arguments[name] for name in (*full, *broadcast) if arguments.get(name) is not None}
     for name in results:
         if outputs.get(name) is not None:
-            tensors[name] = _checked(name, outputs[name], shape)
+            tensors[name] = check_output(name, outputs[name], shape)
     if "out" not in tensors:
         raise ValueError(f"plan({op!r}) needs the output tensor 'out'; got {sorted(outputs)}.")
     axes = collapse(tensors, shape)
@@ -142,7 +142,7 @@ def _expression(value: Int | None, width: int) -> str | None:
     return None
 
 
-def _checked(name: str, output: Any, shape: tuple[Int, ...]) -> Any:
+def check_output(name: str, output: Any, shape: tuple[Int, ...]) -> Any:
     if len(output.shape) != len(shape):
         raise ValueError(f"output {name!r} has shape {tuple(output.shape)} but x {shape}; they must be equal.")
     if shape[-1] != 1 and output.stride(-1) != 1:

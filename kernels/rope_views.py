@@ -27,13 +27,15 @@ LONG = 1024  # rows beyond this many columns are cut
 class Rows:
     """axes: innermost first, the tile's axis first of all; inner: a tensor's stride between columns, 0 for a scalar.
 
-    d, r: columns of a row, and how many of them are rotated. across: the norm is over the tile axis too.
+    d, r: columns of a row, and how many of them are rotated, by halves if `half`.
+    across: the norm is over the tile axis too.
     """
 
     axes: list[Axis]
     inner: dict[str, Int]
     d: int
     r: int
+    half: bool
     across: bool
 
 
@@ -60,7 +62,7 @@ def see(arguments: Mapping[str, Any], out: Any | None = None) -> Rows:
     axes = tile + merged(rest) if across else merged(tile + rest)
     axes = axes or [Axis(1, dict.fromkeys(inner, 0))]
     check_count(len(axes), shape)
-    return Rows(axes, inner, d, r, across)
+    return Rows(axes, inner, d, r, arguments["rotation"] == "half", across)
 
 
 def _cut(arguments: Mapping[str, Any], inner: dict[str, Int], d: int) -> Axis:
@@ -79,7 +81,9 @@ def _innermost_first(dims: list[Axis]) -> list[Axis]:
         left, right = a.strides["x"], b.strides["x"]
         return -1 if statically_known_true(left < right) else int(statically_known_true(right < left))
 
-    return sorted(dims[::-1], key=functools.cmp_to_key(compare))
+    result = dims[::-1]
+    result.sort(key=functools.cmp_to_key(compare))
+    return result
 
 
 def _ordered_strides(shape: tuple[Int, ...], order: list[int] | None) -> list[Int]:

@@ -29,17 +29,40 @@ def specialize(body: Any, name: str, fixed: tuple[tuple[str, str], ...]) -> Any:
     values = dict(fixed)
     constexprs = _constexprs(body)
     parameters = [f"{p}: tl.constexpr" if p in constexprs else p for p in body.arg_names if p not in values]
-    arguments = [values.get(p, p) for p in body.arg_names]
-    called = body.fn.__name__
-    source = (
-        "@triton.jit\n"
-        f"def {name}(\n    {', '.join(parameters)}\n):\n"
-        f"    {called}(\n        {', '.join(arguments)}\n    )\n"
-    )
+    return _defined(body, name, parameters, "    " + _call(body, [values.get(p, p) for p in body.arg_names]))
+
+
+@functools.cache
+def dispatch(body: Any, name: str, calls: tuple[tuple[tuple[str, str], ...], ...], parameters: tuple[str, ...]) -> Any:
+    """A JITFunction `name(*parameters)` that runs several calls of `body`, each by its own range of programs.
+
+    A call is (parameter of `body`, expression) for all of them but the first, `program`, the program's number within
+    the call. Call i > 0 starts at the program number `first{i}`, one of `parameters`. All programs of one call take the
+    same branch.
+    """
+    last = len(calls) - 1
+    lines = [] if last == 0 else ["    program = tl.program_id(0)"]
+    for i, call in enumerate(calls):
+        program = "tl.program_id(0)" if last == 0 else f"program - first{i}" if i else "program"
+        values = {**dict(call), body.arg_names[0]: program}
+        if last:
+            condition = "    else:" if i == last else f"    {'el' if i else ''}if program < first{i + 1}:"
+            lines.append(condition)
+        indent = "    " if last == 0 else "        "
+        lines.append(indent + _call(body, [values[p] for p in body.arg_names]))
+    return _defined(body, name, list(parameters), "\n".join(lines))
+
+
+def _call(body: Any, arguments: list[str]) -> str:
+    return f"{body.fn.__name__}({', '.join(arguments)})"
+
+
+def _defined(body: Any, name: str, parameters: list[str], statements: str) -> Any:
+    source = f"@triton.jit\ndef {name}(\n    {', '.join(parameters)}\n):\n{statements}\n"
     filename = f"<dkfuse kernel {name} {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     modules = {"triton": importlib.import_module("triton"), "tl": importlib.import_module("triton.language")}
-    scope: dict[str, Any] = {**modules, called: body, "__name__": body.fn.__module__}
+    scope: dict[str, Any] = {**modules, body.fn.__name__: body, "__name__": body.fn.__module__}
     exec(compile(source, filename, "exec"), scope)
     return scope[name]
 

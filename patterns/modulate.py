@@ -10,6 +10,8 @@ A factor that is neither `scale` nor `1 + scale` (`2 + scale`) binds `offset` an
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from dkfuse.pattern import Add, Mul, Norm, Num, Pattern, R, Var, alt
 from dkfuse.rules import Candidate, Code, NotThisRule, Reject, Rule
 from dkfuse.terms import Term, same_size
@@ -29,12 +31,12 @@ def is_factor(term: Term) -> bool:
     return not (inner.op == "add" and inner.args[0].op == "const")
 
 
-def affine(x: Pattern) -> Pattern:
-    """``norm(x)``, ``norm(x) * w``, ``norm(x) * (1 + w)``, each with and without ``+ b``."""
+def affine(x: Pattern, vector: Callable[[Term], bool] = is_vector) -> Pattern:
+    """``norm(x)``, ``norm(x) * w``, ``norm(x) * (1 + w)``, each with and without ``+ b``; w and b are a `vector`."""
     n = R("NORM", Norm(x))
-    weight = alt(Var("weight", is_vector), Add(Num(1.0, "weight_offset"), Var("weight", is_vector)))
+    weight = alt(Var("weight", vector), Add(Num(1.0, "weight_offset"), Var("weight", vector)))
     weighted = R("WEIGHTED", Mul(weight, n))
-    return alt(R("AFFINE", Add(Var("bias", is_vector), weighted)), weighted, n)
+    return alt(R("AFFINE", Add(Var("bias", vector), weighted)), weighted, n)
 
 
 def modulated(a: Pattern) -> Pattern:

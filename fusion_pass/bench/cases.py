@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 BF16 = torch.bfloat16
 FP32 = torch.float32
+CHECKED_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,40 @@ class Case:
         size = self.shape[0] * self.shape[1] * self.shape[2]
         total = sum(t.numel() * t.element_size() for t in rows) + outputs * size * 2
         return total + (size * 2 if self.op.startswith("residual") and self.residual == FP32 else 0)
+
+    def launcher(self, operands: dict[str, Tensor | None]) -> Callable[[], tuple[Tensor, ...]]:
+        """A call that launches our kernel on `operands`, planned once, as a compiled program does it."""
+        from dkfuse.kernels import ops
+        from dkfuse.kernels.launch import plan, run
+
+        arguments = {**operands, **self.values()}
+        outputs = ops._empty_outputs(self.op, arguments)
+        sms = torch.cuda.get_device_properties(0).multi_processor_count
+        launch = plan(self.op, arguments, outputs, sm_count=sms)
+        tensors, results = {**arguments, **outputs}, tuple(outputs.values())
+
+        def call() -> tuple[Tensor, ...]:
+            run(launch, tensors)
+            return results
+
+        return call
+
+    def checked(self, results: Sequence[Tensor]) -> list[Tensor]:
+        """The rows whose error is measured."""
+        return [result[:, :CHECKED_ROWS] for result in results]
+
+    def reference(self, operands: dict[str, Tensor | None]) -> list[Tensor]:
+        """The op's outputs in fp64 on the checked rows."""
+        from dkfuse.kernels.ops import reference_outputs
+        from dkfuse.kernels.support import OPERANDS
+
+        length = self.shape[1]
+        cut = {
+            k: v[:, :CHECKED_ROWS] if v is not None and v.dim() == 3 and v.shape[1] == length else v
+            for k, v in operands.items()
+        }
+        outputs = reference_outputs(self.op, {**cut, **self.values()}, compute=torch.float64)
+        return [outputs[name] for name in OPERANDS[self.op][2]]
 
 
 def _rms(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Columns: time; fraction of the time of a `copy_` of the same bytes, and of a 670 MB copy's bandwidth; speed-up over
 `torch.compile(dynamic=False)` and over eager, timed in the same process the same way (`bench.timing`); relative error
-||out - ref|| / ||ref|| against fp64 of ours, eager and Inductor.
+||out - ref|| / ||ref|| against fp64 of ours, eager and Inductor. FlashInfer: its in-place RoPE of q and k, no norm.
 """
 
 from __future__ import annotations
@@ -22,62 +22,29 @@ from rich.console import Console
 from rich.table import Table
 
 from .cases import CASES, Case
+from .rope_cases import ROPE_CASES, RopeCase, flashinfer_calls, has_flashinfer
 from .timing import copy_microseconds, microseconds, sets_needed
 
+ALL: tuple[Case | RopeCase, ...] = (*CASES, *ROPE_CASES)
 NO_GPU = 4
-CHECKED_ROWS = 512
 PEAK_BYTES = 4 * 32760 * 5120  # a large copy; not a power of two, whose rows collide in the memory channels
-
-
-def _launcher(case: Case, operands: dict[str, Any]) -> Any:
-    """A call that launches our kernel on `operands`, planned once, as a compiled program does it."""
-    from dkfuse.kernels import ops
-    from dkfuse.kernels.launch import plan, run
-
-    arguments = {**operands, **case.values()}
-    outputs = ops._empty_outputs(case.op, arguments)
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
-    launch = plan(case.op, arguments, outputs, sm_count=sms)
-    tensors = {**arguments, **outputs}
-    names = tuple(outputs)
-
-    def call() -> tuple[torch.Tensor, ...]:
-        run(launch, tensors)
-        return tuple(tensors[name] for name in names)
-
-    return call
 
 
 def _error(results: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> float:
     """Largest relative error of the outputs over the checked rows."""
-    pairs = zip(results, reference, strict=True)
-    return max(((a[:, :CHECKED_ROWS].double() - b).norm() / b.norm()).item() for a, b in pairs)
+    return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(results, reference, strict=True))
 
 
-def _reference(case: Case, operands: dict[str, Any]) -> list[torch.Tensor]:
-    """The op's outputs in fp64 on the checked rows."""
-    from dkfuse.kernels.ops import reference_outputs
-    from dkfuse.kernels.support import OPERANDS
-
-    length = case.shape[1]
-    cut = {
-        k: v[:, :CHECKED_ROWS] if isinstance(v, torch.Tensor) and v.dim() == 3 and v.shape[1] == length else v
-        for k, v in operands.items()
-    }
-    outputs = reference_outputs(case.op, {**cut, **case.values()}, compute=torch.float64)
-    return [outputs[name] for name in OPERANDS[case.op][2]]
-
-
-def measure(case: Case, peak: float, inductor: bool = True) -> dict[str, Any]:
+def measure(case: Case | RopeCase, peak: float, inductor: bool = True) -> dict[str, Any]:
     """One row of the table. `peak` is the bandwidth of a large copy in bytes per microsecond."""
     first = case.inputs(0)
     traffic = case.traffic(first)
     sets = [first, *(case.inputs(i) for i in range(1, sets_needed(traffic)))]
-    reference = _reference(case, first)
+    reference = case.reference(first)
     row: dict[str, Any] = {"op": case.op, "case": case.name, "shape": list(case.shape), "bytes": traffic}
 
-    calls = [_launcher(case, operands) for operands in sets]
-    row["error"] = _error(calls[0](), reference)
+    calls = [case.launcher(operands) for operands in sets]
+    row["error"] = _error(case.checked(calls[0]()), reference)
     row["microseconds"] = microseconds(calls)
     row["copy_microseconds"] = copy_microseconds(traffic)
     row["of_copy"] = row["copy_microseconds"] / row["microseconds"]
@@ -89,17 +56,32 @@ def measure(case: Case, peak: float, inductor: bool = True) -> dict[str, Any]:
         torch._dynamo.reset()
         rivals["inductor"] = torch.compile(case.eager(), dynamic=False)
     for name, function in rivals.items():
-        row[f"{name}_error"] = _error(function(first), reference)
+        row[f"{name}_error"] = _error(case.checked(function(first)), reference)
         row[f"{name}_microseconds"] = microseconds([functools.partial(function, operands) for operands in sets])
         row[f"vs_{name}"] = row[f"{name}_microseconds"] / row["microseconds"]
         torch.cuda.empty_cache()
+    if isinstance(case, RopeCase) and (in_place := flashinfer_calls(case, sets)) is not None:
+        row["flashinfer_microseconds"] = microseconds(in_place)
+        row["vs_flashinfer"] = row["flashinfer_microseconds"] / row["microseconds"]
     return row
 
 
 def table(rows: list[dict[str, Any]], title: str) -> Table:
     """The measurements as a rich table."""
     result = Table(title=title)
-    for column in ("op", "case", "shape", "us", "of copy", "of peak", "vs Inductor", "vs eager", "error: ours"):
+    columns = (
+        "op",
+        "case",
+        "shape",
+        "us",
+        "of copy",
+        "of peak",
+        "vs Inductor",
+        "vs eager",
+        "vs FlashInfer",
+        "error: ours",
+    )
+    for column in columns:
         result.add_column(column, justify="left" if column in ("op", "case") else "right")
     result.add_column("eager", justify="right")
     result.add_column("Inductor", justify="right")
@@ -113,6 +95,7 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
             f"{row['of_peak']:.3f}",
             f"{row['vs_inductor']:.2f}x" if "vs_inductor" in row else "-",
             f"{row['vs_eager']:.2f}x",
+            f"{row['vs_flashinfer']:.2f}x" if "vs_flashinfer" in row else "-",
             f"{row['error']:.2e}",
             f"{row['eager_error']:.2e}",
             f"{row['inductor_error']:.2e}" if "inductor_error" in row else "-",
@@ -122,7 +105,7 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dkfuse.bench.kernels", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--op", choices=sorted({case.op for case in CASES}), help="only this op")
+    parser.add_argument("--op", choices=sorted({case.op for case in ALL}), help="only this op")
     parser.add_argument("--case", help="only cases whose name contains this")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON")
     parser.add_argument("--no-inductor", action="store_true", help="skip torch.compile, which takes most of the time")
@@ -133,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         return NO_GPU
     chosen = [
         case
-        for case in CASES
+        for case in ALL
         if (options.op is None or case.op == options.op)
         and (options.case is None or options.case.lower() in case.name.lower())
     ]
@@ -148,6 +131,8 @@ def main(argv: list[str] | None = None) -> int:
         if options.json:  # after every row, so that a run cut short keeps what it measured
             report = {"schema": "dkfuse.bench.kernels/1", "device": device, "torch": torch.__version__}
             options.json.write_text(json.dumps({**report, "copy_tb_per_s": peak / 1e6, "rows": rows}, indent=1))
+    if any(case.op == "norm_rope" for case in chosen) and not has_flashinfer():
+        console.print("FlashInfer is not installed: no comparison with its in-place RoPE.")
     console.print(table(rows, f"{device}, torch {torch.__version__}, large copy {peak / 1e6:.2f} TB/s"))
     return 0
 

@@ -1,0 +1,65 @@
+"""Which calls become one launch: the queries and keys that one attention reads, of every stream.
+
+A launch of its own for each of four small tensors costs more in launches and tails than in traffic.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from .gain import is_view
+
+aten = torch.ops.aten
+CARRIERS = (aten.cat.default, aten.clone.default)
+
+
+def grouped(graph: fx.Graph, calls: list[fx.Node]) -> list[list[fx.Node]]:
+    """`calls` by the node that reads them in the end, in graph order; groups of calls that need each other are split.
+
+    Every call is in one group.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    by_reader: dict[fx.Node | None, list[fx.Node]] = {}
+    for call in sorted(calls, key=order.__getitem__):
+        reader = min(_readers(call), key=order.__getitem__, default=None)
+        by_reader.setdefault(reader if reader is not None else call, []).append(call)
+    return [group for together in by_reader.values() for group in _independent(together, order)]
+
+
+def _readers(call: fx.Node) -> set[fx.Node]:
+    """The first users behind views, cats and copies."""
+    found: set[fx.Node] = set()
+    pending = list(call.users)
+    while pending:
+        node = pending.pop()
+        if is_view(node) or node.target in CARRIERS:
+            pending.extend(node.users)
+        else:
+            found.add(node)
+    return found
+
+
+def _independent(calls: list[fx.Node], order: dict[fx.Node, int]) -> list[list[fx.Node]]:
+    """The calls, cut where one depends on another of the same group."""
+    groups: list[list[fx.Node]] = []
+    for call in calls:
+        if groups and not _depends(call, groups[-1], order):
+            groups[-1].append(call)
+        else:
+            groups.append([call])
+    return groups
+
+
+def _depends(call: fx.Node, group: list[fx.Node], order: dict[fx.Node, int]) -> bool:
+    first = order[group[0]]
+    seen: set[fx.Node] = set()
+    pending = list(call.all_input_nodes)
+    while pending:
+        node = pending.pop()
+        if node in group:
+            return True
+        if node not in seen and order[node] > first:
+            seen.add(node)
+            pending.extend(node.all_input_nodes)
+    return False

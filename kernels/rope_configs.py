@@ -1,0 +1,69 @@
+"""Tile shapes of norm_rope's kernel by columns, rows and kind of norm: data apart from the kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .configs import VECTOR, WARPS
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """A program takes `blocks` tiles of `rows` rows (a power of two); repeat: see `triton_rope_tiles`."""
+
+    rows: int
+    blocks: int
+    num_warps: int
+    num_stages: int = 1
+    repeat: bool = True
+
+
+LANES = 32
+MANY = 256  # beyond so many rows along the tile axis, their number does not matter
+MAX_BLOCKS = 8
+MOST = 6144  # elements that a program takes by choice; a norm across more needs all of them in one
+
+# (columns of a row, rows along the tile axis, None for many; norm across them) -> what measured best, where the rule
+# below does not find it.
+MEASURED: dict[tuple[int, int | None, bool], RopeConfig] = {}
+
+
+def choose_rope(columns: int, part: int, rows: int | None, across: bool, num_warps: int | None = None) -> RopeConfig:
+    """The configuration for `rows` rows (None: not known, or many) of `columns` columns, loaded `part` at a time.
+
+    Both are padded to powers of two, part <= columns. num_warps: only configurations with so many, where several calls
+    share a launch.
+    """
+    known = None if rows is not None and rows > MANY and not across else rows
+    measured = MEASURED.get((columns, known, across))
+    if measured is not None and num_warps in (None, measured.num_warps):
+        return measured
+    return min(_candidates(columns, part, known, across, num_warps), key=lambda c: _cost(c, columns, part, known))
+
+
+def _candidates(columns: int, part: int, rows: int | None, across: bool, num_warps: int | None) -> list[RopeConfig]:
+    found = []
+    for warps in (1, 2, 4, 8, 16) if num_warps is None else (num_warps,):
+        fitting = max(1, LANES * warps * VECTOR // part)  # one 16-byte access per lane, in half precision
+        for height in {fitting, max(1, fitting // 2)}:
+            needed = 1 if rows is None else -(-rows // height)
+            if across:
+                found.append(RopeConfig(height, needed, warps))
+            else:
+                choices = range(1, MAX_BLOCKS + 1)
+                blocks = choices if rows is None else {-(-needed // pieces) for pieces in range(1, needed + 1)}
+                found += [RopeConfig(height, b, warps) for b in blocks if b <= MAX_BLOCKS]
+    return found
+
+
+def _cost(config: RopeConfig, columns: int, part: int, rows: int | None) -> float:
+    """Rows that are masked away, then how far a program is from the size that measured best for rows in registers."""
+    tile = config.rows * config.blocks
+    waste = 1.0 if rows is None else -(-rows // tile) * tile / rows
+    elements = tile * columns
+    wanted = next((warps for widest, warps in WARPS if elements <= widest), 2 * WARPS[-1][1])
+    misfit = max(wanted / config.num_warps, config.num_warps / wanted) - 1.0
+    small = max(0.0, 3072 / elements - 1.0) if rows is None or -(-rows // tile) > 1 else 0.0
+    large = max(0.0, elements / MOST - 1.0)
+    narrow = 0.06 if config.rows * part < LANES * VECTOR * config.num_warps else 0.0
+    return waste + 0.08 * misfit + 0.1 * small + 0.1 * large + narrow
