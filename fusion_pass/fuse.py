@@ -91,7 +91,8 @@ class Planner:
         self.claimed: dict[fx.Node, Candidate | HeadSite] = {}
         self.taken: list[Candidate | HeadSite] = []
         self.together = Together()
-        self.halves: dict[tuple[str, Term], tuple[Term, Binding]] = {}  # modulations whose norm has another reader
+        # modulations whose norm has another reader, by rule, norm and whether the branch's bias is a part of the site
+        self.halves: dict[tuple[str, Term, bool], tuple[Term, Binding]] = {}
 
     def match(self, rules: tuple[Rule, ...], wanted: Callable[[Term], bool]) -> None:
         """Try `rules`, in order, on every wanted term, from the last node up: results before what they are made of."""
@@ -149,7 +150,8 @@ class Planner:
         except Reject as reject:
             if reject.code != Code.ESCAPES.value or "norm" not in binding.terms:
                 raise
-            half = self.halves.setdefault((rule.name, binding.terms["norm"]), (term, binding))
+            key = (rule.name, binding.terms["norm"], "branch_bias" in binding.terms)
+            half = self.halves.setdefault(key, (term, binding))
             if half[0] is term:
                 raise
             return build_dual(half, (term, binding), rule, self.view, self.settings.roundings)

@@ -63,6 +63,8 @@ def check(site: Candidate, claimed: Collection[fx.Node] = ()) -> None:
         text = f"every reader of the result is pointwise ({names}): Inductor finishes them in the norm's own kernel"
         raise _left(Code.FEEDS_POINTWISE, text)
     inside = site.interior | {n for name in site.outputs for n in site.output_nodes(name)}
+    if (total := site.binding.terms.get("sum")) is not None:
+        inside |= set(site.view.nodes(total))  # no part of the interior, also where nobody else reads it
     for name, term in site.operands.items():
         if not same_shape(term.shape, site.shape):
             continue

@@ -13,8 +13,8 @@ from torch import fx
 
 from .compat import statically_known_true
 from .gain import is_view
-from .head_site import HeadSite
-from .replace import copy_origin, op_call
+from .head_site import HeadSite, size_source
+from .replace import copy_origin, op_call, realize
 from .terms import Term, TermView, same_size
 
 aten = torch.ops.aten
@@ -42,6 +42,7 @@ def insert(
         for cast, path in site.casts.items():
             renamed[cast] = _views_again(graph, result, path)
             cast.replace_all_uses_with(renamed[cast])
+    _keep_sizes(graph, view, site, renamed)
     for old in nodes:
         old.replace_all_uses_with(result)
         renamed[old] = result
@@ -56,6 +57,18 @@ def _joined(graph: fx.Graph, calls: list[fx.Node], dim: int, root: fx.Node) -> f
     cat.meta["val"] = aten.cat.default([call.meta["val"] for call in calls], dim)
     copy_origin(root, cat)
     return cat
+
+
+def _keep_sizes(graph: fx.Graph, view: TermView, site: HeadSite, renamed: dict[fx.Node, fx.Node]) -> None:
+    """Sizes that others read from values in between are read from an operand."""
+    for node in site.interior:
+        for user in list(node.users):
+            if (source := size_source(site, user)) is not None:
+                term, dim = source
+                with graph.inserting_before(user):
+                    size = graph.call_function(aten.sym_size.int, (realize(graph, view, term, renamed), dim))
+                size.meta["val"] = user.meta["val"]
+                user.replace_all_uses_with(size)
 
 
 def _views_again(graph: fx.Graph, node: fx.Node, path: list[fx.Node]) -> fx.Node:

@@ -20,15 +20,15 @@ __all__ = ["Launch", "Unsupported", "plan", "run", "supports"]
 
 _NORM_POINTERS = (
     ("x", "residual"),
-    ("gate", "weight", "bias", "scale", "shift", "scale2", "shift2"),
+    ("gate", "branch_bias", "weight", "bias", "scale", "shift", "scale2", "shift2"),
     ("sum", "out", "out2"),
 )
 _BRANCH_POINTERS = (
     ("x", "residual"),
-    ("gate", "branch_weight", "weight", "bias", "scale", "shift", "scale2", "shift2"),
+    ("gate", "branch_bias", "branch_weight", "weight", "bias", "scale", "shift", "scale2", "shift2"),
     ("sum", "out", "out2"),
 )
-_POINTWISE_POINTERS = (("x", "residual"), ("gate", "scale", "shift"), ("out",))
+_POINTWISE_POINTERS = (("x", "residual"), ("gate", "branch_bias", "scale", "shift"), ("out",))
 LAYOUT_MULTIPLES = 16
 
 

@@ -1,6 +1,7 @@
 """The dkfuse ops: `torch.ops.dkfuse.*`, functional, inference only.
 
-    y   = norm_b(x)*(branch_weight_offset + branch_weight)      branch_weight optional; branch_norm="none": y = x
+    b   = x + branch_bias                         branch_bias None: x; only in ops with a residual
+    y   = norm_b(b)*(branch_weight_offset + branch_weight)      branch_weight optional; branch_norm="none": y = b
     z   = residual + gate*y                       gate None: residual + y; ops without a residual: z = x
     n   = (z - mean(z)) * rsqrt(var(z) + eps)     norm="layer", biased variance
         = z * rsqrt(mean(z^2) + eps)              norm="rms"; both over the last dim, eps may be 0
@@ -16,7 +17,7 @@
     residual_norm_modulate_dual   sum, out, out2
     norm_rope                     see `rope_support`; what follows is about the others
 
-Shapes: x and residual `[..., D]`, equal; gate, branch_weight, weight, bias, scale, shift, scale2, shift2
+Shapes: x and residual `[..., D]`, equal; gate, branch_bias, branch_weight, weight, bias, scale, shift, scale2, shift2
 right-broadcast to it (last dim D or 1, or 0-D) with any strides and are read in place. Results are contiguous, of x's
 shape; `sum` is an empty `[0]` tensor where sum_dtype is None.
 Dtypes: fp16, bf16 or fp32, mixed freely; arithmetic is fp32; outputs are rounded once to out_dtype and sum_dtype.
@@ -56,17 +57,20 @@ _RESIDUAL_TAIL = _NORM_TAIL.format(
 _RESIDUAL = "Tensor x, Tensor residual, Tensor? gate, Tensor? branch_weight"
 _MODULATION = "Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift"
 _SECOND = "Tensor? scale2, Tensor? shift2"
+_BIAS = "Tensor? branch_bias=None"
 
 SCHEMAS: dict[str, str] = {
     "norm_modulate": f"(Tensor x, {_MODULATION}, {_NORM_TAIL.format(more='')}) -> Tensor",
-    "residual_norm_modulate": f"({_RESIDUAL}, {_MODULATION}, {_RESIDUAL_TAIL}) -> (Tensor sum, Tensor out)",
+    "residual_norm_modulate": f"({_RESIDUAL}, {_MODULATION}, {_BIAS}, {_RESIDUAL_TAIL}) -> (Tensor sum, Tensor out)",
     "norm_modulate_dual": (
         f"(Tensor x, {_MODULATION}, {_SECOND}, {_NORM_TAIL.format(more='')}) -> (Tensor out, Tensor out2)"
     ),
     "residual_norm_modulate_dual": (
-        f"({_RESIDUAL}, {_MODULATION}, {_SECOND}, {_RESIDUAL_TAIL}) -> (Tensor sum, Tensor out, Tensor out2)"
+        f"({_RESIDUAL}, {_MODULATION}, {_SECOND}, {_BIAS}, {_RESIDUAL_TAIL}) -> (Tensor sum, Tensor out, Tensor out2)"
     ),
-    "gated_residual": "(Tensor x, Tensor residual, Tensor? gate, *, ScalarType out_dtype, int roundings=0) -> Tensor",
+    "gated_residual": (
+        f"(Tensor x, Tensor residual, Tensor? gate, {_BIAS}, *, ScalarType out_dtype, int roundings=0) -> Tensor"
+    ),
     "scale_shift": (
         "(Tensor x, Tensor? scale, Tensor? shift, *, float scale_offset=1., ScalarType out_dtype, int roundings=0)"
         " -> Tensor"
@@ -83,7 +87,7 @@ def check(op: str, arguments: dict[str, Any]) -> None:
     full, broadcast, _ = OPERANDS[op]
     x = arguments["x"]
     for name in (*full, *broadcast):
-        tensor = arguments[name]
+        tensor = arguments.get(name)
         if tensor is not None and tensor.dtype not in ACTIVATIONS:
             raise ValueError(
                 f"dkfuse::{op}: {name} has dtype {tensor.dtype}; use float16, bfloat16 or float32, cast it first."
@@ -106,7 +110,7 @@ def check(op: str, arguments: dict[str, Any]) -> None:
         if len(shape) != x.dim() or any(_differ(a, b) for a, b in zip(shape, x.shape, strict=True)):
             raise ValueError(f"dkfuse::{op}: {name} has shape {shape} but x {tuple(x.shape)}; they must be equal.")
     for name in broadcast:
-        if arguments[name] is None:
+        if arguments.get(name) is None:
             continue
         shape = tuple(arguments[name].shape)
         pairs = zip(reversed(shape), reversed(x.shape), strict=False)
@@ -145,14 +149,14 @@ def reference_outputs(op: str, arguments: dict[str, Any], compute: torch.dtype =
     if op == "norm_rope":
         return {"out": rope_reference.norm_rope(arguments, compute)}
     if op == "gated_residual":
-        y, residual, gate = x.to(compute), arguments["residual"], arguments["gate"]
-        return {"out": reference.gate_and_add(y, residual, gate, roundings, x.dtype)}
+        y = reference.biased(x.to(compute), arguments.get("branch_bias"), roundings, x.dtype)
+        return {"out": reference.gate_and_add(y, arguments["residual"], arguments["gate"], roundings, x.dtype)}
     if op == "scale_shift":
         scale, shift, offset = (arguments[name] for name in ("scale", "shift", "scale_offset"))
         return {"out": reference.modulate(x.to(compute), scale, shift, offset, roundings, x.dtype)}
     operands = ("residual", "gate", "weight", "bias", "scale", "shift", "scale2", "shift2")
     values = ("norm", "eps", "weight_offset", "scale_offset", "roundings")
-    branch = ("branch_weight", "branch_norm", "branch_eps", "branch_weight_offset")
+    branch = ("branch_bias", "branch_weight", "branch_norm", "branch_eps", "branch_weight_offset")
     keywords: dict[str, Any] = {name: arguments[name] for name in values}
     keywords.update((name, arguments[name]) for name in branch if name in arguments)
     results = reference.residual_norm_modulate_dual(

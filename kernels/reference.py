@@ -23,6 +23,11 @@ def normalize(z: Tensor, norm: str, eps: float, dims: tuple[int, ...] = (-1,)) -
     return z * torch.rsqrt(z.square().mean(dims, keepdim=True) + eps)
 
 
+def biased(y: Tensor, bias: Tensor | None, roundings: int, dtype: torch.dtype) -> Tensor:
+    """y + bias, the bias optional."""
+    return y if bias is None else _rounded(y + bias.to(y.dtype), dtype, roundings, Rounding.BRANCH_BIAS)
+
+
 def branch(
     y: Tensor, norm: str, eps: float, weight: Tensor | None, weight_offset: float, roundings: int, dtype: torch.dtype
 ) -> Tensor:
@@ -84,6 +89,7 @@ def residual_norm_modulate_dual(
     weight_offset: float,
     scale_offset: float,
     roundings: int,
+    branch_bias: Tensor | None = None,
     branch_weight: Tensor | None = None,
     branch_norm: str = "none",
     branch_eps: float = 0.0,
@@ -91,7 +97,8 @@ def residual_norm_modulate_dual(
     compute: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(z, out, out2) in `compute`, before the outputs are rounded to their dtypes."""
-    y = branch(x.to(compute), branch_norm, branch_eps, branch_weight, branch_weight_offset, roundings, x.dtype)
+    y = biased(x.to(compute), branch_bias, roundings, x.dtype)
+    y = branch(y, branch_norm, branch_eps, branch_weight, branch_weight_offset, roundings, x.dtype)
     z = gate_and_add(y, residual, gate, roundings, x.dtype)
     a = affine(normalize(z, norm, eps), weight, bias, weight_offset, roundings, x.dtype)
     return (

@@ -23,6 +23,7 @@ class Rounding(IntFlag):
     BRANCH = 128  # the normalised x, before the branch weight
     BRANCH_WEIGHTED = 256  # n_b(x) * (branch_weight_offset + branch_weight)
     ROTATION = 512  # each of the two products of a rotation
+    BRANCH_BIAS = 1024  # x + branch_bias, also what the branch norm reads
 
 
-ALL_ROUNDINGS = int(Rounding(1023))
+ALL_ROUNDINGS = sum(int(flag) for flag in Rounding)

@@ -25,16 +25,16 @@ OPERANDS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = 
     "norm_modulate": (("x",), ("weight", "bias", "scale", "shift"), ("out",)),
     "residual_norm_modulate": (
         ("x", "residual"),
-        ("gate", "branch_weight", "weight", "bias", "scale", "shift"),
+        ("gate", "branch_bias", "branch_weight", "weight", "bias", "scale", "shift"),
         ("sum", "out"),
     ),
     "norm_modulate_dual": (("x",), ("weight", "bias", "scale", "shift", "scale2", "shift2"), ("out", "out2")),
     "residual_norm_modulate_dual": (
         ("x", "residual"),
-        ("gate", "branch_weight", "weight", "bias", "scale", "shift", "scale2", "shift2"),
+        ("gate", "branch_bias", "branch_weight", "weight", "bias", "scale", "shift", "scale2", "shift2"),
         ("sum", "out", "out2"),
     ),
-    "gated_residual": (("x", "residual"), ("gate",), ("out",)),
+    "gated_residual": (("x", "residual"), ("gate", "branch_bias"), ("out",)),
     "scale_shift": (("x",), ("scale", "shift"), ("out",)),
     "norm_rope": (("x",), ("weight", "bias", "cos", "sin"), ("out",)),  # cos and sin have a width of their own
 }

@@ -1,6 +1,6 @@
 """The sandwich norms' kernel: residual_norm_modulate with a norm on the branch, two dependent reductions in one launch.
 
-    z = residual + gate * (norm_b(x) * (BRANCH_WEIGHT_OFFSET + branch_weight)), then as in `triton_norm`
+    z = residual + gate * (norm_b(x + branch_bias) * (BRANCH_WEIGHT_OFFSET + branch_weight)), then as in `triton_norm`
 
 x, residual and z stay in registers between the reductions. A body of its own, so that calls without a branch norm keep
 their kernels.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_rows import gated, indices, load_operand, load_row, modulated, place, rounded, shifted, store_chunk
+from .triton_rows import biased, gated, indices, load_operand, load_row, modulated, place, rounded, shifted, store_chunk
 from .triton_statistics import centred, root_factor, weighted
 
 
@@ -24,6 +24,7 @@ def row_branch_norm(
     x,
     residual,
     gate,
+    branch_bias,
     branch_weight,
     weight,
     bias,
@@ -46,6 +47,10 @@ def row_branch_norm(
     gate_s1,
     gate_s2,
     gate_si,
+    branch_bias_s0,
+    branch_bias_s1,
+    branch_bias_s2,
+    branch_bias_si,
     branch_weight_s0,
     branch_weight_s1,
     branch_weight_s2,
@@ -104,6 +109,7 @@ def row_branch_norm(
     x_at = place(i0, i1, i2, x_s0, x_s1, x_s2)
     residual_at = place(i0, i1, i2, residual_s0, residual_s1, residual_s2)
     gate_at = place(i0, i1, i2, gate_s0, gate_s1, gate_s2)
+    branch_bias_at = place(i0, i1, i2, branch_bias_s0, branch_bias_s1, branch_bias_s2)
     branch_weight_at = place(i0, i1, i2, branch_weight_s0, branch_weight_s1, branch_weight_s2)
     weight_at = place(i0, i1, i2, weight_s0, weight_s1, weight_s2)
     bias_at = place(i0, i1, i2, bias_s0, bias_s1, bias_s2)
@@ -119,6 +125,7 @@ def row_branch_norm(
     xs = load_row(x, x_at, D, CHUNK, CHUNKS)
     residuals = load_row(residual, residual_at, D, CHUNK, CHUNKS)
     gates = load_operand(gate, gate_at, gate_si, D, CHUNK, CHUNKS)
+    branch_biases = load_operand(branch_bias, branch_bias_at, branch_bias_si, D, CHUNK, CHUNKS)
     branch_weights = load_operand(branch_weight, branch_weight_at, branch_weight_si, D, CHUNK, CHUNKS)
     weights = load_operand(weight, weight_at, weight_si, D, CHUNK, CHUNKS)
     biases = load_operand(bias, bias_at, bias_si, D, CHUNK, CHUNKS)
@@ -127,9 +134,7 @@ def row_branch_norm(
     scales2 = load_operand(scale2, scale2_at, scale2_si, D, CHUNK, CHUNKS)
     shifts2 = load_operand(shift2, shift2_at, shift2_si, D, CHUNK, CHUNKS)
 
-    ys = ()
-    for i in tl.static_range(CHUNKS):
-        ys = ys + (xs[i].to(tl.float32),)
+    ys = biased(xs, branch_biases, D, CHUNK, CHUNKS, DTYPE, ROUNDINGS)
     if BRANCH_CENTER:
         ys = centred(ys, D, CHUNK, CHUNKS)
     factor = root_factor(ys, BRANCH_EPS, D, CHUNKS)

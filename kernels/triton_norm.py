@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_rows import gated, indices, load_operand, load_row, modulated, place, shifted, store_chunk
+from .triton_rows import biased, gated, indices, load_operand, load_row, modulated, place, shifted, store_chunk
 from .triton_statistics import centred, root_factor, weighted
 
 
@@ -23,6 +23,7 @@ def row_norm(
     x,
     residual,
     gate,
+    branch_bias,
     weight,
     bias,
     scale,
@@ -44,6 +45,10 @@ def row_norm(
     gate_s1,
     gate_s2,
     gate_si,
+    branch_bias_s0,
+    branch_bias_s1,
+    branch_bias_s2,
+    branch_bias_si,
     weight_s0,
     weight_s1,
     weight_s2,
@@ -95,6 +100,7 @@ def row_norm(
     x_at = place(i0, i1, i2, x_s0, x_s1, x_s2)
     residual_at = place(i0, i1, i2, residual_s0, residual_s1, residual_s2)
     gate_at = place(i0, i1, i2, gate_s0, gate_s1, gate_s2)
+    branch_bias_at = place(i0, i1, i2, branch_bias_s0, branch_bias_s1, branch_bias_s2)
     weight_at = place(i0, i1, i2, weight_s0, weight_s1, weight_s2)
     bias_at = place(i0, i1, i2, bias_s0, bias_s1, bias_s2)
     scale_at = place(i0, i1, i2, scale_s0, scale_s1, scale_s2)
@@ -109,6 +115,7 @@ def row_norm(
     xs = load_row(x, x_at, D, CHUNK, CHUNKS)
     residuals = load_row(residual, residual_at, D, CHUNK, CHUNKS)
     gates = load_operand(gate, gate_at, gate_si, D, CHUNK, CHUNKS)
+    branch_biases = load_operand(branch_bias, branch_bias_at, branch_bias_si, D, CHUNK, CHUNKS)
     weights = load_operand(weight, weight_at, weight_si, D, CHUNK, CHUNKS)
     biases = load_operand(bias, bias_at, bias_si, D, CHUNK, CHUNKS)
     scales = load_operand(scale, scale_at, scale_si, D, CHUNK, CHUNKS)
@@ -116,6 +123,7 @@ def row_norm(
     scales2 = load_operand(scale2, scale2_at, scale2_si, D, CHUNK, CHUNKS)
     shifts2 = load_operand(shift2, shift2_at, shift2_si, D, CHUNK, CHUNKS)
 
+    xs = biased(xs, branch_biases, D, CHUNK, CHUNKS, DTYPE, ROUNDINGS)
     zs = ()
     for i in tl.static_range(CHUNKS):
         zs = zs + (gated(xs, i, residuals, gates, DTYPE, ROUNDINGS),)

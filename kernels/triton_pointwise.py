@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_rows import gated, indices, load_operand, load_row, modulated, place, shifted, store_chunk
+from .triton_rows import biased, gated, indices, load_operand, load_row, modulated, place, shifted, store_chunk
 
 
 @triton.jit
@@ -16,6 +16,7 @@ def row_pointwise(
     x,
     residual,
     gate,
+    branch_bias,
     scale,
     shift,
     out,
@@ -31,6 +32,10 @@ def row_pointwise(
     gate_s1,
     gate_s2,
     gate_si,
+    branch_bias_s0,
+    branch_bias_s1,
+    branch_bias_s2,
+    branch_bias_si,
     scale_s0,
     scale_s1,
     scale_s2,
@@ -50,12 +55,13 @@ def row_pointwise(
     SCALE_OFFSET: tl.constexpr,
     ROUNDINGS: tl.constexpr,
 ):
-    """out = (residual + gate*x)*(SCALE_OFFSET+scale) + shift, every operand but x optional."""
+    """out = (residual + gate*(x + branch_bias))*(SCALE_OFFSET+scale) + shift, every operand but x optional."""
     DTYPE: tl.constexpr = x.dtype.element_ty
     i0, i1, i2 = indices(n0, n1, AXES)
     x_at = place(i0, i1, i2, x_s0, x_s1, x_s2)
     residual_at = place(i0, i1, i2, residual_s0, residual_s1, residual_s2)
     gate_at = place(i0, i1, i2, gate_s0, gate_s1, gate_s2)
+    branch_bias_at = place(i0, i1, i2, branch_bias_s0, branch_bias_s1, branch_bias_s2)
     scale_at = place(i0, i1, i2, scale_s0, scale_s1, scale_s2)
     shift_at = place(i0, i1, i2, shift_s0, shift_s1, shift_s2)
     out_at = shifted(place(i0, i1, i2, out_s0, out_s1, out_s2), out_offset)
@@ -63,9 +69,11 @@ def row_pointwise(
     xs = load_row(x, x_at, D, CHUNK, CHUNKS)
     residuals = load_row(residual, residual_at, D, CHUNK, CHUNKS)
     gates = load_operand(gate, gate_at, gate_si, D, CHUNK, CHUNKS)
+    branch_biases = load_operand(branch_bias, branch_bias_at, branch_bias_si, D, CHUNK, CHUNKS)
     scales = load_operand(scale, scale_at, scale_si, D, CHUNK, CHUNKS)
     shifts = load_operand(shift, shift_at, shift_si, D, CHUNK, CHUNKS)
 
+    xs = biased(xs, branch_biases, D, CHUNK, CHUNKS, DTYPE, ROUNDINGS)
     for i in tl.static_range(CHUNKS):
         z = gated(xs, i, residuals, gates, DTYPE, ROUNDINGS)
         value = modulated(z, i, scales, shifts, SCALE_OFFSET, DTYPE, ROUNDINGS)

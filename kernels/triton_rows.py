@@ -136,3 +136,20 @@ def gated(x, i: tl.constexpr, residual, gate, DTYPE: tl.constexpr, ROUNDINGS: tl
             z = rounded(z * gate[i].to(tl.float32), DTYPE, ROUNDINGS & 1)
         z = rounded(residual[i].to(tl.float32) + z, DTYPE, ROUNDINGS & 2)
     return z
+
+
+@triton.jit
+def biased(
+    xs, bias, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, DTYPE: tl.constexpr, ROUNDINGS: tl.constexpr
+):
+    """The row x + bias in fp32, the bias optional (None); lanes past D, which are 0 in x, are 0 again."""
+    row = ()
+    for i in tl.static_range(CHUNKS):
+        value = xs[i].to(tl.float32)
+        if bias is not None:
+            value = rounded(value + bias[i].to(tl.float32), DTYPE, ROUNDINGS & 1024)
+            if (i + 1) * CHUNK > D:
+                columns = i * CHUNK + tl.arange(0, CHUNK)
+                value = tl.where(columns < D, value, 0.0)
+        row = row + (value,)
+    return row

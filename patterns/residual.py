@@ -5,6 +5,9 @@
     r = residual + gate * norm_b(x)     G3, G3m, G3e        sandwich norm: two norms, one after the other
     norm(r) [* w + b] [* (1 + scale) + shift]
 
+x may be ``y + branch_bias``: a Linear on a slice of a batch is a `bmm` and then a pointwise add of its bias, which
+nothing but the site reads. A biased value that somebody else reads too is x as it is.
+
 The operands of `add` and `mul` come in any order: which factor is the gate is decided by shape, in the checks.
 """
 
@@ -36,11 +39,16 @@ def total(branch: Pattern, gated: bool) -> Pattern:
     return R("SUM", Add(Var("residual", is_stream), product), name="sum")
 
 
-X = Var("x", is_plain)
+def biased(x: Pattern) -> Pattern:
+    """``x + branch_bias`` or ``x``."""
+    return alt(R("BRANCH_BIAS", Add(x, Var("branch_bias", is_vector))), x)
+
+
+X = biased(Var("x", is_plain))
 BRANCH = R("BRANCH", Norm(X, "branch_norm"))
 WEIGHT = alt(Var("branch_weight", is_vector), Add(Num(1.0, "branch_weight_offset"), Var("branch_weight", is_vector)))
 NORMED = alt(R("BRANCH_WEIGHTED", Mul(WEIGHT, BRANCH)), BRANCH)
-ALONE = Add(Var("residual"), R("GATE_PRODUCT", Mul(Var("gate"), Var("x"))))
+ALONE = Add(Var("residual"), R("GATE_PRODUCT", Mul(Var("gate"), biased(Var("x")))))
 
 BRANCHES = (
     ("sandwich_gate", total(NORMED, gated=True)),

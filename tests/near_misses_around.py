@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor as T
 
 from .harness import Spelling
@@ -150,4 +151,69 @@ def input_written_before(x: T, s: T, t: T, w: T) -> T:
 def stream_updated_in_place(h: T, y: T, g: T, s: T, t: T, w: T) -> T:
     """Harmless: the norm reads the new value."""
     h += g * y
+    return (ln(h) * (1 + s) + t) @ w
+
+
+# -- what is added to a branch -----------------------------------------------------------------------------------------
+
+
+@near_miss("gated_residual norm_modulate", "h:BLD y:BLD z:BLD g:B1D s:B1D t:B1D w:DD")
+def a_second_branch(h: T, y: T, z: T, g: T, s: T, t: T, w: T) -> tuple[T, T]:
+    """Not a bias: of full shape."""
+    h = h + g * (y @ w + z @ w)
+    return h, (ln(h) * (1 + s) + t) @ w
+
+
+@near_miss("gated_residual norm_modulate", "h:BLD y:BLD b:B1D g:B1D s:B1D t:B1D w:DD")
+def bias_per_sample(h: T, y: T, b: T, g: T, s: T, t: T, w: T) -> tuple[T, T]:
+    """Right, but no projection's bias: left to Inductor with the gate."""
+    h = h + g * (y @ w + b)
+    return h, (ln(h) * (1 + s) + t) @ w
+
+
+@near_miss("gated_residual norm_modulate", "h:BLD y:BLD b:L1 g:B1D s:B1D t:B1D w:DD")
+def bias_per_token(h: T, y: T, b: T, g: T, s: T, t: T, w: T) -> tuple[T, T]:
+    h = h + g * (y @ w + b)
+    return h, (ln(h) * (1 + s) + t) @ w
+
+
+@near_miss("norm_modulate", "h:BLD y:BLD b:D g:B1D s:B1D t:B1D w:DD")
+def bias_behind_the_gate(h: T, y: T, b: T, g: T, s: T, t: T, w: T) -> tuple[T, T]:
+    h = h + (g * (y @ w) + b)
+    return h, (ln(h) * (1 + s) + t) @ w
+
+
+@near_miss("gated_residual norm_modulate", "h:BLD y:BLD b:D g:B1D s:B1D t:B1D w:DD")
+def bias_that_is_subtracted(h: T, y: T, b: T, g: T, s: T, t: T, w: T) -> tuple[T, T]:
+    h = h + g * (y @ w - b)
+    return h, (ln(h) * (1 + s) + t) @ w
+
+
+@near_miss("norm_modulate", "h:1LD y:1LD b:BLD g:11D s:11D t:11D w:DD")
+def bias_enlarges_the_branch(h: T, y: T, b: T, g: T, s: T, t: T, w: T) -> tuple[T, T]:
+    h = h + g * (y @ w + b)
+    return h, (ln(h) * (1 + s) + t) @ w
+
+
+@near_miss("gated_residual residual_gate_norm_modulate absorbed", "h:BLD y:BLD g:B1D w:DD")
+def bias_from_the_stream(h: T, y: T, g: T, w: T) -> tuple[T, T, T]:
+    """Harmless: the second site's bias depends on the first one's sum, not on its own."""
+    h = h + g * (y @ w)
+    k = h + g * (y @ w + h.mean((0, 1)))
+    return h, k, (ln(k) * (1 + g)) @ w
+
+
+@near_miss("gated_residual norm_modulate", "h:BLD y:BLD b:D g:B1D s:B1D t:B1D w:DD")
+def bias_written_afterwards(h: T, y: T, b: T, g: T, s: T, t: T, w: T) -> tuple[T, T]:
+    """Read as a result of the addition, before the write."""
+    h = h + g * (y @ w + b)
+    out = (ln(h) * (1 + s) + t) @ w
+    b.mul_(2)
+    return h, out
+
+
+@near_miss("gated_residual left:pointwise_producer", "h:BLD y:BLD g:B1D s:B1D t:B1D w:DD")
+def stream_made_for_the_sum(h: T, y: T, g: T, s: T, t: T, w: T) -> T:
+    """The stream is pointwise and only the site reads it; so is the sum, which only the norm reads."""
+    h = F.gelu(h @ w) + g * y
     return (ln(h) * (1 + s) + t) @ w

@@ -82,6 +82,21 @@ def test_a_branch_norm_has_a_kernel_of_its_own() -> None:
     assert branch == {"BRANCH_CENTER": False, "BRANCH_EPS": 1e-5, "BRANCH_WEIGHT_OFFSET": 0.0}
 
 
+@pytest.mark.parametrize("branch_norm", ["none", "rms"])
+def test_a_branch_bias_is_one_more_pointer(branch_norm: str) -> None:
+    x = meta(1, 4096, 3840)
+    call = branch_call(x, branch_norm=branch_norm, branch_weight=None)
+    without = planned(call, "residual_norm_modulate")
+    launch = planned({**call, "branch_bias": meta(3840)}, "residual_norm_modulate")
+    assert parameters(launch) == {*launch.tensors, *launch.scalars, *launch.constants}
+    assert set(launch.tensors) == {*without.tensors, "branch_bias"}
+    assert launch.scalars == {}
+    assert launch.constants == without.constants
+    gated = {"x": x, "residual": x, "gate": meta(1, 1, 3840), "branch_bias": meta(3840), "out_dtype": BF16}
+    launch = plan("gated_residual", gated, {"out": x}, sm_count=132)
+    assert set(launch.tensors) == {"x", "residual", "gate", "branch_bias", "out"}
+
+
 def test_calls_without_a_branch_norm_keep_their_kernel() -> None:
     x = meta(1, 4096, 3840)
     call = branch_call(x, branch_norm="none", branch_weight=None, branch_weight_offset=0.0)
@@ -258,6 +273,7 @@ def test_inductor_sees_that_only_outputs_are_written(sm90: Any, branch_norm: str
     x, row = torch.empty(2, 8, 96, dtype=BF16), torch.empty(2, 1, 96, dtype=BF16)
     arguments = norm_call(x, residual=x, gate=row, scale=row, shift=row, weight=row, bias=row, sum_dtype=BF16)
     arguments.update(branch_norm=branch_norm, branch_weight=row if branch_norm != "none" else None)
+    arguments["branch_bias"] = row[0, 0]
     launch = planned(arguments, "residual_norm_modulate")
     tensors = {**arguments, "out": x, "sum": x}
     kwargs = {**{p: tensors[n] for p, n in launch.tensors.items()}, **launch.scalars, **launch.constants}
@@ -314,13 +330,15 @@ def test_compiles_to_wide_accesses_without_spills(sm90: Any, capability: int) ->
     assert ".local" not in ptx
 
 
-def test_roundings_survive_the_compiler(sm90: Any) -> None:
+@pytest.mark.parametrize(("roundings", "bias"), [(3, None), (1027, meta(256))])
+def test_roundings_survive_the_compiler(sm90: Any, roundings: int, bias: torch.Tensor | None) -> None:
     """LLVM would contract the rounded product and the next add to one half-precision FMA."""
     from triton.compiler import ASTSource
     from triton.compiler import compile as compile_kernel
 
     x = meta(1, 64, 256)
-    arguments = {"x": x, "residual": x, "gate": meta(1, 1, 256), "out_dtype": BF16, "roundings": 3}
+    arguments = {"x": x, "residual": x, "gate": meta(1, 1, 256), "branch_bias": bias, "out_dtype": BF16}
+    arguments["roundings"] = roundings
     launch = plan("gated_residual", arguments, {"out": x}, sm_count=132)
     names = launch.kernel.arg_names
     signature = {n: "*bf16" if n in launch.tensors else "constexpr" for n in names}

@@ -70,7 +70,8 @@ def test_branch_norms_against_fp64(op: str, dtype: torch.dtype, branch_norm: str
     for norm in ("layer", "rms"):
         arguments = arguments_of(op, dtype, norm=norm, branch_norm=branch_norm, branch_weight_offset=1.0)
         arguments["branch_weight"] = arguments["branch_weight"] if branch_norm != "none" else None
-        x, h, g = (arguments[name].double() for name in ("x", "residual", "gate"))
+        x, h, g, b = (arguments[name].double() for name in ("x", "residual", "gate", "branch_bias"))
+        x = x + b
         if branch_norm == "layer":
             x = F.layer_norm(x, (96,), eps=1e-5) * (1 + arguments["branch_weight"].double())
         elif branch_norm == "rms":
@@ -84,7 +85,8 @@ def test_branch_norms_against_fp64(op: str, dtype: torch.dtype, branch_norm: str
 @pytest.mark.parametrize("op", ["residual_norm_modulate", "residual_norm_modulate_dual"])
 def test_branch_arguments_have_defaults(op: str) -> None:
     """The compiler side hands over only what a site has."""
-    arguments = arguments_of(op, branch_norm="none", branch_weight=None, branch_eps=0.0)
+    nothing = {"branch_norm": "none", "branch_bias": None, "branch_weight": None, "branch_eps": 0.0}
+    arguments = arguments_of(op, **nothing)
     few = {k: v for k, v in arguments.items() if not k.startswith("branch")}
     for name, value in ops.reference_outputs(op, few).items():
         assert torch.equal(value, ops.reference_outputs(op, arguments)[name])
@@ -170,6 +172,11 @@ def test_residual_roundings_reproduce_eager() -> None:
     assert torch.equal(ours(y, h, g32, out_dtype=BF16), (h.float() + y * g32).to(BF16))  # G4
     assert torch.equal(ours(y, h, None, out_dtype=BF16), h + y)  # G7
     assert torch.equal(ours(y, h, g, out_dtype=BF16), torch.addcmul(h.float(), g.float(), y.float()).to(BF16))
+    b = random(96, seed=3)
+    biased = flags("BRANCH_BIAS", "GATE_PRODUCT", "SUM")
+    assert torch.equal(ours(y, h, g, b, out_dtype=BF16, roundings=biased), h + g * (y + b))
+    assert torch.equal(ours(y, h, None, b, out_dtype=BF16, roundings=biased), h + (y + b))
+    assert not torch.equal(ours(y, h, g, b, out_dtype=BF16, roundings=both), h + g * (y + b))
 
 
 def test_sandwich_roundings_reproduce_eager() -> None:
@@ -192,6 +199,10 @@ def test_sandwich_roundings_reproduce_eager() -> None:
     assert not torch.equal(r1, eager)
     total, _ = ours(y, h, g, None, w1, None, s, None, **both, **dtypes, roundings=flags(*names))
     assert torch.equal(total, h + g * norm32(y, "rms").to(BF16))
+    # the projection's own bias, read rounded by the branch norm
+    b = random(96, seed=6)
+    total, _ = ours(y, h, g, w2, w1, None, s, None, b, **both, **dtypes, roundings=flags("BRANCH_BIAS", *names))
+    assert torch.equal(total, h + g * (norm32(y + b, "rms").to(BF16) * w2))
     # G3m: Mochi's norm and gate share one rounding.
     total, _ = ours(y, h, g, None, w1, None, s, None, **both, **dtypes, roundings=flags("GATE_PRODUCT", "SUM"))
     assert torch.equal(total, h + (norm32(y, "rms") * g.float()).to(BF16))
@@ -276,6 +287,8 @@ def test_zero_tokens(op: str) -> None:
         ("residual_norm_modulate", {"branch_norm": "group"}, "branch_norm is 'group'"),
         ("residual_norm_modulate_dual", {"branch_weight": random(95)}, "branch_weight of shape (95,) does not"),
         ("residual_norm_modulate_dual", {"branch_weight": random(96, dtype=FP64)}, "branch_weight has dtype"),
+        ("residual_norm_modulate", {"branch_bias": random(95)}, "branch_bias of shape (95,) does not broadcast"),
+        ("gated_residual", {"branch_bias": random(96, dtype=FP64)}, "branch_bias has dtype torch.float64"),
     ],
 )
 def test_errors_name_the_value(op: str, change: dict[str, Any], words: str) -> None:

@@ -74,6 +74,8 @@ def test_every_width(width: int) -> None:
     residual = random(*shape, seed=7)
     arguments.update(residual=residual, gate=gate, branch_weight=None, sum_dtype=BF16)
     compare("residual_norm_modulate", arguments)
+    for bias in (random(width, seed=11), random(seed=11)):
+        compare("residual_norm_modulate", {**arguments, "branch_bias": bias})
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
@@ -90,6 +92,9 @@ def test_dtypes(dtype: torch.dtype, parameters: torch.dtype, norm: str) -> None:
     compare("residual_norm_modulate_dual", {**arguments, **second, **residual})
     pointwise = {"x": arguments["x"], "out_dtype": dtype}
     compare("gated_residual", {**pointwise, "residual": residual["residual"], "gate": residual["gate"]})
+    biased = {"branch_bias": random(1536, dtype=parameters, seed=5)}
+    compare("gated_residual", {**pointwise, "residual": residual["residual"], "gate": residual["gate"], **biased})
+    compare("residual_norm_modulate_dual", {**arguments, **second, **residual, **biased})
     compare("scale_shift", {**pointwise, "scale": arguments["scale"], "shift": arguments["shift"]})
 
 
@@ -105,6 +110,7 @@ def test_branch_norms(width: int, dtype: torch.dtype, branch_norm: str) -> None:
     second = {"scale2": arguments["shift"], "shift2": arguments["scale"], "branch_weight_offset": 1.0}
     compare("residual_norm_modulate_dual", {**arguments, **second, "branch_weight": random(width, dtype=FP32, seed=4)})
     compare("residual_norm_modulate", {**arguments, "branch_weight": None, "gate": None})
+    compare("residual_norm_modulate", {**arguments, "branch_weight": None, "branch_bias": random(width, seed=5)})
 
 
 def test_branch_roundings_on_the_gpu() -> None:
@@ -181,6 +187,9 @@ def test_roundings_on_the_gpu() -> None:
     both = int(Rounding.GATE_PRODUCT | Rounding.SUM)
     ours = torch.ops.dkfuse.gated_residual(x, h, gate, out_dtype=BF16, roundings=both)
     assert torch.equal(ours, h + gate * x)
+    bias = random(1152, seed=3)
+    biased = {"branch_bias": bias, "roundings": both | int(Rounding.BRANCH_BIAS)}
+    assert torch.equal(torch.ops.dkfuse.gated_residual(x, h, gate, out_dtype=BF16, **biased), h + gate * (x + bias))
     both = int(Rounding.ONE_PLUS | Rounding.PRODUCT)
     ours = torch.ops.dkfuse.scale_shift(x, scale, shift, out_dtype=BF16, roundings=both)
     assert torch.equal(ours, x * (1 + scale) + shift)
