@@ -211,7 +211,7 @@ def _check_escapes(site: HeadSite) -> None:
 
     def served(node: fx.Node) -> bool:
         """The site computes `node`, or all its readers: dead code once the root is replaced."""
-        if node in owned or size_source(site, node) is not None:
+        if node in owned or reads_a_size(site, node):
             return True
         if node.op != "call_function" or node.is_impure():
             return False
@@ -223,16 +223,14 @@ def _check_escapes(site: HeadSite) -> None:
                 raise Reject(Code.ESCAPES, f"{node.name} ({node.target}) inside the site is also read by {user.name}")
 
 
-def size_source(site: HeadSite, node: fx.Node) -> tuple[Term, int] | None:
-    """``(x, dim)`` of an operand of the size that `node` reads from a value in between."""
+def reads_a_size(site: HeadSite, node: fx.Node) -> bool:
+    """`node` reads a size that the sizes of the operands tell as well."""
     if node.target is not aten.sym_size.int:
-        return None
-    for call in site.calls:
-        x = call.operands["x"]
-        for dim, size in enumerate(x.shape):
-            if same_size(size, node.meta["val"]):
-                return x, dim
-    return None
+        return False
+    size = node.meta["val"]
+    shapes = [s for call in site.calls for s in call.operands["x"].shape if isinstance(s, torch.SymInt)]
+    told = {s.node.expr for s in shapes}
+    return not isinstance(size, torch.SymInt) or size.node.expr in told or size.node.expr.free_symbols <= told
 
 
 def _late_casts(site: HeadSite) -> dict[fx.Node, list[fx.Node]]:
