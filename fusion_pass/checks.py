@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from .pattern import Binding
-from .rules import Candidate, Code, Reject, Rule, Stage
+from .rules import Candidate, Code, Reject, Replaceable, Rule, Stage
 from .terms import FLOATS, Term, TermView, broadcast_shape, same_shape, same_size, short_dtype
 from .views import is_view_of_input
 
@@ -198,7 +198,7 @@ def _check_escapes(site: Candidate) -> None:
                 raise Reject(Code.ESCAPES, f"{node.name} ({node.target}) inside the site is also read by {user.name}")
 
 
-def check_mutation(site: Any) -> None:
+def check_mutation(site: Replaceable) -> None:
     """No operand is (a view of) an input that the graph writes to."""
     for name, term in site.operands.items():
         source = is_view_of_input(base_node(site.view, term))

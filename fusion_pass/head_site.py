@@ -14,8 +14,8 @@ from torch import fx
 
 from dkfuse.patterns.heads import NORM_ROPE, QK_NORM, ROPE
 
-from .checks import base_node, check_eps, check_mutation, fake, text_shape
-from .gain import CASTS, is_elementwise, is_view, only_read_in, readers, through_views, widens
+from .checks import check_eps, check_mutation, fake, text_shape
+from .gain import CASTS, is_view, widens
 from .heads import Heads, Part
 from .pattern import Binding
 from .rules import Code, Reject, Rule, Stage
@@ -256,24 +256,3 @@ def _check_layout(site: HeadSite) -> None:
         for user in node.users:
             if user.target is aten.as_strided.default:
                 raise Reject(Code.LAYOUT, f"{user.name} reads {node.name} by its strides (as_strided)")
-
-
-def check_gain(site: HeadSite, claimed: Any) -> None:
-    """Raise Reject(left=True) where Inductor would join the site with pointwise work that it must do anyway."""
-    values = (n.meta.get("val") for n in site.interior)
-    if any(isinstance(v, torch.Tensor) and v.is_complex() for v in values):
-        return  # Inductor has no code for complex numbers: it calls one ATen op after the other
-    users = [u for n in (site.casts or site.roots) for u in readers(n)]
-    if users and all(is_elementwise(u) and u.target is not aten.clone.default and u not in claimed for u in users):
-        names = ", ".join(sorted({str(u.target) for u in users})[:3])
-        text = f"every reader of the result is pointwise ({names}): Inductor finishes them in one kernel with it"
-        raise Reject(Code.FEEDS_POINTWISE, text, Stage.KERNEL, left=True)
-    inside = site.interior | site.roots
-    for call in site.calls:
-        node = through_views(base_node(site.view, call.operands["x"]))
-        if node in claimed or node.target is aten.clone.default or not is_elementwise(node):
-            continue
-        if only_read_in(node, inside):
-            text = f"x is the result of {node.target}, which Inductor computes inside the same kernel"
-            text += " and which would have to be written to memory here"
-            raise Reject(Code.POINTWISE_PRODUCER, text, Stage.KERNEL, left=True)
