@@ -22,7 +22,7 @@ PINNED: dict[str, dict[str, int]] = {
     "flux2": {"gated_residual": 10, "norm_modulate": 3, "residual_norm_modulate": 8},
     "chroma": {"gated_residual": 10, "norm": 1, "norm_modulate": 3, "residual_norm_modulate": 8},
     "qwen-image": {"gated_residual": 6, "norm": 1, "norm_modulate": 2, "residual_norm_modulate": 6},
-    "qwen-image-edit": {"gated_residual": 6, "norm": 1, "norm_modulate": 1, "residual_norm_modulate": 2},
+    "qwen-image-edit": {"gated_residual": 6, "norm": 1, "norm_modulate": 2, "residual_norm_modulate": 6},
     "wan21-14b": {"gated_residual": 4, "norm_modulate": 1, "residual_norm": 2, "residual_norm_modulate": 4},
     "wan21-1.3b": {"gated_residual": 4, "norm_modulate": 1, "residual_norm": 2, "residual_norm_modulate": 4},
     "wan22-5b": {"gated_residual": 4, "norm_modulate": 1, "residual_norm": 2, "residual_norm_modulate": 4},
@@ -71,9 +71,7 @@ PINNED: dict[str, dict[str, int]] = {
     "hidream": {"gated_residual": 6, "norm_modulate": 4, "residual_norm_modulate": 3},
 }
 # sites of these families that are not fused, by the code of the reason
-NOT_FUSED: dict[str, dict[str, int]] = {
-    "qwen-image-edit": {"pointwise_producer": 5},  # scale, shift and gate picked per token by torch.where
-}
+NOT_FUSED: dict[str, dict[str, int]] = {}
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
