@@ -1,6 +1,7 @@
-"""Which calls become one launch: the queries and keys that one attention reads, of every stream.
+"""Which norm_rope calls become one launch, and which write over their input.
 
-A launch of its own for each of four small tensors costs more in launches and tails than in traffic.
+One launch computes the queries and keys that one attention reads, of every stream: a launch of its own for each of four
+small tensors costs more in launches and tails than in traffic.
 """
 
 from __future__ import annotations
@@ -12,6 +13,12 @@ from .gain import is_view
 
 aten = torch.ops.aten
 CARRIERS = (aten.cat.default, aten.clone.default)
+PRODUCERS = (
+    aten.addmm.default,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+)  # they allocate what they return
 
 
 def grouped(graph: fx.Graph, calls: list[fx.Node]) -> list[list[fx.Node]]:
@@ -63,3 +70,21 @@ def _depends(call: fx.Node, group: list[fx.Node], order: dict[fx.Node, int]) -> 
             seen.add(node)
             pending.extend(node.all_input_nodes)
     return False
+
+
+def in_place(call: fx.Node) -> bool:
+    """Whether the result may take the memory of x: all of a buffer of the graph's own that nothing else reads."""
+    x = call.args[0]
+    assert isinstance(x, fx.Node)
+    value, result = x.meta["val"], call.meta["val"]
+    if not all(isinstance(s, int) for s in value.shape):
+        return False
+    if value.dtype != result.dtype or value.stride() != result.stride():
+        return False
+    base, reader = x, call
+    while is_view(base):
+        if set(base.users) != {reader}:
+            return False
+        base, reader = base.args[0], base  # type: ignore[assignment]
+    whole = isinstance(base.meta.get("val"), torch.Tensor) and base.meta["val"].numel() == value.numel()
+    return whole and base.target in PRODUCERS and set(base.users) == {reader}

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from . import compat, joins
-from .groups import grouped
+from .groups import grouped, in_place
 from .replace import copy_origin, fake_arguments
 from .symbols import arguments as with_symbols
 
@@ -99,6 +99,10 @@ def lower_group(graph: fx.Graph, calls: list[fx.Node], parts: dict[tuple[fx.Node
                     inputs[f"{i}.{name}"] = node
         fakes = {k: v.meta["val"] if isinstance(v, fx.Node) else v for k, v in nodes.items()}
         place = parts.get((call, "out"))
+        if place is None and in_place(call):
+            planned.append(Call(fakes, nodes["x"].meta["val"]))
+            alias[f"{i}.out"] = f"{i}.x"
+            continue
         if place is None:
             planned.append(Call(fakes, call.meta["val"]))
             owners[f"{i}.out"] = call.meta["val"]
@@ -113,6 +117,7 @@ def lower_group(graph: fx.Graph, calls: list[fx.Node], parts: dict[tuple[fx.Node
         tensors = list(inputs.values())
         places = {label: parts.get((calls[int(label.split(".")[0])], "out")) for label in owners}
         buffers = {label: _buffer(graph, value, places[label], tensors) for label, value in owners.items()}
+        buffers.update((label, inputs[label]) for label in alias.values() if label.endswith(".x"))
         items = _launch(graph, launch, inputs, buffers, calls[-1])
     for i, call in enumerate(calls):
         result = items[alias.get(f"{i}.out", f"{i}.out")]

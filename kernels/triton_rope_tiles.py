@@ -177,7 +177,8 @@ def load_factors(
     REPEAT: tl.constexpr,
 ):
     """(c0, s0, c1, s1) of the pairs: out0 = c0*a0 - s0*a1, out1 = c1*a1 + s1*a0. TABLES: its index."""
-    LAST: tl.constexpr = "evict_last"
+    # Kept for the other projection and the other heads; tables of every row are read once.
+    LAST: tl.constexpr = "evict_last" if cos_s0 is None else ""
     if TABLES == 0:
         c = load_tile(cos, cos_at, cos_s0, cos_si, rows, n0, 0, R // 2, PAIRS, MASKED, REPEAT, LAST)
         s = load_tile(sin, sin_at, sin_s0, sin_si, rows, n0, 0, R // 2, PAIRS, MASKED, REPEAT, LAST)

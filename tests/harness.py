@@ -1,7 +1,8 @@
 """What the matcher tests share: inputs from a short text, compiled runs with their coverage, an fp64 reference.
 
-spell("x:BLD scale:BD w:DD")     bf16 tensors [2,6,36], [2,36], [36,36]; ":f" after the dims makes one fp32
+spell("x:BLD scale:BD w:DD")     bf16 tensors [2,6,36], [2,36], [36,36]; ":f" after the dims makes one fp32, see DTYPES
 run(fn, args)                    the compiled function's results and the coverage of that compilation
+fused(fn, args)                  the ATen graph with dkfuse's ops in it
 counts(coverage)                 {"norm_modulate": 1, "absorbed": 1, "left:qk_norm": 2}
 """
 
@@ -14,28 +15,34 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dkfuse
-from dkfuse import Coverage, Status
+from dkfuse import Coverage, Settings, Status, compat, fuse
 
 SIZES = {"B": 2, "L": 6, "F": 3, "D": 36, "E": 72, "H": 4, "K": 9, "P": 216, "T": 4, "S": 10}
+SIZES |= {"C": 16, "R": 8, "M": 12, "I": 64, "J": 32, "Q": 192}  # head_dim, its half, 3/4; 4 heads, 2 heads; packed qkv
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = {"f": FP32, "d": torch.float64, "b": BF16, "c": torch.complex64, "z": torch.complex128, "i": torch.int64}
 
 
 def tensor(dims: str, dtype: torch.dtype, seed: int) -> Tensor:
     """Seeded values of std 1 and mean 0.3, so that a mean that is not subtracted is noticed. Digits are sizes."""
     shape = [SIZES[c] if c in SIZES else int(c) for c in dims]
     generator = torch.Generator().manual_seed(seed)
+    if dtype.is_complex:
+        return torch.view_as_complex(torch.randn([*shape, 2], generator=generator, dtype=torch.float64)).to(dtype)
+    if dtype == torch.int64:
+        return torch.randint(0, 4, shape, generator=generator)
     return (torch.randn(shape, generator=generator) + 0.3).to(dtype)
 
 
 def spell(text: str, dtype: torch.dtype = BF16) -> list[Tensor]:
-    """One tensor per ``name:DIMS`` or ``name:DIMS:f``; ``name:`` is 0-D."""
+    """One tensor per ``name:DIMS`` or ``name:DIMS:f``; ``name:`` is 0-D. Integers are 0 to 3."""
     parts = [part.split(":") for part in text.split()]
-    return [tensor(p[1], FP32 if p[2:] == ["f"] else dtype, seed) for seed, p in enumerate(parts)]
+    return [tensor(p[1], DTYPES[p[2]] if p[2:] else dtype, seed) for seed, p in enumerate(parts)]
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,26 @@ def run(function: Callable[..., Any], args: Sequence[Any], **how: Any) -> tuple[
     return results, coverage
 
 
+def fused(function: Callable[..., Any], args: Sequence[Any]) -> fx.Graph:
+    """The graph of the compiled function after fusing, before anything runs or is made a kernel of."""
+    graphs: list[fx.Graph] = []
+
+    def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        def inner(module: fx.GraphModule, _: Any) -> Callable:
+            fuse.run(module.graph, Settings(), lowered=False)
+            module.recompile()
+            graphs.append(module.graph)
+            return module.forward
+
+        return compat.lower_with(gm, inputs, inner, {})
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.compile(function, backend=backend, dynamic=False)(*args)
+    (graph,) = graphs
+    return graph
+
+
 def flat(results: Any) -> tuple[Tensor, ...]:
     return tuple(results) if isinstance(results, (tuple, list)) else (results,)
 
@@ -111,14 +138,17 @@ class Double(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if isinstance(kwargs.get("dtype"), torch.dtype) and kwargs["dtype"].is_floating_point:
-            kwargs["dtype"] = torch.float64
+        dtype = kwargs.get("dtype")
+        if isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex):
+            kwargs["dtype"] = torch.complex128 if dtype.is_complex else torch.float64
         return func(*args, **kwargs)
 
 
 def double(value: Any) -> Any:
     if isinstance(value, nn.Module):
         return copy.deepcopy(value).double()
+    if isinstance(value, Tensor) and value.is_complex():
+        return value.to(torch.complex128)
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 

@@ -233,7 +233,7 @@ def of_a_pointwise_value_nobody_else_reads(x: T, y: T, s: T, t: T, w: T) -> T:
     return (ln(F.silu(x) * y) * (1 + s) + t) @ w
 
 
-@spelling("left:qk_norm=2", "x:BLHK a:K")
+@spelling("qk_norm left:pointwise_producer", "x:BLHK a:K")
 def of_query_and_key(x: T, a: T) -> T:
     q, k, v = (F.rms_norm(x, x.shape[-1:], a), F.rms_norm(x * 2, x.shape[-1:], a), x)
     return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))

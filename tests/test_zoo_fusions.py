@@ -14,37 +14,92 @@ import torch
 import dkfuse
 from dkfuse import Status, zoo
 
+from . import rotations
+
 pytest.importorskip("diffusers")
 
 # family -> fused sites in the tiny model (two blocks a stack); gated residuals inside a wider kernel are counted too
 PINNED: dict[str, dict[str, int]] = {
-    "flux": {"gated_residual": 10, "norm_modulate": 3, "residual_norm_modulate": 8},
-    "flux2": {"gated_residual": 10, "norm_modulate": 3, "residual_norm_modulate": 8},
-    "chroma": {"gated_residual": 10, "norm": 1, "norm_modulate": 3, "residual_norm_modulate": 8},
-    "qwen-image": {"gated_residual": 6, "norm": 1, "norm_modulate": 2, "residual_norm_modulate": 6},
-    "qwen-image-edit": {"gated_residual": 6, "norm": 1, "norm_modulate": 2, "residual_norm_modulate": 6},
-    "wan21-14b": {"gated_residual": 4, "norm_modulate": 1, "residual_norm": 2, "residual_norm_modulate": 4},
-    "wan21-1.3b": {"gated_residual": 4, "norm_modulate": 1, "residual_norm": 2, "residual_norm_modulate": 4},
-    "wan22-5b": {"gated_residual": 4, "norm_modulate": 1, "residual_norm": 2, "residual_norm_modulate": 4},
+    "flux": {"gated_residual": 10, "norm_modulate": 3, "qk_norm": 12, "residual_norm_modulate": 8, "rotation": 8},
+    "flux2": {"gated_residual": 10, "norm_modulate": 3, "qk_norm": 12, "residual_norm_modulate": 8, "rotation": 8},
+    "chroma": {
+        "gated_residual": 10,
+        "norm": 1,
+        "norm_modulate": 3,
+        "qk_norm": 12,
+        "residual_norm_modulate": 8,
+        "rotation": 8,
+    },
+    "qwen-image": {
+        "gated_residual": 6,
+        "norm": 1,
+        "norm_modulate": 2,
+        "qk_norm": 8,
+        "residual_norm_modulate": 6,
+        "rotation": 8,
+    },
+    "qwen-image-edit": {
+        "gated_residual": 6,
+        "norm": 1,
+        "norm_modulate": 2,
+        "qk_norm": 8,
+        "residual_norm_modulate": 6,
+        "rotation": 8,
+    },
+    "wan21-14b": {
+        "gated_residual": 4,
+        "norm_modulate": 1,
+        "qk_norm": 8,
+        "residual_norm": 2,
+        "residual_norm_modulate": 4,
+        "rotation": 4,
+    },
+    "wan21-1.3b": {
+        "gated_residual": 4,
+        "norm_modulate": 1,
+        "qk_norm": 8,
+        "residual_norm": 2,
+        "residual_norm_modulate": 4,
+        "rotation": 4,
+    },
+    "wan22-5b": {
+        "gated_residual": 4,
+        "norm_modulate": 1,
+        "qk_norm": 8,
+        "residual_norm": 2,
+        "residual_norm_modulate": 4,
+        "rotation": 4,
+    },
     "hunyuan-video": {
         "gated_residual": 14,
         "norm": 1,
         "norm_modulate": 5,
+        "qk_norm": 12,
         "residual_norm": 3,
         "residual_norm_modulate": 6,
+        "rotation": 8,
     },
     "hunyuan-video-15": {
         "gated_residual": 12,
         "norm": 4,
         "norm_modulate": 6,
+        "qk_norm": 8,
         "residual_norm": 3,
         "residual_norm_modulate": 3,
+        "rotation": 4,
     },
-    "ltx": {"gated_residual": 4, "norm_modulate": 1, "residual_norm_modulate": 4},
-    "ltx2": {"gated_residual": 12, "norm_modulate": 2, "residual_norm": 4, "residual_norm_modulate": 12},
+    "ltx": {"gated_residual": 4, "norm_modulate": 1, "qk_norm": 8, "residual_norm_modulate": 4, "rotation": 4},
+    "ltx2": {
+        "gated_residual": 12,
+        "norm_modulate": 2,
+        "qk_norm": 24,
+        "residual_norm": 4,
+        "residual_norm_modulate": 12,
+        "rotation": 16,
+    },
     "sd3-medium": {"gated_residual": 6, "norm_modulate": 2, "residual_norm_modulate": 6},
-    "sd35-medium": {"gated_residual": 8, "norm_modulate": 4, "residual_norm_modulate": 4},
-    "sd35-large": {"gated_residual": 6, "norm_modulate": 2, "residual_norm_modulate": 6},
+    "sd35-medium": {"gated_residual": 8, "norm_modulate": 4, "qk_norm": 12, "residual_norm_modulate": 4},
+    "sd35-large": {"gated_residual": 6, "norm_modulate": 2, "qk_norm": 8, "residual_norm_modulate": 6},
     "dit-xl-2": {"gated_residual": 4, "norm_modulate": 1, "residual_norm_modulate": 4},
     "pixart-sigma": {"gated_residual": 4, "norm_modulate": 1, "residual_norm_modulate": 4},
     "sana": {"gated_residual": 4, "norm": 1, "norm_modulate": 1, "residual_norm_modulate": 4},
@@ -52,23 +107,47 @@ PINNED: dict[str, dict[str, int]] = {
         "gated_residual": 8,
         "norm": 2,
         "norm_modulate": 4,
+        "qk_norm": 8,
         "residual_norm": 1,
         "residual_norm_modulate": 5,
+        "rotation": 8,
         "sandwich": 6,
     },
     "lumina2": {
         "gated_residual": 8,
-        "norm": 6,
+        "norm": 2,
         "norm_modulate": 4,
+        "qk_norm": 8,
         "residual_norm": 1,
         "residual_norm_modulate": 5,
+        "rotation": 8,
         "sandwich": 6,
     },
-    "cogvideox-5b": {"gated_residual": 7, "norm_modulate": 3, "residual_norm": 1, "residual_norm_modulate": 6},
-    "cogview4": {"gated_residual": 6, "norm_modulate": 2, "residual_norm_modulate": 6},
-    "mochi": {"gated_residual": 6, "norm": 2, "norm_modulate": 8, "residual_norm_modulate": 3, "sandwich": 3},
-    "auraflow": {"gated_residual": 12, "norm_modulate": 2, "residual_norm_modulate": 10, "scale_shift": 1},
-    "hidream": {"gated_residual": 6, "norm_modulate": 4, "residual_norm_modulate": 3},
+    "cogvideox-5b": {
+        "gated_residual": 7,
+        "norm_modulate": 3,
+        "qk_norm": 4,
+        "residual_norm": 1,
+        "residual_norm_modulate": 6,
+        "rotation": 4,
+    },
+    "cogview4": {"gated_residual": 6, "norm_modulate": 2, "qk_norm": 4, "residual_norm_modulate": 6, "rotation": 4},
+    "mochi": {
+        "gated_residual": 6,
+        "norm": 2,
+        "norm_modulate": 8,
+        "residual_norm_modulate": 3,
+        "rotation": 1,
+        "sandwich": 3,
+    },
+    "auraflow": {
+        "gated_residual": 12,
+        "norm_modulate": 2,
+        "qk_norm": 12,
+        "residual_norm_modulate": 10,
+        "scale_shift": 1,
+    },
+    "hidream": {"gated_residual": 6, "norm_modulate": 4, "qk_norm": 6, "residual_norm_modulate": 3, "rotation": 4},
 }
 # sites of these families that are not fused, by the code of the reason
 NOT_FUSED: dict[str, dict[str, int]] = {}
@@ -106,9 +185,11 @@ def test_fusions(name: str) -> None:
     others = [s for s in coverage.sites if s.status is not Status.FUSED]
     assert dict(fused) == PINNED[name], "\n" + str(coverage)
     assert all(s.reason is not None for s in others), "a site without a reason"
-    explained = Counter(s.reason.code for s in others if s.reason is not None and s.family != "qk_norm")
+    explained = Counter(s.reason.code for s in others if s.reason is not None)
     assert dict(explained) == NOT_FUSED.get(name, {})
     assert all(s.source for s in coverage.sites), "a site without a source line"
+    rotated = sum(s.family == "rotation" for s in coverage.sites)
+    assert name in rotations.REUSED_GRAPHS or rotated == rotations.executed(zoo.build(name)[0], kwargs)
 
     bound = 1.05 * error(eager, exact) + 1e-4
     assert error(ours, exact) <= bound, f"less accurate than eager: {error(ours, exact):.3g}, eager {bound:.3g}"
