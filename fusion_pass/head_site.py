@@ -197,6 +197,8 @@ def _collect_interior(site: HeadSite) -> None:
     for node in sorted(reached, key=view.order.__getitem__):
         if all(source in inputs for source in node.all_input_nodes) and (is_view(node) or widens(node)):
             inputs.add(node)  # no work: others may read it too
+        elif isinstance(node.meta.get("val"), torch.SymInt):
+            continue
         elif any(source in inputs or source in site.interior for source in node.all_input_nodes):
             site.interior.add(node)
     site.interior -= site.roots
@@ -209,7 +211,7 @@ def _check_escapes(site: HeadSite) -> None:
 
     def served(node: fx.Node) -> bool:
         """The site computes `node`, or all its readers: dead code once the root is replaced."""
-        if node in owned:
+        if node in owned or reads_a_size(site, node):
             return True
         if node.op != "call_function" or node.is_impure():
             return False
@@ -219,6 +221,16 @@ def _check_escapes(site: HeadSite) -> None:
         for user in node.users:
             if not served(user):
                 raise Reject(Code.ESCAPES, f"{node.name} ({node.target}) inside the site is also read by {user.name}")
+
+
+def reads_a_size(site: HeadSite, node: fx.Node) -> bool:
+    """`node` reads a size that the sizes of the operands tell as well."""
+    if node.target is not aten.sym_size.int:
+        return False
+    size = node.meta["val"]
+    shapes = [s for call in site.calls for s in call.operands["x"].shape if isinstance(s, torch.SymInt)]
+    told = {s.node.expr for s in shapes}
+    return not isinstance(size, torch.SymInt) or size.node.expr in told or size.node.expr.free_symbols <= told
 
 
 def _late_casts(site: HeadSite) -> dict[fx.Node, list[fx.Node]]:

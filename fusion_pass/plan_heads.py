@@ -40,6 +40,15 @@ def match(planner: Planner) -> None:
         for norms in (True, False):
             if not _try(planner, term, norms):
                 break
+    for state in planner.states.values():
+        width = _columns(state.anchor.node) if state.anchor.kind == "rotation" else 0
+        if not isinstance(width, int):
+            _record(state, Reject(Code.SYMBOLIC, f"the row length {width} is not a known number"), ROPE)
+
+
+def _columns(node: fx.Node) -> object:
+    shape = node.meta["val"].shape
+    return shape[-1] if len(shape) else 0
 
 
 def _reached(seeds: list[fx.Node]) -> set[fx.Node]:

@@ -13,8 +13,9 @@ from torch import fx
 
 from .compat import statically_known_true
 from .gain import is_view
-from .head_site import HeadSite
+from .head_site import HeadSite, reads_a_size
 from .replace import copy_origin, op_call
+from .symbols import arguments
 from .terms import Term, TermView, same_size
 
 aten = torch.ops.aten
@@ -42,6 +43,7 @@ def insert(
         for cast, path in site.casts.items():
             renamed[cast] = _views_again(graph, result, path)
             cast.replace_all_uses_with(renamed[cast])
+    _keep_sizes(graph, site, calls)
     for old in nodes:
         old.replace_all_uses_with(result)
         renamed[old] = result
@@ -56,6 +58,16 @@ def _joined(graph: fx.Graph, calls: list[fx.Node], dim: int, root: fx.Node) -> f
     cat.meta["val"] = aten.cat.default([call.meta["val"] for call in calls], dim)
     copy_origin(root, cat)
     return cat
+
+
+def _keep_sizes(graph: fx.Graph, site: HeadSite, calls: list[fx.Node]) -> None:
+    """Sizes that others read from values in between are read from the operands."""
+    operands = [call.args[0] for call in calls]
+    for node in site.interior:
+        for user in list(node.users):
+            if reads_a_size(site, user):
+                with graph.inserting_before(user):
+                    user.replace_all_uses_with(arguments(graph, user.meta["val"], operands))  # type: ignore[arg-type]
 
 
 def _views_again(graph: fx.Graph, node: fx.Node, path: list[fx.Node]) -> fx.Node:
