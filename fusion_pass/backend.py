@@ -129,7 +129,7 @@ def planning_backend(settings: Settings) -> Callable:
 
     def backend(gm: fx.GraphModule, inputs: Any) -> Any:
         def inner(graph_module: fx.GraphModule, _: Any) -> Callable:
-            publish([fuse.plan(graph_module.graph, settings).record], _target(settings, inputs), settings)
+            publish([fuse.settled(graph_module.graph, settings).record], _target(settings, inputs), settings)
             return graph_module.forward
 
         return compat.lower_with(gm, inputs, inner, {})

@@ -20,13 +20,13 @@ from torch import fx
 
 from dkfuse import patterns
 
-from . import anchors, choose, gain, heads, plan_heads, records
+from . import anchors, choose, gain, heads, layouts, plan_heads, records
 from .anchors import Anchor
-from .checks import build, build_dual
+from .checks import FULL, base_node, build, build_dual
 from .cycles import Together, check_cycles
 from .head_site import HeadSite
 from .pattern import Binding, matches
-from .report import Graph
+from .report import Graph, Status
 from .rules import Candidate, Code, NotThisRule, Reject, Rule, Stage
 from .settings import Settings
 from .terms import Term, TermView
@@ -44,6 +44,7 @@ class Plan:
     view: TermView
     taken: list[Candidate | HeadSite] = field(default_factory=list)
     record: Graph = field(default_factory=lambda: Graph(index=0, nodes=0, seconds=0.0))
+    refused: list[fx.Node] = field(default_factory=list)
 
 
 @dataclass
@@ -66,13 +67,32 @@ def plan(graph: fx.Graph, settings: Settings) -> Plan:
     return planner.finish(started)
 
 
+def settled(graph: fx.Graph, settings: Settings) -> Plan:
+    """`plan`, and once more where a copy at the start of a stream gives sites the layout that they were refused for.
+
+    Without a site gained the copy is taken back.
+    """
+    decided = plan(graph, settings)
+    if not (copies := layouts.settle(graph, decided.refused)):
+        return decided
+    again = plan(graph, settings)
+    if _fused(again) > _fused(decided):
+        return again
+    layouts.undo(graph, copies)
+    return plan(graph, settings)
+
+
+def _fused(decided: Plan) -> int:
+    return sum(site.status is Status.FUSED for site in decided.record.sites)
+
+
 def run(graph: fx.Graph, settings: Settings, lowered: bool = True) -> Graph:
     """Fuse `graph` in place and return its record. `lowered=False` leaves the ``dkfuse::`` ops in the graph."""
     from .lower import lower
     from .replace import replace
 
     started = time.perf_counter()
-    decided = plan(graph, settings)
+    decided = settled(graph, settings)
     calls = replace(graph, decided.view, decided.taken)
     if lowered:
         lower(graph, calls)
@@ -90,6 +110,7 @@ class Planner:
         self.claimed: dict[fx.Node, Candidate | HeadSite] = {}
         self.taken: list[Candidate | HeadSite] = []
         self.together = Together()
+        self.refused: list[fx.Node] = []  # operands of sites that no kernel takes because of their layout
         # modulations whose norm has another reader, by rule, norm and whether the branch's bias is a part of the site
         self.halves: dict[tuple[str, Term, bool], tuple[Term, Binding]] = {}
 
@@ -108,7 +129,7 @@ class Planner:
         _absorb(self.states)
         record = Graph(index=0, nodes=len(self.view.order), seconds=0.0, sites=records.sites(self.states, self.view))
         record.seconds = time.perf_counter() - started
-        return Plan(self.view, self.taken, record)
+        return Plan(self.view, self.taken, record, self.refused)
 
     def _try(self, rule: Rule, term: Term) -> bool:
         best: tuple[State, Reject] | None = None
@@ -177,7 +198,12 @@ class Planner:
 
     def _choose_and_check(self, site: Candidate) -> None:
         check_cycles(site, self.together)
-        site.kernel = choose.choose(site, self.settings)
+        try:
+            site.kernel = choose.choose(site, self.settings)
+        except Reject as reject:
+            if reject.code == Code.INNER_STRIDE.value:
+                self.refused += [base_node(self.view, site.operands[name]) for name in FULL if name in site.operands]
+            raise
         if not (self.settings.pointwise or (site.kernel == "native" and not site.rule.has_norm)):
             gain.check(site, self.claimed)
         site.bytes_before, site.bytes_after = gain.traffic(site)
