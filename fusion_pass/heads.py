@@ -1,11 +1,12 @@
 """Queries and keys on their way into attention: norms, rotations and the joint tensor of several streams, as one site.
 
     part  = rotate(norm(x) * w + b)        each step optional, x a stream's projection
+          | norm(rotate(x)) * w + b        norm_last
     value = cat([part, ...], dim)          one part, or text and image
 
 `parse` reads a value as its parts, wherever the model put the cat: before the norm, between norm and rotation, behind
-the rotation, or as a write into a slice of the joint tensor. A norm over all heads that stands before the split into
-heads is seen through the split.
+the rotation, or as a write into a slice of the joint tensor; a norm of a joint tensor with a rotation in it is one of
+each part. A norm over all heads that stands before the split into heads is seen through the split.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dkfuse.patterns.modulate import affine
 from . import rotation
 from .pattern import Binding, Var
 from .push import adapt
-from .rotation import Rotation, Tables
+from .rotation import NotARotation, Rotation, Tables
 from .simplify import slice_term, unsqueeze_term
 from .terms import Term, TermView, same_size
 
@@ -55,6 +56,7 @@ class Part:
     x: Term
     norm: Normed | None = None
     rotation: Rotation | None = None
+    norm_last: bool = False  # the norm is behind the rotation
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,19 @@ class Heads:
     dim: int | None = None
 
 
-def parse(view: TermView, term: Term, norms: bool = True) -> Heads | None:
+def parse(view: TermView, term: Term, norms: bool = True, below: bool = True) -> Heads | None:
     """`term` as normed and rotated parts; None where nothing is normed or rotated.
 
-    `norms` False leaves the norms out: their results are what is rotated.
+    `norms` False leaves the norms out: their results are what is rotated; `below` False the rotations below a norm.
     """
     if term.op == "view" and term.attrs[0] != "reshape":
         return None  # a view of a site, not a site
     joined = None if term.op == "view" else _cat_parts(view, term.args[0] if term.op == "round" else term)
     pieces = joined[1] if joined is not None else [term]
-    parts = [p for piece in pieces for p in _parts(view, piece, joined[0] if joined is not None else None, norms)]
+    along = joined[0] if joined is not None else None
+    parts = [p for piece in pieces for p in _parts(view, piece, along, norms)]
+    if below:
+        parts = [p for part in parts for p in _rotated_below(view, part, along)]
     if len(parts) == 1 and term.op == "view" and parts[0].rotation is None:
         return None
     if all(p.rotation is None and (p.norm is None or not is_head(p.norm.term)) for p in parts):
@@ -134,6 +139,40 @@ def _parts(view: TermView, value: Term, dim: int | None, norms: bool) -> list[Pa
         parts.append(_normed(view, Part(rows, stream, rotation=own), norms))
         at = end
     return parts
+
+
+def _rotated_below(view: TermView, part: Part, dim: int | None) -> list[Part]:
+    """A part that is normed and not rotated with the rotation that made the norm's x; `part` itself without one."""
+    norm = part.norm
+    if norm is None or part.rotation is not None:
+        return [part]
+    joined = _cat_parts(view, part.x) if dim is None else None
+    pieces = [part.x] if joined is None else joined[1]
+    try:
+        found = [p for piece in pieces for p in _parts(view, piece, dim if joined is None else joined[0], False)]
+    except NotARotation:
+        return [part]  # its own attempt says why
+    if all(p.rotation is None for p in found):
+        return [part]
+    if len(found) == 1:
+        return [replace(part, x=found[0].x, rotation=found[0].rotation, norm_last=True)]
+    along = next(d for d in range(len(part.x.shape)) if not same_size(found[0].value.shape[d], part.x.shape[d]))
+    if not _by_rows(norm, along, len(part.x.shape)):
+        return [part]
+    parts, at = [], 0
+    for p in found:
+        end = at + p.value.shape[along]
+        rows = slice_term(view, part.value, along, at, end)
+        parts.append(Part(rows, p.x, norm, p.rotation, p.rotation is not None))
+        at = end
+    return parts
+
+
+def _by_rows(norm: Normed, dim: int, rank: int) -> bool:
+    """Whether the norm of a part of the rows along `dim` is that part of the norm of them all."""
+    operands = [t for t in (norm.weight, norm.bias) if t is not None]
+    flat = all(len(t.shape) < rank - dim or same_size(t.shape[dim - rank], 1) for t in operands)
+    return flat and norm.across != dim
 
 
 def _rotation(view: TermView, value: Term) -> Rotation | None:
