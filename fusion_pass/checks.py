@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from . import picks
 from .pattern import Binding
-from .rules import Candidate, Code, Reject, Rule, Stage
+from .rules import Candidate, Code, Reject, Replaceable, Rule, Stage
 from .terms import FLOATS, Term, TermView, broadcast_shape, same_shape, same_size, short_dtype
 from .views import is_view_of_input
 
@@ -52,6 +53,7 @@ def _checked(site: Candidate, roundings: str) -> Candidate:
     rule = site.rule
     if rule.check is not None:
         rule.check(site)
+    picks.resolve(site)
     _check_operands(site)
     _collect_interior(site)
     _check_escapes(site)
@@ -67,7 +69,7 @@ def _check_operands(site: Candidate) -> None:
         raise Reject(Code.SYMBOLIC, f"the row length {shape[-1] if shape else '()'} is not a known number")
     for name, term in operands.items():
         val = fake(site.view, term)
-        if val.dtype not in FLOATS:
+        if val.dtype not in FLOATS and name != "pick":
             raise Reject(Code.DTYPE, f"{name} is {short_dtype(val.dtype)}; bf16, fp16 and fp32 are supported")
         if val.device != site.device:
             raise Reject(Code.DEVICE, f"{name} is on {val.device}, the result on {site.device}")
@@ -75,7 +77,7 @@ def _check_operands(site: Candidate) -> None:
             if not same_shape(term.shape, shape):
                 text = f"{name} has shape {text_shape(term.shape)}, the result {text_shape(shape)}"
                 raise Reject(Code.BROADCAST, text + "; both must be the same")
-        elif not same_shape(broadcast_shape([term.shape, shape]), shape):
+        elif not same_shape(broadcast_shape([term.shape[picks.is_pair(site, name) :], shape]), shape):
             text = f"{name} of shape {text_shape(term.shape)} does not broadcast to {text_shape(shape)}"
             raise Reject(Code.BROADCAST, text)
     if (norm := site.norm) is not None:
@@ -198,7 +200,7 @@ def _check_escapes(site: Candidate) -> None:
                 raise Reject(Code.ESCAPES, f"{node.name} ({node.target}) inside the site is also read by {user.name}")
 
 
-def check_mutation(site: Any) -> None:
+def check_mutation(site: Replaceable) -> None:
     """No operand is (a view of) an input that the graph writes to."""
     for name, term in site.operands.items():
         source = is_view_of_input(base_node(site.view, term))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .checks import fake
-from .rules import Candidate, Code, Reject, Stage
+from .rules import Code, OpCall, Reject, Stage
 from .settings import Settings
 
 GPU_TARGETS = ("sm80", "sm89", "sm90", "sm100")
@@ -62,7 +62,7 @@ def _serves(provider: Provider, target: str) -> bool:
     return provider.name == "triton" and (target == "rocm" or (target.startswith("sm") and int(target[2:]) >= 80))
 
 
-def choose(site: Candidate, settings: Settings) -> str:
+def choose(site: OpCall, settings: Settings) -> str:
     """The name of the provider that takes `site`; Reject with the first provider's reason when none does."""
     target = resolve_target(settings.target, site.device)
     arguments = {**{n: fake(site.view, t) for n, t in site.operands.items()}, **site.attributes}

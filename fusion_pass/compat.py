@@ -124,6 +124,14 @@ def register_triton_kernel(kernel: Any, constants: dict[str, Any]) -> tuple[int,
     return kernel_side_table.add_kernel(kernel), kernel_side_table.add_constant_args(constants)
 
 
+def triton_kernel_name(node: fx.Node) -> str:
+    """The name of the kernel that a kernel node launches, as profiles show it."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+    return getattr(kernel, "fn", kernel).fn.__name__
+
+
 def environment_fingerprint() -> str:
     """Torch, Triton and GPU: what a stored record is only valid for."""
     parts = [torch.__version__, str(torch.version.cuda), os.environ.get("TRITON_INTERPRET", "")]

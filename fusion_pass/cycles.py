@@ -11,7 +11,7 @@ import bisect
 from torch import fx
 
 from .checks import base_node
-from .rules import Candidate, Code, Reject
+from .rules import Code, Reject, Replaceable
 
 
 class Together:
@@ -21,7 +21,7 @@ class Together:
         self.operands: dict[fx.Node, list[fx.Node]] = {}  # result -> operands of its op
         self.spans: list[tuple[int, int]] = []  # sorted: first result, last operand
 
-    def add(self, site: Candidate) -> None:
+    def add(self, site: Replaceable) -> None:
         order = site.view.order
         results, operands = _results(site), [base_node(site.view, t) for t in site.operands.values()]
         first, last = min(order[n] for n in results), max(order[n] for n in operands)
@@ -36,7 +36,7 @@ class Together:
         return start
 
 
-def check_cycles(site: Candidate, together: Together) -> None:
+def check_cycles(site: Replaceable, together: Together) -> None:
     """Reject where an operand depends on a result: walk up from each, no further than a path to a result can lead."""
     order, results = site.view.order, _results(site)
     earliest = together.earliest(min(order[n] for n in results))
@@ -52,7 +52,7 @@ def check_cycles(site: Candidate, together: Together) -> None:
         pending.extend((name, source) for source in (*node.all_input_nodes, *together.operands.get(node, ())))
 
 
-def _results(site: Candidate) -> set[fx.Node]:
+def _results(site: Replaceable) -> set[fx.Node]:
     results = {n for name in site.outputs for n in site.output_nodes(name)}
     if "sum" in site.binding.terms:
         results.update(site.view.nodes(site.binding.terms["sum"]))

@@ -12,7 +12,6 @@ The result says what became of every anchor.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -21,16 +20,16 @@ from torch import fx
 
 from dkfuse import patterns
 
-from . import anchors, choose, gain, heads, origin, plan_heads
+from . import anchors, choose, gain, heads, plan_heads, records
 from .anchors import Anchor
-from .checks import build, build_dual, fake
+from .checks import build, build_dual
 from .cycles import Together, check_cycles
 from .head_site import HeadSite
 from .pattern import Binding, matches
-from .report import Graph, Reason, Site, Status
+from .report import Graph
 from .rules import Candidate, Code, NotThisRule, Reject, Rule, Stage
 from .settings import Settings
-from .terms import Term, TermView, render, short_dtype
+from .terms import Term, TermView
 
 QK_NORM = (
     "norm of a query or key that is not fused with what follows it: Inductor joins the two, "
@@ -107,12 +106,13 @@ class Planner:
     def finish(self, started: float) -> Plan:
         self.taken.sort(key=lambda site: self.view.order[site.output_nodes("out")[0]])
         _absorb(self.states)
-        record = Graph(index=0, nodes=len(self.view.order), seconds=0.0, sites=_sites(self.states, self.view))
+        record = Graph(index=0, nodes=len(self.view.order), seconds=0.0, sites=records.sites(self.states, self.view))
         record.seconds = time.perf_counter() - started
         return Plan(self.view, self.taken, record)
 
     def _try(self, rule: Rule, term: Term) -> bool:
         best: tuple[State, Reject] | None = None
+        assert rule.pattern is not None, f"{rule.name} has no pattern to match"
         for binding in matches(rule.pattern, self.view, term):
             norm = binding.terms.get("norm")
             inner = term.args[0] if term.op == "round" else term
@@ -204,90 +204,3 @@ def _absorb(states: dict[object, State]) -> None:
             owner = owners.get(state.anchor.node)
             if owner is not None and owner is not state:
                 state.absorbed_by = owner
-
-
-# -- records -----------------------------------------------------------------------------------------------------------
-
-
-def _sites(states: dict[object, State], view: TermView) -> list[Site]:
-    counts: Counter[str] = Counter()
-    names: dict[int, str] = {}
-    for state in states.values():
-        where = origin.module(state.anchor.node) or "graph"
-        counts[f"{where}:{state.anchor.kind}"] += 1
-        names[id(state)] = f"{where}:{state.anchor.kind}#{counts[f'{where}:{state.anchor.kind}'] - 1}"
-    return [_site(state, names, view) for state in states.values()]
-
-
-def _site(state: State, names: dict[int, str], view: TermView) -> Site:
-    node = state.anchor.node
-    record = Site(
-        id=names[id(state)],
-        family=_family(state),
-        status=Status.UNMATCHED,
-        source=origin.source(node),
-        module=origin.module(node),
-        attempts=[reject.reason(rule.name) for reject, rule in state.attempts],
-    )
-    value = node.meta["val"] if isinstance(node.meta.get("val"), torch.Tensor) else node.args[0].meta["val"]
-    record.dtype = short_dtype(value.dtype)
-    record.shapes = {"x": _shape(value)}
-    done = state.absorbed_by.site if state.absorbed_by is not None else state.site
-    if done is not None:
-        record.status, record.rule, record.op, record.kernel = (
-            Status.FUSED,
-            done.name,
-            f"dkfuse::{done.op}",
-            done.kernel,
-        )
-        values = {name: fake(view, t) for name, t in done.operands.items()}
-        record.dtype = short_dtype(values["x"].dtype)
-        record.shapes = {name: _shape(v) for name, v in values.items()}
-        if state.absorbed_by is not None:
-            record.with_site = names[id(state.absorbed_by)]
-        else:
-            record.bytes_before, record.bytes_after = done.bytes_before, done.bytes_after
-        return record
-    if state.attempts:
-        reject, rule = _deepest(state.attempts)
-        record.status = Status.LEFT_TO_INDUCTOR if reject.left else Status.REJECTED
-        record.rule, record.op, record.reason = rule.name, f"dkfuse::{rule.op}", reject.reason(rule.name)
-        return record
-    record.reason, record.term = _unexplained(state, view)
-    return record
-
-
-def _deepest(attempts: list[tuple[Reject, Rule]]) -> tuple[Reject, Rule]:
-    """The attempt to show: a decision to leave the site first, then the widest rule."""
-    return next((a for a in attempts if a[0].left), attempts[0])
-
-
-def _unexplained(state: State, view: TermView) -> tuple[Reason, str]:
-    node = state.anchor.node
-    term = view.term(node) or view.term(next(iter(node.users), node))
-    text = render(term) if term is not None else str(node.target)
-    by_node = state.anchor.key is state.anchor.node  # not a norm over the last dim
-    if state.anchor.kind == "norm" and by_node:
-        dims = node.args[1] if len(node.args) > 1 else None
-        message = f"{node.target} over dims {dims}: only norms over the last dim are fused"
-        return Reason(Stage.STRUCTURE.value, Code.NORM_DIM.value, message), text
-    return Reason(Stage.STRUCTURE.value, Code.NO_RULE.value, f"no rule explains {node.name}"), text
-
-
-def _family(state: State) -> str:
-    done = state.site or (state.absorbed_by.site if state.absorbed_by else None)
-    if state.anchor.kind != "norm":
-        return state.anchor.kind
-    if isinstance(done, HeadSite):
-        return "qk_norm"
-    if done is not None:
-        return done.family if state.site is not None else "sandwich"
-    if any(reject.code == Code.QK_NORM.value for reject, _ in state.attempts):
-        return "qk_norm"
-    if state.attempts:
-        return state.attempts[0][1].family
-    return "other_norm"
-
-
-def _shape(value: torch.Tensor) -> list[int | str]:
-    return [s if isinstance(s, int) else str(s) for s in value.shape]

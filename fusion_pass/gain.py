@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from .checks import base_node, fake
-from .rules import Candidate, Code, Reject, Stage
+from .rules import Candidate, Code, Reject, Replaceable, Stage
 from .terms import getitem_source, same_shape
 
 aten = torch.ops.aten
@@ -123,7 +123,7 @@ def footprint(value: torch.Tensor) -> int | None:
     return count * value.element_size()
 
 
-def traffic(site: Candidate) -> tuple[int | None, int | None]:
+def traffic(site: Replaceable) -> tuple[int | None, int | None]:
     """Bytes moved by the site op by op, as eager does, and by the fused op."""
     outputs = {n for name in site.outputs for n in site.output_nodes(name)[:1]}
     before: int | None = 0

@@ -14,8 +14,8 @@ from torch import fx
 
 from dkfuse.patterns.heads import NORM_ROPE, QK_NORM, ROPE
 
-from .checks import base_node, check_eps, check_mutation, fake, text_shape
-from .gain import CASTS, is_elementwise, is_view, only_read_in, readers, through_views, widens
+from .checks import check_eps, check_mutation, fake, text_shape
+from .gain import CASTS, is_view, widens
 from .heads import Heads, Part
 from .pattern import Binding
 from .rules import Code, Reject, Rule, Stage
@@ -215,7 +215,7 @@ def _check_escapes(site: HeadSite) -> None:
 
     def served(node: fx.Node) -> bool:
         """The site computes `node`, or all its readers: dead code once the root is replaced."""
-        if node in owned or size_source(site, node) is not None:
+        if node in owned or reads_a_size(site, node):
             return True
         if node.op != "call_function" or node.is_impure():
             return False
@@ -227,16 +227,14 @@ def _check_escapes(site: HeadSite) -> None:
                 raise Reject(Code.ESCAPES, f"{node.name} ({node.target}) inside the site is also read by {user.name}")
 
 
-def size_source(site: HeadSite, node: fx.Node) -> tuple[Term, int] | None:
-    """``(x, dim)`` of an operand of the size that `node` reads from a value in between."""
+def reads_a_size(site: HeadSite, node: fx.Node) -> bool:
+    """`node` reads a size that the sizes of the operands tell as well."""
     if node.target is not aten.sym_size.int:
-        return None
-    for call in site.calls:
-        x = call.operands["x"]
-        for dim, size in enumerate(x.shape):
-            if same_size(size, node.meta["val"]):
-                return x, dim
-    return None
+        return False
+    size = node.meta["val"]
+    shapes = [s for call in site.calls for s in call.operands["x"].shape if isinstance(s, torch.SymInt)]
+    told = {s.node.expr for s in shapes}
+    return not isinstance(size, torch.SymInt) or size.node.expr in told or size.node.expr.free_symbols <= told
 
 
 def _late_casts(site: HeadSite) -> dict[fx.Node, list[fx.Node]]:
@@ -262,24 +260,3 @@ def _check_layout(site: HeadSite) -> None:
         for user in node.users:
             if user.target is aten.as_strided.default:
                 raise Reject(Code.LAYOUT, f"{user.name} reads {node.name} by its strides (as_strided)")
-
-
-def check_gain(site: HeadSite, claimed: Any) -> None:
-    """Raise Reject(left=True) where Inductor would join the site with pointwise work that it must do anyway."""
-    values = (n.meta.get("val") for n in site.interior)
-    if any(isinstance(v, torch.Tensor) and v.is_complex() for v in values):
-        return  # Inductor has no code for complex numbers: it calls one ATen op after the other
-    users = [u for n in (site.casts or site.roots) for u in readers(n)]
-    if users and all(is_elementwise(u) and u.target is not aten.clone.default and u not in claimed for u in users):
-        names = ", ".join(sorted({str(u.target) for u in users})[:3])
-        text = f"every reader of the result is pointwise ({names}): Inductor finishes them in one kernel with it"
-        raise Reject(Code.FEEDS_POINTWISE, text, Stage.KERNEL, left=True)
-    inside = site.interior | site.roots
-    for call in site.calls:
-        node = through_views(base_node(site.view, call.operands["x"]))
-        if node in claimed or node.target is aten.clone.default or not is_elementwise(node):
-            continue
-        if only_read_in(node, inside):
-            text = f"x is the result of {node.target}, which Inductor computes inside the same kernel"
-            text += " and which would have to be written to memory here"
-            raise Reject(Code.POINTWISE_PRODUCER, text, Stage.KERNEL, left=True)

@@ -11,41 +11,16 @@ each part. A norm over all heads that stands before the split into heads is seen
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
-from dkfuse.patterns.modulate import affine
-
 from . import rotation
-from .pattern import Binding, Var
-from .push import adapt
+from .head_norms import Normed, by_rows, norm_of
 from .rotation import NotARotation, Rotation, Tables
 from .simplify import slice_term, unsqueeze_term
 from .terms import Term, TermView, same_size
 
-
-def is_weight(term: Term) -> bool:
-    """A value for each column, or for each column of each head."""
-    return len(term.shape) > 0 and all(same_size(s, 1) for s in term.shape[:-2]) and not same_size(term.shape[-1], 1)
-
-
-NORMED = affine(Var("x"), is_weight)
 LONGEST_HEAD = 512
-
-
-@dataclass(frozen=True)
-class Normed:
-    """``norm(x) * (weight_offset + weight) + bias`` with x as the op reads it; `across` is the dim of the heads."""
-
-    term: Term  # the norm
-    x: Term
-    weight: Term | None
-    bias: Term | None
-    weight_offset: float
-    across: int | None
-    roundings: dict[str, torch.dtype] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -157,7 +132,7 @@ def _rotated_below(view: TermView, part: Part, dim: int | None) -> list[Part]:
     if len(found) == 1:
         return [replace(part, x=found[0].x, rotation=found[0].rotation, norm_last=True)]
     along = next(d for d in range(len(part.x.shape)) if not same_size(found[0].value.shape[d], part.x.shape[d]))
-    if not _by_rows(norm, along, len(part.x.shape)):
+    if not by_rows(norm, along, len(part.x.shape)):
         return [part]
     parts, at = [], 0
     for p in found:
@@ -166,13 +141,6 @@ def _rotated_below(view: TermView, part: Part, dim: int | None) -> list[Part]:
         parts.append(Part(rows, p.x, norm, p.rotation, p.rotation is not None))
         at = end
     return parts
-
-
-def _by_rows(norm: Normed, dim: int, rank: int) -> bool:
-    """Whether the norm of a part of the rows along `dim` is that part of the norm of them all."""
-    operands = [t for t in (norm.weight, norm.bias) if t is not None]
-    flat = all(len(t.shape) < rank - dim or same_size(t.shape[dim - rank], 1) for t in operands)
-    return flat and norm.across != dim
 
 
 def _rotation(view: TermView, value: Term) -> Rotation | None:
@@ -211,45 +179,5 @@ def _cut(view: TermView, tables: Tables, dim: int, start: Any, stop: Any, shape:
 
 def _normed(view: TermView, part: Part, norms: bool) -> Part:
     """`part` with the norm that made its x, if there is one."""
-    found = _norm_of(view, part.x) if norms else None
+    found = norm_of(view, part.x) if norms else None
     return part if found is None else Part(part.value, found.x, found, part.rotation)
-
-
-def _norm_of(view: TermView, value: Term) -> Normed | None:
-    for binding in NORMED.match(view, value, Binding()):
-        return _bound(binding)
-    views: list[Term] = []
-    seen = value
-    while seen.op == "view":
-        views.append(seen)
-        seen = seen.args[0]
-        for binding in NORMED.match(view, seen, Binding()):
-            return _across(view, _bound(binding), views[::-1])
-    return None
-
-
-def _bound(binding: Binding) -> Normed:
-    terms = binding.terms
-    offset = binding.numbers.get("weight_offset", 0.0)
-    return Normed(
-        terms["norm"], terms["x"], terms.get("weight"), terms.get("bias"), offset, None, dict(binding.roundings)
-    )
-
-
-def _across(view: TermView, norm: Normed, views: list[Term]) -> Normed | None:
-    """A norm over [..., H*d] whose result is then seen as [..., H, d]: its operands through the same views."""
-    probe = view.intern("probe", (), (norm.term.shape[-1],), (norm.term.shape[-1],), torch.float32)
-    terms: dict[str, Term] = {"x": norm.x, "probe": probe}
-    terms.update((name, t) for name, t in (("weight", norm.weight), ("bias", norm.bias)) if t is not None)
-    for seen in views:
-        before = seen.args[0].shape
-        for name, operand in list(terms.items()):
-            if (moved := adapt(view, seen.attrs, operand, before, seen.shape)) is None:
-                return None
-            terms[name] = moved
-    shape = views[-1].shape
-    spread = terms["probe"].shape
-    dims = [len(shape) - len(spread) + i for i, size in enumerate(spread) if not same_size(size, 1)]
-    if len(terms["x"].shape) != len(shape) or len(dims) != 2 or dims[-1] != len(shape) - 1:
-        return None
-    return replace(norm, x=terms["x"], weight=terms.get("weight"), bias=terms.get("bias"), across=dims[0])

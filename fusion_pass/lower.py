@@ -14,7 +14,9 @@ import torch
 from torch import fx
 
 from . import compat, joins
+from .calls import bound_arguments, op_name, replace_results, result_names
 from .groups import grouped, in_place
+from .inline import inline
 from .replace import copy_origin, fake_arguments
 from .symbols import arguments as with_symbols
 
@@ -27,7 +29,7 @@ def lower(graph: fx.Graph, calls: list[fx.Node]) -> None:
     calls = sorted(calls, key=lambda call: order[call])  # parts of a joint tensor are written in graph order
     kernels = [c for c in calls if c.meta["dkfuse_kernel"] == "triton" and _device(c).type != "cpu"]
     parts = joins.find(graph, kernels)
-    groups = {group[-1]: group for group in grouped(graph, [c for c in kernels if _op_name(c) == "norm_rope"])}
+    groups = {group[-1]: group for group in grouped(graph, [c for c in kernels if op_name(c) == "norm_rope"])}
     together = {call for group in groups.values() for call in group}
     for call in calls:
         if call in groups:
@@ -48,17 +50,6 @@ def _device(call: fx.Node) -> torch.device:
     return call.args[0].meta["val"].device  # type: ignore[union-attr]
 
 
-def bound_arguments(call: fx.Node) -> dict[str, Any]:
-    """The arguments of an op call by name."""
-    names = [a.name for a in call.target._schema.arguments]  # type: ignore[union-attr]
-    return {**dict(zip(names, call.args, strict=False)), **call.kwargs}
-
-
-def result_names(call: fx.Node) -> list[str]:
-    """The names of an op's results; a single result is called "out"."""
-    return [r.name or "out" for r in call.target._schema.returns]  # type: ignore[union-attr]
-
-
 def lower_to_triton(graph: fx.Graph, call: fx.Node, parts: dict[tuple[fx.Node, str], joins.Part]) -> None:
     """The op as a Triton kernel node: outputs allocated, then written by one launch."""
     from dkfuse.kernels.launch import plan
@@ -71,14 +62,14 @@ def lower_to_triton(graph: fx.Graph, call: fx.Node, parts: dict[tuple[fx.Node, s
     places = {n: parts[call, n] for n in outputs if (call, n) in parts}
     written = {**outputs, **{n: p.join.part(p.start, p.length) for n, p in places.items()}}
     offsets = {n: p.join.offset(p.start) for n, p in places.items()}
-    launch = plan(_op_name(call), fakes, written, sm_count=_sm_count(fakes["x"].device), offsets=offsets)
+    launch = plan(op_name(call), fakes, written, sm_count=_sm_count(fakes["x"].device), offsets=offsets)
     inputs = {k: v for k, v in nodes.items() if isinstance(v, fx.Node)}
     with graph.inserting_before(call):
         buffers = {n: _buffer(graph, v, places.get(n), list(inputs.values())) for n, v in outputs.items()}
         items = _launch(graph, launch, inputs, buffers, call)
     for name, place in places.items():
         _advance(place.join, items[name])
-    _replace_results(graph, call, names, items)
+    replace_results(graph, call, names, items)
 
 
 def lower_group(graph: fx.Graph, calls: list[fx.Node], parts: dict[tuple[fx.Node, str], joins.Part]) -> None:
@@ -175,10 +166,6 @@ def _advance(join: joins.Join, written: fx.Node) -> None:
         join.cat.replace_all_uses_with(written)
 
 
-def _op_name(call: fx.Node) -> str:
-    return call.target._schema.name.split("::")[1]  # type: ignore[union-attr]
-
-
 def _used_outputs(call: fx.Node, names: list[str]) -> set[str]:
     if len(names) == 1:
         return set(names)
@@ -201,16 +188,6 @@ def _like(value: torch.Tensor) -> torch.Tensor:
     return value.new_empty_strided(value.shape, value.stride())
 
 
-def _replace_results(graph: fx.Graph, call: fx.Node, names: list[str], items: dict[str, fx.Node]) -> None:
-    if len(names) == 1:
-        call.replace_all_uses_with(items[names[0]])
-    else:
-        for user in list(call.users):
-            user.replace_all_uses_with(items[names[user.args[1]]])  # type: ignore[index]
-            graph.erase_node(user)
-    graph.erase_node(call)
-
-
 @functools.cache
 def _configured(kernel: Any, num_warps: int, num_stages: int) -> Any:
     """`kernel` with its launch configuration, in the form that Inductor reads it from."""
@@ -225,57 +202,3 @@ def _sm_count(device: torch.device) -> int:
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 132
-
-
-def inline(graph: fx.Graph, call: fx.Node) -> None:
-    """The op as the ATen nodes of its definition, which Inductor then compiles like any others."""
-    arguments = bound_arguments(call)
-    nodes = {k: v for k, v in arguments.items() if isinstance(v, fx.Node)}
-    constants = {k: v for k, v in arguments.items() if k not in nodes}
-    body = definition(_op_name(call), {k: v.meta["val"] for k, v in nodes.items()}, constants)
-    with graph.inserting_before(call):
-        environment = dict(zip((n for n in body.nodes if n.op == "placeholder"), nodes.values(), strict=True))
-        for node in body.nodes:
-            if node.op == "call_function":
-                copy = environment[node] = graph.node_copy(node, lambda n: environment[n])
-                copy_origin(call, copy)
-        (output,) = [n for n in body.nodes if n.op == "output"]
-        results = [environment[n] for n in output.args[0]]  # type: ignore[union-attr]
-    names = result_names(call)
-    _replace_results(graph, call, names, dict(zip(names, results, strict=True)))
-
-
-def definition(op: str, tensors: dict[str, torch.Tensor], constants: dict[str, Any]) -> fx.Graph:
-    """The op's definition on these fake tensors, traced to ATen with Inductor's decompositions.
-
-    Blocks of one model ask for the same definition again and again: with static sizes it is traced once per signature.
-    """
-    sizes = [s for t in tensors.values() for s in (*t.shape, *t.stride())]
-    if not all(isinstance(s, int) for s in sizes):
-        return _trace(op, tensors, constants)
-    signature = tuple((n, tuple(t.shape), t.stride(), t.dtype, t.device) for n, t in tensors.items())
-    key = (op, signature, tuple(sorted((k, str(v)) for k, v in constants.items())))
-    if key not in _definitions:
-        _definitions[key] = _trace(op, tensors, constants)
-    return _definitions[key]
-
-
-_definitions: dict[tuple, fx.Graph] = {}
-
-
-def _trace(op: str, tensors: dict[str, torch.Tensor], constants: dict[str, Any]) -> fx.Graph:
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    from dkfuse.kernels.ops import reference_outputs
-    from dkfuse.kernels.support import OPERANDS
-
-    defaults = {a.name: a.default_value for a in getattr(torch.ops.dkfuse, op).default._schema.arguments}
-    names = OPERANDS[op][2]
-
-    def call(*values: torch.Tensor) -> list[torch.Tensor]:
-        arguments = {**defaults, **dict(zip(tensors, values, strict=True)), **constants}
-        results = reference_outputs(op, arguments)
-        dtypes = {n: arguments.get("sum_dtype" if n == "sum" else "out_dtype") for n in names}
-        return [results[n].to(dtypes[n] or torch.float32) for n in names]
-
-    return make_fx(call, decomposition_table=compat.decompositions())(*tensors.values()).graph

@@ -6,23 +6,28 @@ recombinations make of them is tried as a root, from the last one up, so that a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import TYPE_CHECKING
 
+import torch
 from torch import fx
 
-from dkfuse.patterns.heads import QK_NORM, ROPE
+from dkfuse.patterns.heads import ROPE
 
 from . import anchors, choose, heads
+from .checks import base_node
 from .cycles import check_cycles
-from .gain import is_elementwise, is_view, traffic
-from .head_site import HeadSite, build, check_gain
+from .gain import is_elementwise, is_view, only_read_in, readers, through_views, traffic
+from .head_site import HeadSite, build, rule_of
 from .rotation import NotARotation
 from .rules import Code, Reject, Rule, Stage
 from .terms import Term, getitem_source
 
 if TYPE_CHECKING:
     from .fuse import Planner, State
+
+
+aten = torch.ops.aten
 
 
 def match(planner: Planner) -> None:
@@ -88,17 +93,11 @@ def _try(planner: Planner, term: Term, norms: bool = True, below: bool = True) -
         rotates = any(p.rotation is not None for p in parsed.parts)
         about = _rotations_below(planner, view.nodes(term)[0]) if rotates else _norms(planner, parsed)
         for state in about:
-            _record(state, reject, heads_rule(parsed))
+            _record(state, reject, rule_of(parsed))
         if any(p.norm_last for p in parsed.parts):
             _try(planner, term, below=False)
         elif rotates and any(p.norm is not None for p in parsed.parts):
             _try(planner, term, norms=False)
-
-
-def heads_rule(parsed: heads.Heads) -> Rule:
-    from .head_site import rule_of
-
-    return rule_of(parsed)
 
 
 def _record(state: State, reject: Reject, rule: Rule) -> None:
@@ -151,4 +150,22 @@ def choose_and_check(planner: Planner, site: HeadSite) -> None:
     site.bytes_before, site.bytes_after = traffic(site)
 
 
-__all__ = ["QK_NORM", "choose_and_check", "match"]
+def check_gain(site: HeadSite, claimed: Container[fx.Node]) -> None:
+    """Raise Reject(left=True) where Inductor would join the site with pointwise work that it must do anyway."""
+    values = (n.meta.get("val") for n in site.interior)
+    if any(isinstance(v, torch.Tensor) and v.is_complex() for v in values):
+        return  # Inductor has no code for complex numbers: it calls one ATen op after the other
+    users = [u for n in (site.casts or site.roots) for u in readers(n)]
+    if users and all(is_elementwise(u) and u.target is not aten.clone.default and u not in claimed for u in users):
+        names = ", ".join(sorted({str(u.target) for u in users})[:3])
+        text = f"every reader of the result is pointwise ({names}): Inductor finishes them in one kernel with it"
+        raise Reject(Code.FEEDS_POINTWISE, text, Stage.KERNEL, left=True)
+    inside = site.interior | site.roots
+    for call in site.calls:
+        node = through_views(base_node(site.view, call.operands["x"]))
+        if node in claimed or node.target is aten.clone.default or not is_elementwise(node):
+            continue
+        if only_read_in(node, inside):
+            text = f"x is the result of {node.target}, which Inductor computes inside the same kernel"
+            text += " and which would have to be written to memory here"
+            raise Reject(Code.POINTWISE_PRODUCER, text, Stage.KERNEL, left=True)

@@ -13,8 +13,9 @@ from torch import fx
 
 from .compat import statically_known_true
 from .gain import is_view
-from .head_site import HeadSite, size_source
-from .replace import copy_origin, op_call, realize
+from .head_site import HeadSite, reads_a_size
+from .replace import copy_origin, op_call
+from .symbols import arguments
 from .terms import Term, TermView, same_size
 
 aten = torch.ops.aten
@@ -42,7 +43,7 @@ def insert(
         for cast, path in site.casts.items():
             renamed[cast] = _views_again(graph, result, path)
             cast.replace_all_uses_with(renamed[cast])
-    _keep_sizes(graph, view, site, renamed)
+    _keep_sizes(graph, site, calls)
     for old in nodes:
         old.replace_all_uses_with(result)
         renamed[old] = result
@@ -59,16 +60,14 @@ def _joined(graph: fx.Graph, calls: list[fx.Node], dim: int, root: fx.Node) -> f
     return cat
 
 
-def _keep_sizes(graph: fx.Graph, view: TermView, site: HeadSite, renamed: dict[fx.Node, fx.Node]) -> None:
-    """Sizes that others read from values in between are read from an operand."""
+def _keep_sizes(graph: fx.Graph, site: HeadSite, calls: list[fx.Node]) -> None:
+    """Sizes that others read from values in between are read from the operands."""
+    operands = [call.args[0] for call in calls]
     for node in site.interior:
         for user in list(node.users):
-            if (source := size_source(site, user)) is not None:
-                term, dim = source
+            if reads_a_size(site, user):
                 with graph.inserting_before(user):
-                    size = graph.call_function(aten.sym_size.int, (realize(graph, view, term, renamed), dim))
-                size.meta["val"] = user.meta["val"]
-                user.replace_all_uses_with(size)
+                    user.replace_all_uses_with(arguments(graph, user.meta["val"], operands))  # type: ignore[arg-type]
 
 
 def _views_again(graph: fx.Graph, node: fx.Node, path: list[fx.Node]) -> fx.Node:

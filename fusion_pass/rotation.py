@@ -5,12 +5,7 @@
 
 A value is split into its two components by selecting columns through the arithmetic that made it; each must be a sum of
 two products of a column of one x with a table. ``x * cos + rotate_half(x) * sin``, stacks of halves, complex products,
-2x2 matrices and slice writes all come out as these four products. What the tables are is seen from their terms:
-
-    half      c0 = c1 and s0 = s1            tables [..., r/2]
-    complex   as half, both columns of one   table [..., r], cosines and sines adjacent
-    full      c0, c1 columns of one table    tables [..., r]
-    matrix    four elements of one table     table [..., 2r], a 2x2 matrix for each pair
+2x2 matrices and slice writes all come out as these four products. What the tables are: `dkfuse.rotation_tables`.
 """
 
 from __future__ import annotations
@@ -20,20 +15,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .rotation_tables import NotARotation, Tables, pair_base, stripped, tables_of
 from .simplify import cat_terms, select_term
 from .terms import Term, TermView, same_shape, same_size
 
 STYLES = ("interleaved", "half")
 NARROWEST = 4  # columns; a single pair is a complex number, not a head
-
-
-@dataclass(frozen=True)
-class Tables:
-    """`cos` (and `sin`) as the op reads them in `form`."""
-
-    form: str
-    cos: Term
-    sin: Term | None = None
 
 
 @dataclass(frozen=True)
@@ -48,10 +35,6 @@ class Rotation:
     double: bool = False  # x was cast to fp64
 
 
-class NotARotation(Exception):
-    """Columns are recombined, and the message says why it is no rotation."""
-
-
 @dataclass(frozen=True)
 class _Product:
     positive: bool
@@ -61,7 +44,7 @@ class _Product:
 
 def match(view: TermView, term: Term) -> Rotation | None:
     """The rotation that computes `term`; None where there is none. NotARotation where it only looks like one."""
-    value = _stripped(term)
+    value = stripped(term)
     if not value.shape or not isinstance(value.shape[-1], int) or value.shape[-1] % 2 or value.shape[-1] < NARROWEST:
         return None
     if (partial := _partial(view, value)) is not None:
@@ -109,7 +92,7 @@ def _whole(view: TermView, value: Term, style: str) -> Rotation | None:
             continue
         (p00, t00), (p01, t01) = entries[0][0], entries[0][1]
         (p10, t10), (p11, t11) = entries[1][0], entries[1][1]
-        tables = _tables(view, style, width, (t00, t01, t10, t11), (p00, p01, p10, p11))
+        tables = tables_of(view, style, width, (t00, t01, t10, t11), (p00, p01, p10, p11))
         rounded = {p.rounded for row in rows for p in row} - {None}
         lifted = view.expose(x)
         double = lifted.op == "double"
@@ -126,13 +109,6 @@ def component(view: TermView, value: Term, style: str, i: int) -> Term:
     return select_term(view, view.view(value, ("reshape",), (*value.shape[:-1], *tail)), dim, i)
 
 
-def _stripped(term: Term) -> Term:
-    """`term` without roundings and changes between fp32 and fp64."""
-    while term.op in ("round", "double", "from_double"):
-        term = term.args[0]
-    return term
-
-
 def _products(view: TermView, term: Term, positive: bool, rounded: torch.dtype | None = None) -> list[_Product] | None:
     """`term` as a sum of signed products of two factors; None where it is not."""
     seen = view.expose(term)
@@ -147,10 +123,10 @@ def _products(view: TermView, term: Term, positive: bool, rounded: torch.dtype |
             a, b = (_products(view, arg, positive) for arg in seen.args)
             return None if a is None or b is None else a + b
         case "mul":
-            a, b = seen.args
-            if a.op == "const":  # constants sort first
-                return _products(view, b, positive == (a.value > 0), rounded) if abs(a.value) == 1.0 else None
-            return [_Product(*_signed(view, positive, a, b), rounded)]
+            left, right = seen.args
+            if left.op == "const":  # constants sort first
+                return _products(view, right, positive == (left.value > 0), rounded) if abs(left.value) == 1.0 else None
+            return [_Product(*_signed(view, positive, left, right), rounded)]
     return None
 
 
@@ -166,32 +142,6 @@ def _signed(view: TermView, positive: bool, *factors: Term) -> tuple[bool, tuple
             positive, seen = not positive, lifted.args[0]
         plain.append(seen)
     return positive, (plain[0], plain[1])
-
-
-def pair_base(view: TermView, term: Term, style: str, i: int) -> Term | None:
-    """x of columns `i` of the pairs of x, [..., d/2] to [..., d]; None where `term` is not that."""
-    if not term.shape:
-        return None
-    width, seen = 2 * term.shape[-1], _stripped(term)
-    while seen.op == "view" and seen.attrs[0] == "squeeze":
-        seen = seen.args[0]
-    if seen.op != "view" or seen.attrs[0] != "slice":
-        return None
-    source, (dim, start, stop, step) = seen.args[0], seen.attrs[1:]
-    last, shape = len(source.shape) - 1, (*term.shape[:-1], width)
-    if dim == last and same_size(source.shape[last], width) and same_shape(source.shape, shape):
-        strided = style == "interleaved" and step == 2 and start == i
-        block = (
-            style == "half" and step == 1 and same_size(start, i * width // 2) and same_size(stop - start, width // 2)
-        )
-        return source if strided or block else None
-    if not same_size(source.shape[dim], 2) or step != 1 or start != i:
-        return None
-    pairs = (width // 2, 2) if style == "interleaved" else (2, width // 2)
-    ones = [d for d in range(len(source.shape)) if not same_size(source.shape[d], 1) or d == dim]
-    tail = tuple(source.shape[d] for d in ones[-2:])
-    in_place = len(ones) >= 2 and ones[-1 if style == "interleaved" else -2] == dim and same_shape(tail, pairs)
-    return view.view(source, ("reshape",), shape) if in_place else None
 
 
 def _bases(view: TermView, row: list[_Product], style: str) -> Iterator[Term]:
@@ -222,53 +172,3 @@ def _entries(view: TermView, row: list[_Product], x: Term, style: str) -> list[t
                 found[at[0]] = (product.positive, table)
                 break
     return [found[0], found[1]] if len(found) == 2 else None
-
-
-def _tables(view: TermView, style: str, width: int, t: tuple[Term, ...], signs: tuple[bool, ...]) -> Tables:
-    """How the op reads the tables of out = [[t0, t1], [t2, t3]] x."""
-    if signs == (True, True, True, True):
-        elements = [_element(entry) for entry in t]
-        base = elements[0][0] if elements[0] is not None else None
-        if base is not None and elements == [(base, k) for k in range(4)]:
-            return Tables("matrix", view.view(base, ("reshape",), (*base.shape[:-3], 2 * width)))
-    if signs != (True, False, True, True):
-        shown = " ".join("+" if s else "-" for s in signs)
-        raise NotARotation(f"pairs are recombined with the signs {shown}; a rotation has + - + +, by row of its matrix")
-    c0, s0, s1, c1 = t
-    if c0 is c1 and s0 is s1:
-        both = pair_base(view, c0, "interleaved", 0)
-        if both is not None and pair_base(view, s0, "interleaved", 1) is both:
-            return Tables("complex", both)
-        return Tables("half", c0, s0)
-    cos, sin = pair_base(view, c0, style, 0), pair_base(view, s0, style, 0)
-    if (
-        cos is not None
-        and sin is not None
-        and cos is pair_base(view, c1, style, 1)
-        and sin is pair_base(view, s1, style, 1)
-    ):
-        return Tables("full", cos, sin)
-    raise NotARotation("the two components of a pair are multiplied with tables that do not belong together")
-
-
-def _element(term: Term) -> tuple[Term, int] | None:
-    """``(f, 2 * row + column)`` of ``f[..., row, column]``, f of shape [..., 2, 2]."""
-    picks: list[tuple[int, int]] = []  # (dim counted from the end of f, index), outermost view first
-    seen, squeezed = term, []
-    while seen.op == "view" and not (len(picks) == 2 and not squeezed):
-        dim, rank = seen.attrs[1] if len(seen.attrs) > 1 else None, len(seen.args[0].shape)
-        if seen.attrs[0] == "squeeze":
-            squeezed.append(dim - rank)
-        elif seen.attrs[0] == "slice" and seen.attrs[3] - seen.attrs[2] == 1:
-            picks.append((dim - rank, seen.attrs[2]))
-            if squeezed:
-                squeezed.pop()
-        else:
-            return None
-        seen = seen.args[0]
-    if len(picks) != 2 or [int(same_size(s, 2)) for s in seen.shape[-2:]] != [1, 1]:
-        return None
-    (outer, i), (inner, j) = picks
-    if outer != -1:
-        return None  # the last pick is from a vector of 2
-    return (seen, 2 * i + j) if inner == -1 else (seen, 2 * j + i) if inner == -2 else None

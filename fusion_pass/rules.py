@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -84,6 +84,37 @@ class Rule:
     pattern: Pattern | None = None  # None: found by a reader of its own (`dkfuse.heads`)
     has_norm: bool = True
     check: Callable[[Candidate], None] | None = None
+
+
+class OpCall(Protocol):
+    """What a kernel is chosen for: one call of an op."""
+
+    @property
+    def op(self) -> str: ...
+    @property
+    def view(self) -> TermView: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def operands(self) -> dict[str, Term]: ...
+    @property
+    def attributes(self) -> dict[str, Any]: ...
+
+
+class Replaceable(Protocol):
+    """What becomes calls of ops: operands, results, and the nodes whose work the calls take over."""
+
+    @property
+    def view(self) -> TermView: ...
+    @property
+    def binding(self) -> Binding: ...
+    @property
+    def operands(self) -> dict[str, Term]: ...
+    @property
+    def outputs(self) -> dict[str, Term]: ...
+    @property
+    def interior(self) -> set[fx.Node]: ...
+    def output_nodes(self, name: str) -> list[fx.Node]: ...
 
 
 @dataclass

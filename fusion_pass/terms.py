@@ -125,6 +125,7 @@ class TermView:
         self._exposed: dict[Term, Term] = {}
         self.reductions: dict[Term, Term] = {}  # norm term -> the reduction it was recognised by
         self.statistics_dtype: dict[Term, torch.dtype] = {}  # norm term -> dtype of its statistics, where narrow
+        self.masks: dict[Any, fx.Node] | None = None  # see `dkfuse.picks.masks`
         self.written_inputs: set[fx.Node] = set()  # placeholders that some node of the graph writes to
         for i, node in enumerate(graph.nodes):
             self.order[node] = i

@@ -13,6 +13,7 @@ from typing import Any
 
 from .axes import Axis, Int, collapse, inner_stride
 from .configs import Config, choose
+from .picks import PICKED, first_rows, is_pair
 from .support import has_branch_norm, supports
 from .unsupported import Unsupported
 
@@ -20,15 +21,15 @@ __all__ = ["Launch", "Unsupported", "plan", "run", "supports"]
 
 _NORM_POINTERS = (
     ("x", "residual"),
-    ("gate", "branch_bias", "weight", "bias", "scale", "shift", "scale2", "shift2"),
+    ("gate", "branch_bias", "weight", "bias", "scale", "shift", "scale2", "shift2", "pick"),
     ("sum", "out", "out2"),
 )
 _BRANCH_POINTERS = (
     ("x", "residual"),
-    ("gate", "branch_bias", "branch_weight", "weight", "bias", "scale", "shift", "scale2", "shift2"),
+    ("gate", "branch_bias", "branch_weight", "weight", "bias", "scale", "shift", "scale2", "shift2", "pick"),
     ("sum", "out", "out2"),
 )
-_POINTWISE_POINTERS = (("x", "residual"), ("gate", "branch_bias", "scale", "shift"), ("out",))
+_POINTWISE_POINTERS = (("x", "residual"), ("gate", "branch_bias", "scale", "shift", "pick"), ("out",))
 LAYOUT_MULTIPLES = 16
 
 
@@ -81,7 +82,8 @@ def plan(
     pointwise = op in ("gated_residual", "scale_shift")
     sandwich = has_branch_norm(arguments)
     full, broadcast, results = _POINTWISE_POINTERS if pointwise else _BRANCH_POINTERS if sandwich else _NORM_POINTERS
-    tensors = {name: arguments[name] for name in (*full, *broadcast) if arguments.get(name) is not None}
+    rows = first_rows(arguments)
+    tensors = {name: rows[name] for name in (*full, *broadcast) if rows.get(name) is not None}
     for name in results:
         if outputs.get(name) is not None:
             tensors[name] = check_output(name, outputs[name], shape)
@@ -95,6 +97,8 @@ def plan(
         values.update(_strides(name, name in tensors, axes))
     for name in broadcast:
         values[f"{name}_si"] = inner_stride(tensors[name]) if name in tensors else None
+        if name in PICKED:
+            values[f"{name}_sp"] = arguments[name].stride(0) if is_pair(name, arguments) else None
     for name in results:
         offset = (offsets or {}).get(name, 0)
         values[f"{name}_offset"] = None if isinstance(offset, int) and offset == 0 else offset

@@ -19,7 +19,8 @@
 
 Shapes: x and residual `[..., D]`, equal; gate, branch_bias, branch_weight, weight, bias, scale, shift, scale2, shift2
 right-broadcast to it (last dim D or 1, or 0-D) with any strides and are read in place. Results are contiguous, of x's
-shape; `sum` is an empty `[0]` tensor where sum_dtype is None.
+shape; `sum` is an empty `[0]` tensor where sum_dtype is None. With `pick`, a bool `[..., 1]`, gates, scales and shifts
+may hold two rows, of which each token takes one (`picks`).
 Dtypes: fp16, bf16 or fp32, mixed freely; arithmetic is fp32; outputs are rounded once to out_dtype and sum_dtype.
 `roundings` (kernels.rounding.Rounding) adds eager's roundings of intermediates to x.dtype; the norm reads the rounded
 sum only under SUM.
@@ -45,6 +46,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from . import reference, rope_reference, rope_support
 from .axes import Int
 from .launch import Launch, plan, run, supports
+from .picks import first_rows, pick_problem, picked
 from .rounding import ALL_ROUNDINGS
 from .support import ACTIVATIONS, NORMS, OPERANDS, branch_problem
 
@@ -58,22 +60,27 @@ _RESIDUAL = "Tensor x, Tensor residual, Tensor? gate, Tensor? branch_weight"
 _MODULATION = "Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift"
 _SECOND = "Tensor? scale2, Tensor? shift2"
 _BIAS = "Tensor? branch_bias=None"
+_PICK = "Tensor? pick=None"
 
 SCHEMAS: dict[str, str] = {
-    "norm_modulate": f"(Tensor x, {_MODULATION}, {_NORM_TAIL.format(more='')}) -> Tensor",
-    "residual_norm_modulate": f"({_RESIDUAL}, {_MODULATION}, {_BIAS}, {_RESIDUAL_TAIL}) -> (Tensor sum, Tensor out)",
+    "norm_modulate": f"(Tensor x, {_MODULATION}, {_PICK}, {_NORM_TAIL.format(more='')}) -> Tensor",
+    "residual_norm_modulate": (
+        f"({_RESIDUAL}, {_MODULATION}, {_BIAS}, {_PICK}, {_RESIDUAL_TAIL}) -> (Tensor sum, Tensor out)"
+    ),
     "norm_modulate_dual": (
-        f"(Tensor x, {_MODULATION}, {_SECOND}, {_NORM_TAIL.format(more='')}) -> (Tensor out, Tensor out2)"
+        f"(Tensor x, {_MODULATION}, {_SECOND}, {_PICK}, {_NORM_TAIL.format(more='')}) -> (Tensor out, Tensor out2)"
     ),
     "residual_norm_modulate_dual": (
-        f"({_RESIDUAL}, {_MODULATION}, {_SECOND}, {_BIAS}, {_RESIDUAL_TAIL}) -> (Tensor sum, Tensor out, Tensor out2)"
+        f"({_RESIDUAL}, {_MODULATION}, {_SECOND}, {_BIAS}, {_PICK}, {_RESIDUAL_TAIL})"
+        " -> (Tensor sum, Tensor out, Tensor out2)"
     ),
     "gated_residual": (
-        f"(Tensor x, Tensor residual, Tensor? gate, {_BIAS}, *, ScalarType out_dtype, int roundings=0) -> Tensor"
+        f"(Tensor x, Tensor residual, Tensor? gate, {_BIAS}, {_PICK}, *, ScalarType out_dtype, int roundings=0)"
+        " -> Tensor"
     ),
     "scale_shift": (
-        "(Tensor x, Tensor? scale, Tensor? shift, *, float scale_offset=1., ScalarType out_dtype, int roundings=0)"
-        " -> Tensor"
+        f"(Tensor x, Tensor? scale, Tensor? shift, {_PICK}, *, float scale_offset=1., ScalarType out_dtype, "
+        "int roundings=0) -> Tensor"
     ),
 }
 OPS = tuple(SCHEMAS)  # the adaLN family
@@ -84,6 +91,9 @@ def check(op: str, arguments: dict[str, Any]) -> None:
     if op == "norm_rope":
         rope_support.check(arguments)
         return
+    if (reason := branch_problem(arguments) or pick_problem(arguments, known=False)) is not None:
+        raise ValueError(f"dkfuse::{op}: {reason.message}")
+    arguments = dict(first_rows(arguments))
     full, broadcast, _ = OPERANDS[op]
     x = arguments["x"]
     for name in (*full, *broadcast):
@@ -99,8 +109,6 @@ def check(op: str, arguments: dict[str, Any]) -> None:
         raise ValueError(f"dkfuse::{op}: x has no dims; it needs at least one.")
     if "norm" in arguments and arguments["norm"] not in NORMS:
         raise ValueError(f"dkfuse::{op}: norm is {arguments['norm']!r}; use one of {', '.join(NORMS)}.")
-    if (reason := branch_problem(arguments)) is not None:
-        raise ValueError(f"dkfuse::{op}: {reason.message}")
     if not 0 <= arguments["roundings"] <= ALL_ROUNDINGS:
         raise ValueError(
             f"dkfuse::{op}: roundings is {arguments['roundings']}; Rounding flags are 0 to {ALL_ROUNDINGS}."
@@ -109,7 +117,7 @@ def check(op: str, arguments: dict[str, Any]) -> None:
         shape = tuple(arguments[name].shape)
         if len(shape) != x.dim() or any(_differ(a, b) for a, b in zip(shape, x.shape, strict=True)):
             raise ValueError(f"dkfuse::{op}: {name} has shape {shape} but x {tuple(x.shape)}; they must be equal.")
-    for name in broadcast:
+    for name in (*broadcast, "pick"):
         if arguments.get(name) is None:
             continue
         shape = tuple(arguments[name].shape)
@@ -145,9 +153,10 @@ def _returned(outputs: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
 
 def reference_outputs(op: str, arguments: dict[str, Any], compute: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """The outputs of `op` in plain torch, still in `compute`."""
-    x, roundings = arguments["x"], arguments["roundings"]
     if op == "norm_rope":
         return {"out": rope_reference.norm_rope(arguments, compute)}
+    arguments = picked(arguments)
+    x, roundings = arguments["x"], arguments["roundings"]
     if op == "gated_residual":
         y = reference.biased(x.to(compute), arguments.get("branch_bias"), roundings, x.dtype)
         return {"out": reference.gate_and_add(y, arguments["residual"], arguments["gate"], roundings, x.dtype)}

@@ -14,7 +14,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_rows import biased, gated, indices, load_operand, load_row, modulated, place, shifted, store_chunk
+from .triton_rows import (
+    biased,
+    gated,
+    indices,
+    load_operand,
+    load_row,
+    modulated,
+    picked,
+    place,
+    second_row,
+    shifted,
+    store_chunk,
+)
 from .triton_statistics import centred, root_factor, weighted
 
 
@@ -30,6 +42,7 @@ def row_norm(
     shift,
     scale2,
     shift2,
+    pick,
     sum,
     out,
     out2,
@@ -45,6 +58,7 @@ def row_norm(
     gate_s1,
     gate_s2,
     gate_si,
+    gate_sp,
     branch_bias_s0,
     branch_bias_s1,
     branch_bias_s2,
@@ -61,18 +75,26 @@ def row_norm(
     scale_s1,
     scale_s2,
     scale_si,
+    scale_sp,
     shift_s0,
     shift_s1,
     shift_s2,
     shift_si,
+    shift_sp,
     scale2_s0,
     scale2_s1,
     scale2_s2,
     scale2_si,
+    scale2_sp,
     shift2_s0,
     shift2_s1,
     shift2_s2,
     shift2_si,
+    shift2_sp,
+    pick_s0,
+    pick_s1,
+    pick_s2,
+    pick_si,
     sum_offset,
     sum_s0,
     sum_s1,
@@ -97,16 +119,17 @@ def row_norm(
 ):
     DTYPE: tl.constexpr = x.dtype.element_ty
     i0, i1, i2 = indices(n0, n1, AXES)
+    second = second_row(pick, place(i0, i1, i2, pick_s0, pick_s1, pick_s2))
     x_at = place(i0, i1, i2, x_s0, x_s1, x_s2)
     residual_at = place(i0, i1, i2, residual_s0, residual_s1, residual_s2)
-    gate_at = place(i0, i1, i2, gate_s0, gate_s1, gate_s2)
+    gate_at = picked(place(i0, i1, i2, gate_s0, gate_s1, gate_s2), second, gate_sp)
     branch_bias_at = place(i0, i1, i2, branch_bias_s0, branch_bias_s1, branch_bias_s2)
     weight_at = place(i0, i1, i2, weight_s0, weight_s1, weight_s2)
     bias_at = place(i0, i1, i2, bias_s0, bias_s1, bias_s2)
-    scale_at = place(i0, i1, i2, scale_s0, scale_s1, scale_s2)
-    shift_at = place(i0, i1, i2, shift_s0, shift_s1, shift_s2)
-    scale2_at = place(i0, i1, i2, scale2_s0, scale2_s1, scale2_s2)
-    shift2_at = place(i0, i1, i2, shift2_s0, shift2_s1, shift2_s2)
+    scale_at = picked(place(i0, i1, i2, scale_s0, scale_s1, scale_s2), second, scale_sp)
+    shift_at = picked(place(i0, i1, i2, shift_s0, shift_s1, shift_s2), second, shift_sp)
+    scale2_at = picked(place(i0, i1, i2, scale2_s0, scale2_s1, scale2_s2), second, scale2_sp)
+    shift2_at = picked(place(i0, i1, i2, shift2_s0, shift2_s1, shift2_s2), second, shift2_sp)
     sum_at = shifted(place(i0, i1, i2, sum_s0, sum_s1, sum_s2), sum_offset)
     out_at = shifted(place(i0, i1, i2, out_s0, out_s1, out_s2), out_offset)
     out2_at = shifted(place(i0, i1, i2, out2_s0, out2_s1, out2_s2), out2_offset)

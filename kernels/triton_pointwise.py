@@ -8,7 +8,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_rows import biased, gated, indices, load_operand, load_row, modulated, place, shifted, store_chunk
+from .triton_rows import (
+    biased,
+    gated,
+    indices,
+    load_operand,
+    load_row,
+    modulated,
+    picked,
+    place,
+    second_row,
+    shifted,
+    store_chunk,
+)
 
 
 @triton.jit
@@ -19,6 +31,7 @@ def row_pointwise(
     branch_bias,
     scale,
     shift,
+    pick,
     out,
     n0,
     n1,
@@ -32,6 +45,7 @@ def row_pointwise(
     gate_s1,
     gate_s2,
     gate_si,
+    gate_sp,
     branch_bias_s0,
     branch_bias_s1,
     branch_bias_s2,
@@ -40,10 +54,16 @@ def row_pointwise(
     scale_s1,
     scale_s2,
     scale_si,
+    scale_sp,
     shift_s0,
     shift_s1,
     shift_s2,
     shift_si,
+    shift_sp,
+    pick_s0,
+    pick_s1,
+    pick_s2,
+    pick_si,
     out_offset,
     out_s0,
     out_s1,
@@ -58,12 +78,13 @@ def row_pointwise(
     """out = (residual + gate*(x + branch_bias))*(SCALE_OFFSET+scale) + shift, every operand but x optional."""
     DTYPE: tl.constexpr = x.dtype.element_ty
     i0, i1, i2 = indices(n0, n1, AXES)
+    second = second_row(pick, place(i0, i1, i2, pick_s0, pick_s1, pick_s2))
     x_at = place(i0, i1, i2, x_s0, x_s1, x_s2)
     residual_at = place(i0, i1, i2, residual_s0, residual_s1, residual_s2)
-    gate_at = place(i0, i1, i2, gate_s0, gate_s1, gate_s2)
+    gate_at = picked(place(i0, i1, i2, gate_s0, gate_s1, gate_s2), second, gate_sp)
     branch_bias_at = place(i0, i1, i2, branch_bias_s0, branch_bias_s1, branch_bias_s2)
-    scale_at = place(i0, i1, i2, scale_s0, scale_s1, scale_s2)
-    shift_at = place(i0, i1, i2, shift_s0, shift_s1, shift_s2)
+    scale_at = picked(place(i0, i1, i2, scale_s0, scale_s1, scale_s2), second, scale_sp)
+    shift_at = picked(place(i0, i1, i2, shift_s0, shift_s1, shift_s2), second, shift_sp)
     out_at = shifted(place(i0, i1, i2, out_s0, out_s1, out_s2), out_offset)
 
     xs = load_row(x, x_at, D, CHUNK, CHUNKS)

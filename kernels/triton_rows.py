@@ -52,6 +52,23 @@ def shifted(offset, by):
 
 
 @triton.jit
+def second_row(pick, offset):
+    """1 where this row takes the second of two rows, else 0, int64; None without `pick`."""
+    second = None
+    if pick is not None:
+        second = 1 - tl.load(pick + offset).to(tl.int64)
+    return second
+
+
+@triton.jit
+def picked(offset, second, step):
+    """`offset`, or that of the second row, `step` elements further; a step of None: there is one row for all."""
+    if step is not None:
+        offset += second * step
+    return offset
+
+
+@triton.jit
 def load_row(pointer, offset, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
     """A dense row as a tuple of chunks in the tensor's own dtype; lanes past D read 0. None for a missing operand."""
     if pointer is None:

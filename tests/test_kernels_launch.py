@@ -273,7 +273,7 @@ def test_inductor_sees_that_only_outputs_are_written(sm90: Any, branch_norm: str
     x, row = torch.empty(2, 8, 96, dtype=BF16), torch.empty(2, 1, 96, dtype=BF16)
     arguments = norm_call(x, residual=x, gate=row, scale=row, shift=row, weight=row, bias=row, sum_dtype=BF16)
     arguments.update(branch_norm=branch_norm, branch_weight=row if branch_norm != "none" else None)
-    arguments["branch_bias"] = row[0, 0]
+    arguments.update(branch_bias=row[0, 0], scale=torch.stack([row, row]), pick=row[..., :1] > 0)
     launch = planned(arguments, "residual_norm_modulate")
     tensors = {**arguments, "out": x, "sum": x}
     kwargs = {**{p: tensors[n] for p, n in launch.tensors.items()}, **launch.scalars, **launch.constants}
@@ -291,6 +291,7 @@ def compiled_ptx(launch: Launch, target: Any) -> str:
 
     names = launch.kernel.arg_names
     signature = {n: "*bf16" if n in launch.tensors else "constexpr" for n in names}
+    signature.update({"pick": "*i1"} if "pick" in launch.tensors else {})
     constants = {(names.index(n),): v for n, v in launch.constants.items()}
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in launch.tensors}
     source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=aligned)
@@ -307,6 +308,16 @@ def test_branch_norms_read_every_row_once(sm90: Any, width: int, roundings: int)
     assert ptx.count("st.global") == 2 * chunks
     assert ".local" not in ptx
     assert "fma.rn.bf16" not in ptx
+
+
+def test_a_picked_row_costs_one_byte_more(sm90: Any) -> None:
+    pairs = {name: meta(2, 1, 1, 3072) for name in ("scale", "shift")}
+    launch = planned(norm_call(meta(1, 4096, 3072), **pairs, pick=meta(1, 4096, 1, dtype=torch.bool)))
+    ptx = compiled_ptx(launch, sm90)
+    chunks = launch.constants["CHUNKS"]
+    assert sum("ld.global" in line and ".v4." in line for line in ptx.splitlines()) == 3 * chunks
+    assert ptx.count("ld.global") == 3 * chunks + 1
+    assert ".local" not in ptx
 
 
 @pytest.mark.parametrize("capability", [80, 90])

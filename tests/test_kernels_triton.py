@@ -34,6 +34,7 @@ else:
     from dkfuse.kernels import ops
     from dkfuse.kernels.configs import Config
     from dkfuse.kernels.launch import plan, run
+    from dkfuse.kernels.picks import PICKED
     from dkfuse.kernels.rounding import ALL_ROUNDINGS, Rounding
     from dkfuse.kernels.support import OPERANDS, supports
 
@@ -86,6 +87,18 @@ else:
             "branch_weight_offset": draw(st.sampled_from([0.0, 1.0])),
         }
 
+    def picks(draw: Any, shape: tuple[int, ...], arguments: dict[str, Any]) -> dict[str, Any]:
+        """A mask of rows, and two rows in place of some gates, scales and shifts."""
+        kept = shape[draw(st.integers(0, len(shape) - 1)) : -1]
+        sizes = [draw(st.sampled_from([1, size])) for size in kept]
+        pairs: dict[str, Any] = {"pick": strided(draw, (*sizes, 1), torch.float32, False) > 0}
+        for name in PICKED:
+            operand = arguments.get(name)
+            if operand is not None and draw(st.booleans()):
+                padded = (2, *(1,) * (len(shape) - operand.dim()), *operand.shape)
+                pairs[name] = strided(draw, padded, operand.dtype, False)
+        return pairs
+
     @st.composite
     def calls(draw: Any) -> tuple[str, dict[str, Any], Config | None]:
         op = draw(st.sampled_from(sorted(ops.OPS)))
@@ -106,6 +119,8 @@ else:
                 sizes = (*sizes[:-1], 1)
             dtype = draw(st.sampled_from(DTYPES))
             arguments[name] = strided(draw, sizes, dtype, False) if sizes else torch.randn(()).to(dtype)
+        if draw(st.integers(0, 3)) == 0:
+            arguments.update(picks(draw, shape, arguments))
         if "weight" in broadcast:
             arguments.update(
                 norm=draw(st.sampled_from(["layer", "rms"])),
@@ -187,6 +202,20 @@ else:
             config = Config(chunk=chunk, chunks=-(-37 // chunk), num_warps=1)
             call = norm_call(x, **more, gate=None, branch_norm=branch_norm, branch_eps=1e-6)
             assert_same("residual_norm_modulate", call, config)
+
+    @pytest.mark.parametrize("branch_norm", ["none", "rms"])
+    def test_picked_rows(branch_norm: str) -> None:
+        """As Qwen-Image-Edit lays them out: two halves of the batch dim, slices of one vector."""
+        x, vectors = row(2, 5, 40), row(4, 1, 5 * 40, seed=1).reshape(2, 2, 1, 200).chunk(5, dim=-1)
+        mask = row(2, 5, 1, seed=2) > 0
+        pairs = dict(zip(("gate", "scale", "shift", "scale2", "shift2"), vectors, strict=True))
+        more = {"residual": row(2, 5, 40, seed=3), "pick": mask, "sum_dtype": x.dtype, "branch_weight": None}
+        call = norm_call(x, **more, **pairs, branch_norm=branch_norm, branch_eps=1e-6)
+        assert_same("residual_norm_modulate_dual", call)
+        chosen = {name: torch.where(mask, *pair) for name, pair in pairs.items()}
+        same = ours("residual_norm_modulate_dual", {**call, **chosen, "pick": None})
+        for name, value in ours("residual_norm_modulate_dual", call).items():
+            assert torch.equal(value, same[name])
 
     def test_branch_roundings_are_separate() -> None:
         """Each flag alone is the reference with that flag: fp16, the interpreter truncates to bf16."""

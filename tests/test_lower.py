@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dkfuse import compat, joins, lower
+from dkfuse import compat, inline, joins, lower
 from dkfuse.fuse import plan
 from dkfuse.replace import replace
 from dkfuse.settings import Settings
@@ -124,9 +124,9 @@ def test_a_part_with_another_reader_is_concatenated_as_before():
 def test_the_native_definition_is_traced_once_per_signature():
     x = torch.randn(2, 5, D, dtype=torch.bfloat16)
     constants = {"norm": "rms", "eps": 1e-6, "out_dtype": torch.bfloat16, "roundings": 0}
-    first = lower.definition("norm_modulate", {"x": x}, constants)
-    assert lower.definition("norm_modulate", {"x": x}, constants) is first
-    assert lower.definition("norm_modulate", {"x": x[:1]}, constants) is not first
+    first = inline.definition("norm_modulate", {"x": x}, constants)
+    assert inline.definition("norm_modulate", {"x": x}, constants) is first
+    assert inline.definition("norm_modulate", {"x": x[:1]}, constants) is not first
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

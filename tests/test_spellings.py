@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from . import spellings, spellings_biases, spellings_norms, spellings_streams
+from . import spellings, spellings_biases, spellings_norms, spellings_picks, spellings_streams
 from .harness import Spelling, check_numerics, counts, run, spell
 
-ROWS = spellings.ROWS + spellings_norms.ROWS + spellings_streams.ROWS + spellings_biases.ROWS
+TABLES = (spellings, spellings_norms, spellings_streams, spellings_biases, spellings_picks)
+ROWS = [row for part in TABLES for row in part.ROWS]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])

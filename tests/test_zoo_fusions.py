@@ -41,9 +41,9 @@ PINNED: dict[str, dict[str, int]] = {
     "qwen-image-edit": {
         "gated_residual": 6,
         "norm": 1,
-        "norm_modulate": 1,
+        "norm_modulate": 2,
         "qk_norm": 8,
-        "residual_norm_modulate": 2,
+        "residual_norm_modulate": 6,
         "rotation": 8,
     },
     "wan21-14b": {
@@ -150,9 +150,7 @@ PINNED: dict[str, dict[str, int]] = {
     "hidream": {"gated_residual": 6, "norm_modulate": 4, "qk_norm": 6, "residual_norm_modulate": 3, "rotation": 4},
 }
 # sites of these families that are not fused, by the code of the reason
-NOT_FUSED: dict[str, dict[str, int]] = {
-    "qwen-image-edit": {"pointwise_producer": 5},  # scale, shift and gate picked per token by torch.where
-}
+NOT_FUSED: dict[str, dict[str, int]] = {}
 
 
 def tensors(value: Any) -> list[torch.Tensor]:

@@ -113,6 +113,19 @@ def test_branch_norms(width: int, dtype: torch.dtype, branch_norm: str) -> None:
     compare("residual_norm_modulate", {**arguments, "branch_weight": None, "branch_bias": random(width, seed=5)})
 
 
+@pytest.mark.parametrize("branch_norm", ["none", "rms"])
+@pytest.mark.parametrize("parameters", [BF16, FP32])
+def test_rows_picked_per_token(branch_norm: str, parameters: torch.dtype) -> None:
+    """Gate, scale and shift as two rows of each sample, and a mask of the tokens that take the first."""
+    vectors = random(4, 1, 6 * 1536, dtype=parameters).reshape(2, 2, 1, 6 * 1536).chunk(6, dim=-1)
+    pairs = dict(zip(("gate", "scale", "shift", "scale2", "shift2"), vectors, strict=False))
+    arguments = norm_arguments((2, 33, 1536), BF16, parameters, pick=random(2, 33, 1, seed=8) > 0)
+    arguments.update(residual=random(2, 33, 1536, seed=7), branch_weight=None, sum_dtype=BF16)
+    compare("residual_norm_modulate_dual", {**arguments, **pairs, "branch_norm": branch_norm, "branch_eps": 1e-6})
+    pointwise = {name: arguments[name] for name in ("x", "residual", "pick", "out_dtype")}
+    compare("gated_residual", {**pointwise, "gate": pairs["gate"]})
+
+
 def test_branch_roundings_on_the_gpu() -> None:
     """Z-Image's sandwich: all but sums on the other side of a tie are eager's bits."""
     from dkfuse.kernels.rounding import Rounding

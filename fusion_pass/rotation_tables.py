@@ -1,0 +1,110 @@
+"""The tables of a rotation, and how pairs of columns are picked from a tensor.
+
+What the four products of a rotation multiply with is one of
+
+    half      c0 = c1 and s0 = s1            tables [..., r/2]
+    complex   as half, both columns of one   table [..., r], cosines and sines adjacent
+    full      c0, c1 columns of one table    tables [..., r]
+    matrix    four elements of one table     table [..., 2r], a 2x2 matrix for each pair
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .terms import Term, TermView, same_shape, same_size
+
+
+@dataclass(frozen=True)
+class Tables:
+    """`cos` (and `sin`) as the op reads them in `form`."""
+
+    form: str
+    cos: Term
+    sin: Term | None = None
+
+
+class NotARotation(Exception):
+    """Columns are recombined, and the message says why it is no rotation."""
+
+
+def stripped(term: Term) -> Term:
+    """`term` without roundings and changes between fp32 and fp64."""
+    while term.op in ("round", "double", "from_double"):
+        term = term.args[0]
+    return term
+
+
+def pair_base(view: TermView, term: Term, style: str, i: int) -> Term | None:
+    """x of columns `i` of the pairs of x, [..., d/2] to [..., d]; None where `term` is not that."""
+    if not term.shape:
+        return None
+    width, seen = 2 * term.shape[-1], stripped(term)
+    while seen.op == "view" and seen.attrs[0] == "squeeze":
+        seen = seen.args[0]
+    if seen.op != "view" or seen.attrs[0] != "slice":
+        return None
+    source, (dim, start, stop, step) = seen.args[0], seen.attrs[1:]
+    last, shape = len(source.shape) - 1, (*term.shape[:-1], width)
+    if dim == last and same_size(source.shape[last], width) and same_shape(source.shape, shape):
+        strided = style == "interleaved" and step == 2 and start == i
+        block = (
+            style == "half" and step == 1 and same_size(start, i * width // 2) and same_size(stop - start, width // 2)
+        )
+        return source if strided or block else None
+    if not same_size(source.shape[dim], 2) or step != 1 or start != i:
+        return None
+    pairs = (width // 2, 2) if style == "interleaved" else (2, width // 2)
+    ones = [d for d in range(len(source.shape)) if not same_size(source.shape[d], 1) or d == dim]
+    tail = tuple(source.shape[d] for d in ones[-2:])
+    in_place = len(ones) >= 2 and ones[-1 if style == "interleaved" else -2] == dim and same_shape(tail, pairs)
+    return view.view(source, ("reshape",), shape) if in_place else None
+
+
+def tables_of(view: TermView, style: str, width: int, t: tuple[Term, ...], signs: tuple[bool, ...]) -> Tables:
+    """How the op reads the tables of out = [[t0, t1], [t2, t3]] x."""
+    if signs == (True, True, True, True):
+        elements = [_element(entry) for entry in t]
+        base = elements[0][0] if elements[0] is not None else None
+        if base is not None and elements == [(base, k) for k in range(4)]:
+            return Tables("matrix", view.view(base, ("reshape",), (*base.shape[:-3], 2 * width)))
+    if signs != (True, False, True, True):
+        shown = " ".join("+" if s else "-" for s in signs)
+        raise NotARotation(f"pairs are recombined with the signs {shown}; a rotation has + - + +, by row of its matrix")
+    c0, s0, s1, c1 = t
+    if c0 is c1 and s0 is s1:
+        both = pair_base(view, c0, "interleaved", 0)
+        if both is not None and pair_base(view, s0, "interleaved", 1) is both:
+            return Tables("complex", both)
+        return Tables("half", c0, s0)
+    cos, sin = pair_base(view, c0, style, 0), pair_base(view, s0, style, 0)
+    if (
+        cos is not None
+        and sin is not None
+        and cos is pair_base(view, c1, style, 1)
+        and sin is pair_base(view, s1, style, 1)
+    ):
+        return Tables("full", cos, sin)
+    raise NotARotation("the two components of a pair are multiplied with tables that do not belong together")
+
+
+def _element(term: Term) -> tuple[Term, int] | None:
+    """``(f, 2 * row + column)`` of ``f[..., row, column]``, f of shape [..., 2, 2]."""
+    picks: list[tuple[int, int]] = []  # (dim counted from the end of f, index), outermost view first
+    seen, squeezed = term, 0
+    while seen.op == "view" and not (len(picks) == 2 and not squeezed):
+        rank = len(seen.args[0].shape)
+        if seen.attrs[0] == "squeeze":
+            squeezed += 1
+        elif seen.attrs[0] == "slice" and seen.attrs[3] - seen.attrs[2] == 1:
+            picks.append((seen.attrs[1] - rank, seen.attrs[2]))
+            squeezed = max(0, squeezed - 1)
+        else:
+            return None
+        seen = seen.args[0]
+    if len(picks) != 2 or [int(same_size(s, 2)) for s in seen.shape[-2:]] != [1, 1]:
+        return None
+    (outer, i), (inner, j) = picks
+    if outer != -1:
+        return None  # the last pick is from a vector of 2
+    return (seen, 2 * i + j) if inner == -1 else (seen, 2 * j + i) if inner == -2 else None

@@ -1,0 +1,146 @@
+"""The table of spellings, part 5: gates, scales and shifts that are picked per token from two rows of each sample."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor as T
+
+from .harness import FP16, Spelling, table
+from .spellings import ln
+from .spellings_norms import rms0
+from .spellings_streams import WIDE, modulated
+
+ROWS: list[Spelling] = []
+spelling = table(ROWS)
+
+
+def mask(m: T) -> T:
+    """[B, L, 1], true for the tokens of index 0."""
+    return (m > 0).int().unsqueeze(-1) == 0
+
+
+def picked(rows: T, m: T, parts: int) -> list[T]:
+    """Qwen-Image-Edit: the modulations of two timesteps, one behind the other in the batch dim."""
+    b = rows.shape[0] // 2
+    return [torch.where(mask(m), r[:b].unsqueeze(1), r[b:].unsqueeze(1)) for r in rows.chunk(parts, dim=-1)]
+
+
+@spelling("norm_modulate", "x:BLD e:4P m:BL w:DD")
+def picked_modulation(x: T, e: T, m: T, w: T) -> T:
+    shift, scale, *_ = picked(e, m, 6)
+    return (ln(x) * (1 + scale) + shift) @ w
+
+
+@spelling(WIDE, "h:BLD y:BLD e:4P m:BL w:DD")
+def picked_gate_and_modulation(h: T, y: T, e: T, m: T, w: T) -> tuple[T, T]:
+    gate, shift, scale, *_ = picked(e, m, 6)
+    h = h + gate * y
+    return h, modulated(h, scale, shift) @ w
+
+
+@spelling(WIDE, "h:1LD y:1LD e:2P m:1L w:DD", FP16)
+def picked_batch_1(h: T, y: T, e: T, m: T, w: T) -> tuple[T, T]:
+    gate, shift, scale, *_ = picked(e, m, 6)
+    h = h + gate * y
+    return h, modulated(h, scale, shift) @ w
+
+
+@spelling(WIDE, "h:BLD y:BLD e:4P:f m:BL w:DD")
+def picked_in_fp32(h: T, y: T, e: T, m: T, w: T) -> tuple[T, T]:
+    gate, shift, scale, *_ = picked(e, m, 6)
+    h = (h.float() + y * gate).type_as(h)
+    return h, (ln(h.float()) * (1 + scale) + shift).type_as(h) @ w
+
+
+@spelling(WIDE, "h:BLD y:BLD e:4P m:BL s:B1D t:B1D w:DD")
+def picked_gate(h: T, y: T, e: T, m: T, s: T, t: T, w: T) -> tuple[T, T]:
+    """Beside a modulation that is the same for all tokens."""
+    h = h + picked(e, m, 6)[5] * y
+    return h, modulated(h, s, t) @ w
+
+
+@spelling("residual_gate_norm_modulate=2 norm_modulate absorbed=2", "h:BLD e:4P f:4P m:BL w:DD")
+def picked_by_one_mask_computed_often(h: T, e: T, f: T, m: T, w: T) -> tuple[T, T]:
+    """Two blocks' worth of sites, each with masks of its own."""
+    s0, t0, g0, s1, t1, g1 = picked(e, m, 6)
+    s2, t2, *_ = picked(f, m, 6)
+    h = h + g0 * (modulated(h, s0, t0) @ w)
+    h = h + g1 * (modulated(h, s1, t1) @ w)
+    return h, modulated(h, s2, t2) @ w
+
+
+@spelling("norm_modulate", "x:BLD e:B2D f:B2D m:L w:DD")
+def picked_from_neighbours_in_a_middle_dim(x: T, e: T, f: T, m: T, w: T) -> T:
+    """One mask for all samples."""
+    scale, shift = (torch.where(m[:, None] > 0, r[:, :1], r[:, 1:]) for r in (e, f))
+    return modulated(x, scale, shift) @ w
+
+
+@spelling("norm_modulate", "x:BLD e:2BD f:2BD m:BL1 w:DD")
+def picked_by_unbind(x: T, e: T, f: T, m: T, w: T) -> T:
+    scale, shift = (torch.where(m > 0, *(row[:, None] for row in r.unbind())) for r in (e, f))
+    return modulated(x, scale, shift) @ w
+
+
+@spelling("norm_modulate", "x:BLD e:BE f:BE m:BL1 w:DD")
+def picked_halves_of_a_row(x: T, e: T, f: T, m: T, w: T) -> T:
+    """Expanded to all tokens first, as Z-Image does."""
+    scale, shift = (
+        torch.where(m > 0, *(half.unsqueeze(1).expand(-1, x.shape[1], -1) for half in r.chunk(2, dim=1)))
+        for r in (e, f)
+    )
+    return modulated(x, scale, shift) @ w
+
+
+@spelling("norm_modulate", "x:BLD e:2D f:2D m:BL1 w:DD")
+def picked_rows_of_all_samples(x: T, e: T, f: T, m: T, w: T) -> T:
+    return modulated(x, torch.where(m > 0, e[0], e[1]), torch.where(m > 0, f[0], f[1])) @ w
+
+
+@spelling("norm_modulate_dual", "x:BLD e:4P m:BL w:DD")
+def picked_dual(x: T, e: T, m: T, w: T) -> tuple[T, T]:
+    s, t, u, v, *_ = picked(e, m, 6)
+    n = ln(x)
+    return (n * (1 + s) + t) @ w, (n * (1 + u) + v) @ w
+
+
+@spelling("sandwich_gate_norm_modulate absorbed=2", "h:BLD y:BLD a:D b:D e:4P m:BL w:DD")
+def picked_in_a_sandwich(h: T, y: T, a: T, b: T, e: T, m: T, w: T) -> tuple[T, T]:
+    gate, scale, *_ = picked(e, m, 6)
+    h = h + gate * rms0(y @ w, a)
+    return h, (rms0(h, b) * (1 + scale)) @ w
+
+
+@spelling("gated_residual", "h:BLD y:BLD e:4P m:BL w:DD")
+def picked_gate_alone(h: T, y: T, e: T, m: T, w: T) -> T:
+    return (h + picked(e, m, 6)[2] * (y @ w)) @ w
+
+
+# -- left to Inductor: a row for every token would have to be written to memory ----------------------------------------
+
+
+@spelling("left:pointwise_producer", "x:BLD s:B1D u:B1D t:B1D m:BL1 w:DD")
+def picked_from_two_tensors(x: T, s: T, u: T, t: T, m: T, w: T) -> T:
+    return modulated(x, torch.where(m > 0, s, u), t) @ w
+
+
+@spelling("left:pointwise_producer", "x:BLD e:2BD t:B1D m:BL1 w:DD")
+def picked_second_row_first(x: T, e: T, t: T, m: T, w: T) -> T:
+    return modulated(x, torch.where(m > 0, e[1][:, None], e[0][:, None]), t) @ w
+
+
+@spelling("left:pointwise_producer", "x:BLD e:2BD t:B1D m:BLD w:DD")
+def picked_per_element(x: T, e: T, t: T, m: T, w: T) -> T:
+    return modulated(x, torch.where(m > 0, e[0][:, None], e[1][:, None]), t) @ w
+
+
+@spelling("left:pointwise_producer", "x:BLD e:2BLD t:B1D m:BL1 w:DD")
+def picked_from_rows_per_token(x: T, e: T, t: T, m: T, w: T) -> T:
+    return modulated(x, torch.where(m > 0, e[0], e[1]), t) @ w
+
+
+@spelling("left:pointwise_producer", "x:BLD e:2BD f:2BD m:BL1 w:DD")
+def picked_by_two_masks(x: T, e: T, f: T, m: T, w: T) -> T:
+    scale = torch.where(m > 0, e[0][:, None], e[1][:, None])
+    shift = torch.where(m > 1, f[0][:, None], f[1][:, None])
+    return modulated(x, scale, shift) @ w

@@ -1,0 +1,130 @@
+"""Rows picked per token: the ops against `torch.where`, what they refuse, and what the compiled graph looks like."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+from dkfuse import compat
+from dkfuse.kernels import ops
+from dkfuse.kernels.picks import PICKED
+from dkfuse.kernels.support import OPERANDS, supports
+from dkfuse.lower import bound_arguments
+
+from .harness import check_numerics, counts, run, spell
+from .spellings_picks import picked
+from .spellings_streams import modulated
+from .test_kernels_ops import SHAPE, arguments_of, call, random
+
+B, L, D = SHAPE
+MASK = torch.rand((B, L, 1), generator=torch.Generator().manual_seed(5)) > 0.5
+
+
+def pairs_of(op: str) -> dict[str, torch.Tensor]:
+    return {name: random(2, B, 1, D, seed=i) for i, name in enumerate(PICKED) if name in OPERANDS[op][1]}
+
+
+@pytest.mark.parametrize("op", ops.OPS)
+@pytest.mark.parametrize("mask", [MASK, MASK[:1], MASK[0], torch.tensor(True)])
+def test_a_pick_is_a_where(op: str, mask: torch.Tensor) -> None:
+    pairs = pairs_of(op)
+    chosen = {name: torch.where(mask, rows[0], rows[1]) for name, rows in pairs.items()}
+    ours = call(op, {**arguments_of(op), **pairs, "pick": mask})
+    for name, value in call(op, {**arguments_of(op), **chosen}).items():
+        assert torch.equal(ours[name], value)
+
+
+@pytest.mark.parametrize("op", ops.OPS)
+def test_opcheck(op: str) -> None:
+    arguments = {**arguments_of(op), **pairs_of(op), "pick": MASK}
+    schema = getattr(torch.ops.dkfuse, op).default._schema
+    args = tuple(arguments[a.name] for a in schema.arguments if not a.kwarg_only)
+    kwargs = {a.name: arguments[a.name] for a in schema.arguments if a.kwarg_only}
+    torch.library.opcheck(getattr(torch.ops.dkfuse, op).default, args, kwargs)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"pick": MASK.int()}, "pick has dtype torch.int32"),
+        ({"pick": MASK.expand(SHAPE)}, "its last dim must be 1"),
+        ({"pick": MASK[:, :2]}, "pick of shape (2, 2, 1) does not broadcast"),
+        ({"scale": random(3, B, 1, D)}, "scale has shape (3, 2, 1, 96); pick chooses between two rows"),
+        ({"scale": random(2, B, 1, D - 1)}, "scale of shape (2, 1, 95) does not broadcast"),
+        ({"weight": random(2, B, 1, D)}, "weight of shape (2, 2, 1, 96) does not broadcast"),
+        ({"pick": None}, "scale of shape (2, 2, 1, 96) does not broadcast"),
+    ],
+)
+def test_errors_name_the_value(change: dict[str, Any], words: str) -> None:
+    arguments = {**arguments_of("norm_modulate"), **pairs_of("norm_modulate"), "pick": MASK, **change}
+    with pytest.raises(ValueError) as error:
+        call("norm_modulate", arguments)
+    assert words in str(error.value)
+    assert supports("norm_modulate", arguments) is not None
+
+
+def test_a_launch_reads_the_pair_in_place() -> None:
+    pytest.importorskip("triton")
+    from dkfuse.kernels.launch import plan
+
+    x = torch.empty(1, 4096, 3072, dtype=torch.bfloat16, device="meta")
+    vectors = torch.empty(2, 1, 1, 6 * 3072, dtype=torch.bfloat16, device="meta").chunk(6, dim=-1)
+    mask = torch.empty(1, 4096, 1, dtype=torch.bool, device="meta")
+    arguments = {"x": x, "scale": vectors[0], "shift": vectors[1], "norm": "layer", "eps": 1e-6, "pick": mask}
+    launch = plan("norm_modulate", {**arguments, "out_dtype": torch.bfloat16}, {"out": x}, sm_count=132)
+    assert set(launch.tensors) == {"x", "scale", "shift", "pick", "out"}
+    assert launch.scalars == {}  # the step from row to row is 6 * D, fixed in the source
+    assert set(launch.kernel.arg_names) == {*launch.tensors, *launch.constants}
+    assert "6 * D" in inspect.getsource(launch.kernel.fn)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_every_length_and_eager_roundings(dynamic: bool) -> None:
+    def function(h: torch.Tensor, y: torch.Tensor, e: torch.Tensor, m: torch.Tensor, w: torch.Tensor) -> Any:
+        gate, shift, scale, *_ = picked(e, m, 6)
+        h = h + gate * (y @ w)
+        return h, modulated(h, scale, shift) @ w
+
+    args = spell("h:BLD y:BLD e:4P m:BL w:DD")
+    for tensor in (args[0], args[1], args[3]) if dynamic else ():
+        torch._dynamo.mark_dynamic(tensor, 1)
+    results, coverage = run(function, args, dynamic=None)
+    assert counts(coverage) == {"residual_gate_norm_modulate": 1, "absorbed": 1}, str(coverage)
+    check_numerics(function, args, results)
+    if not dynamic:
+        exact, _ = run(function, args, roundings="eager")
+        assert all(torch.equal(a, b) for a, b in zip(exact, function(*args), strict=True))
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_masks_are_shared_and_pairs_are_views(rows: int) -> None:
+    """What is handed to Inductor: one mask for all sites, and no copy of the rows."""
+    from dkfuse.fuse import plan
+    from dkfuse.replace import replace
+    from dkfuse.settings import Settings
+
+    from .spellings_picks import picked_by_one_mask_computed_often as function
+
+    graphs = []
+
+    def backend(gm: Any, example_inputs: Any) -> Any:
+        def inner(module: Any, _: Any) -> Any:
+            decided = plan(module.graph, Settings())
+            graphs.append((module.graph, replace(module.graph, decided.view, decided.taken)))
+            return lambda *args: [torch.empty(())] * len(module.graph.output_node().args[0])
+
+        return compat.lower_with(gm, example_inputs, inner, {})
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.compile(function, backend=backend)(*spell(f"h:{rows // 2}LD e:{rows}P f:{rows}P m:{rows // 2}L w:DD"))
+    ((graph, calls),) = graphs
+    targets = [str(node.target) for node in graph.nodes]
+    assert len(calls) == 3
+    assert len({bound_arguments(call)["pick"] for call in calls}) == 1
+    assert "aten.where.self" not in targets
+    assert targets.count("aten.eq.Scalar") == 1
+    assert not any(name in target for target in targets for name in ("cat", "stack", "clone"))
