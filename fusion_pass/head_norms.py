@@ -82,4 +82,4 @@ def by_rows(norm: Normed, dim: int, rank: int) -> bool:
     """Whether the norm of a part of the rows along `dim` is that part of the norm of them all."""
     operands = [t for t in (norm.weight, norm.bias) if t is not None]
     flat = all(len(t.shape) < rank - dim or same_size(t.shape[dim - rank], 1) for t in operands)
-    return flat and norm.across != dim
+    return flat and dim not in (norm.across, rank - 1)

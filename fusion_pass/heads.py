@@ -131,8 +131,9 @@ def _rotated_below(view: TermView, part: Part, dim: int | None) -> list[Part]:
         return [part]
     if len(found) == 1:
         return [replace(part, x=found[0].x, rotation=found[0].rotation, norm_last=True)]
-    along = next(d for d in range(len(part.x.shape)) if not same_size(found[0].value.shape[d], part.x.shape[d]))
-    if not by_rows(norm, along, len(part.x.shape)):
+    rank = len(part.x.shape)
+    along = next((d for d in range(rank) if not same_size(found[0].value.shape[d], part.x.shape[d])), rank - 1)
+    if not by_rows(norm, along, rank):
         return [part]
     parts, at = [], 0
     for p in found:

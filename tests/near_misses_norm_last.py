@@ -91,6 +91,13 @@ def last_of_a_joint_tensor_before_tokens(q: T, y: T, v: T, c: T, s: T, a: T) -> 
 
 
 @near_miss("either", "q:BLI y:BTI v:BSI c:L1C s:L1C", FP32)
+def last_of_each_column_of_a_joint_tensor(q: T, y: T, v: T, c: T, s: T) -> T:
+    """Over the tokens of both streams."""
+    joint = torch.cat([heads(y), rope(heads(q), c, s)], dim=1).transpose(1, 3)
+    return attend(rms(joint).transpose(1, 3), heads(v), heads(v))
+
+
+@near_miss("either", "q:BLI y:BTI v:BSI c:L1C s:L1C", FP32)
 def last_of_a_joint_tensor_over_tokens(q: T, y: T, v: T, c: T, s: T) -> T:
     """One norm of all tokens: no part can be normed alone."""
     joint = torch.cat([heads(y), rope(heads(q), c, s)], dim=1).permute(0, 2, 1, 3)
