@@ -28,7 +28,7 @@ EXPECTED: dict[type[nn.Module], str] = {
     AdaLNZero: f"norm_modulate=1 {GATED}=4 absorbed=4",
     CrossAttention: f"norm_modulate=1 {GATED}=2 residual_norm_modulate=2 residual_gate_norm=2 absorbed=4",
     PerToken: f"norm_modulate=1 {GATED}=2 residual_norm_modulate=2 gated_residual=2 absorbed=2",
-    SingleStream: f"norm_modulate=1 {GATED}=2 absorbed=2 left:qk_norm=4",
+    SingleStream: f"norm_modulate=1 {GATED}=2 absorbed=2 qk_norm=4",
     DoubleStream: f"norm_modulate=2 {GATED}=6 absorbed=6",
 }
 
@@ -147,8 +147,8 @@ def test_diffusers_repeated_blocks() -> None:
             model.compile_repeated_blocks(fullgraph=True, **options)
             results.append(model(**inputs)[0])
     assert len(coverage.graphs) == counter.frame_count
-    single = parse("norm_modulate gated_residual left:qk_norm=2")
-    double = parse(f"norm_modulate=2 {GATED}=2 gated_residual=2 absorbed=2 left:qk_norm=4")
+    single = parse("norm_modulate gated_residual norm_rope=2 absorbed=2")
+    double = parse(f"norm_modulate=2 {GATED}=2 gated_residual=2 norm_rope=2 absorbed=6")
     per_graph = [counts(dkfuse.Coverage(graphs=[graph])) for graph in coverage.graphs]
     assert per_graph == [double, *[single] * (counter.frame_count - 1)], str(coverage)
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0.05 * results[0].abs().max().item())
