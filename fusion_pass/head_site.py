@@ -127,6 +127,10 @@ def _call(site: HeadSite, part: Part, out_dtype: torch.dtype, roundings: str) ->
         operands.update((n, t) for n, t in (("cos", tables.cos), ("sin", tables.sin)) if t is not None)
         attributes.update(rotation=rotation.style, tables=tables.form)
         labels.update(("ROTATION", d) for d in rotation.roundings)
+    if part.norm_last and norm is not None:
+        attributes["norm_last"] = True
+        if norm.x.precision in NARROW:
+            labels["ROTATED"] = norm.x.precision
     _check_operands(site, part, operands, out_dtype)
     flags = Rounding(0)
     x_dtype = fake(view, part.x).dtype

@@ -1,50 +1,26 @@
 """Queries and keys on their way into attention: norms, rotations and the joint tensor of several streams, as one site.
 
     part  = rotate(norm(x) * w + b)        each step optional, x a stream's projection
+          | norm(rotate(x)) * w + b        norm_last
     value = cat([part, ...], dim)          one part, or text and image
 
 `parse` reads a value as its parts, wherever the model put the cat: before the norm, between norm and rotation, behind
-the rotation, or as a write into a slice of the joint tensor. A norm over all heads that stands before the split into
-heads is seen through the split.
+the rotation, or as a write into a slice of the joint tensor; a norm of a joint tensor with a rotation in it is one of
+each part. A norm over all heads that stands before the split into heads is seen through the split.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
-from dkfuse.patterns.modulate import affine
-
 from . import rotation
-from .pattern import Binding, Var
-from .push import adapt
-from .rotation import Rotation, Tables
+from .head_norms import Normed, by_rows, norm_of
+from .rotation import NotARotation, Rotation, Tables
 from .simplify import slice_term, unsqueeze_term
 from .terms import Term, TermView, same_size
 
-
-def is_weight(term: Term) -> bool:
-    """A value for each column, or for each column of each head."""
-    return len(term.shape) > 0 and all(same_size(s, 1) for s in term.shape[:-2]) and not same_size(term.shape[-1], 1)
-
-
-NORMED = affine(Var("x"), is_weight)
 LONGEST_HEAD = 512
-
-
-@dataclass(frozen=True)
-class Normed:
-    """``norm(x) * (weight_offset + weight) + bias`` with x as the op reads it; `across` is the dim of the heads."""
-
-    term: Term  # the norm
-    x: Term
-    weight: Term | None
-    bias: Term | None
-    weight_offset: float
-    across: int | None
-    roundings: dict[str, torch.dtype] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,6 +31,7 @@ class Part:
     x: Term
     norm: Normed | None = None
     rotation: Rotation | None = None
+    norm_last: bool = False  # the norm is behind the rotation
 
 
 @dataclass(frozen=True)
@@ -65,16 +42,19 @@ class Heads:
     dim: int | None = None
 
 
-def parse(view: TermView, term: Term, norms: bool = True) -> Heads | None:
+def parse(view: TermView, term: Term, norms: bool = True, below: bool = True) -> Heads | None:
     """`term` as normed and rotated parts; None where nothing is normed or rotated.
 
-    `norms` False leaves the norms out: their results are what is rotated.
+    `norms` False leaves the norms out: their results are what is rotated; `below` False the rotations below a norm.
     """
     if term.op == "view" and term.attrs[0] != "reshape":
         return None  # a view of a site, not a site
     joined = None if term.op == "view" else _cat_parts(view, term.args[0] if term.op == "round" else term)
     pieces = joined[1] if joined is not None else [term]
-    parts = [p for piece in pieces for p in _parts(view, piece, joined[0] if joined is not None else None, norms)]
+    along = joined[0] if joined is not None else None
+    parts = [p for piece in pieces for p in _parts(view, piece, along, norms)]
+    if below:
+        parts = [p for part in parts for p in _rotated_below(view, part, along)]
     if len(parts) == 1 and term.op == "view" and parts[0].rotation is None:
         return None
     if all(p.rotation is None and (p.norm is None or not is_head(p.norm.term)) for p in parts):
@@ -136,6 +116,34 @@ def _parts(view: TermView, value: Term, dim: int | None, norms: bool) -> list[Pa
     return parts
 
 
+def _rotated_below(view: TermView, part: Part, dim: int | None) -> list[Part]:
+    """A part that is normed and not rotated with the rotation that made the norm's x; `part` itself without one."""
+    norm = part.norm
+    if norm is None or part.rotation is not None:
+        return [part]
+    joined = _cat_parts(view, part.x) if dim is None else None
+    pieces = [part.x] if joined is None else joined[1]
+    try:
+        found = [p for piece in pieces for p in _parts(view, piece, dim if joined is None else joined[0], False)]
+    except NotARotation:
+        return [part]  # its own attempt says why
+    if all(p.rotation is None for p in found):
+        return [part]
+    if len(found) == 1:
+        return [replace(part, x=found[0].x, rotation=found[0].rotation, norm_last=True)]
+    rank = len(part.x.shape)
+    along = next((d for d in range(rank) if not same_size(found[0].value.shape[d], part.x.shape[d])), rank - 1)
+    if not by_rows(norm, along, rank):
+        return [part]
+    parts, at = [], 0
+    for p in found:
+        end = at + p.value.shape[along]
+        rows = slice_term(view, part.value, along, at, end)
+        parts.append(Part(rows, p.x, norm, p.rotation, p.rotation is not None))
+        at = end
+    return parts
+
+
 def _rotation(view: TermView, value: Term) -> Rotation | None:
     """The rotation that made `value`, also where heads and tokens were exchanged after it."""
     found = rotation.match(view, value)
@@ -172,45 +180,5 @@ def _cut(view: TermView, tables: Tables, dim: int, start: Any, stop: Any, shape:
 
 def _normed(view: TermView, part: Part, norms: bool) -> Part:
     """`part` with the norm that made its x, if there is one."""
-    found = _norm_of(view, part.x) if norms else None
+    found = norm_of(view, part.x) if norms else None
     return part if found is None else Part(part.value, found.x, found, part.rotation)
-
-
-def _norm_of(view: TermView, value: Term) -> Normed | None:
-    for binding in NORMED.match(view, value, Binding()):
-        return _bound(binding)
-    views: list[Term] = []
-    seen = value
-    while seen.op == "view":
-        views.append(seen)
-        seen = seen.args[0]
-        for binding in NORMED.match(view, seen, Binding()):
-            return _across(view, _bound(binding), views[::-1])
-    return None
-
-
-def _bound(binding: Binding) -> Normed:
-    terms = binding.terms
-    offset = binding.numbers.get("weight_offset", 0.0)
-    return Normed(
-        terms["norm"], terms["x"], terms.get("weight"), terms.get("bias"), offset, None, dict(binding.roundings)
-    )
-
-
-def _across(view: TermView, norm: Normed, views: list[Term]) -> Normed | None:
-    """A norm over [..., H*d] whose result is then seen as [..., H, d]: its operands through the same views."""
-    probe = view.intern("probe", (), (norm.term.shape[-1],), (norm.term.shape[-1],), torch.float32)
-    terms: dict[str, Term] = {"x": norm.x, "probe": probe}
-    terms.update((name, t) for name, t in (("weight", norm.weight), ("bias", norm.bias)) if t is not None)
-    for seen in views:
-        before = seen.args[0].shape
-        for name, operand in list(terms.items()):
-            if (moved := adapt(view, seen.attrs, operand, before, seen.shape)) is None:
-                return None
-            terms[name] = moved
-    shape = views[-1].shape
-    spread = terms["probe"].shape
-    dims = [len(shape) - len(spread) + i for i, size in enumerate(spread) if not same_size(size, 1)]
-    if len(terms["x"].shape) != len(shape) or len(dims) != 2 or dims[-1] != len(shape) - 1:
-        return None
-    return replace(norm, x=terms["x"], weight=terms.get("weight"), bias=terms.get("bias"), across=dims[0])

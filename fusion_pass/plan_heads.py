@@ -42,9 +42,7 @@ def match(planner: Planner) -> None:
         if term is None or term in tried or node in planner.claimed:
             continue
         tried.add(term)
-        for norms in (True, False):
-            if not _try(planner, term, norms):
-                break
+        _try(planner, term)
     for state in planner.states.values():
         width = _columns(state.anchor.node) if state.anchor.kind == "rotation" else 0
         if not isinstance(width, int):
@@ -72,32 +70,34 @@ def _reached(seeds: list[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _try(planner: Planner, term: Term, norms: bool) -> bool:
-    """Try `term` as a root; True if it is worth trying again without its norms."""
+def _try(planner: Planner, term: Term, norms: bool = True, below: bool = True) -> None:
+    """Try `term` as a root; where that fails, without the rotations below its norms, then without its norms."""
     view = planner.view
     try:
-        parsed = heads.parse(view, term, norms)
+        parsed = heads.parse(view, term, norms, below)
     except NotARotation as error:
         for state in _rotations_below(planner, view.nodes(term)[0]):
             _record(state, Reject(Code.ROTATION, str(error)), ROPE)
-        return False
+        return
     if parsed is None:
-        return False
+        return
     try:
         site = build(view, term, parsed, planner.settings.roundings)
         owned = _states(planner, site)
         if not owned:
-            return False
+            return
         planner.take(owned[0], site)
         for state in owned[1:]:
             state.absorbed_by = owned[0]
-        return False
     except Reject as reject:
         rotates = any(p.rotation is not None for p in parsed.parts)
         about = _rotations_below(planner, view.nodes(term)[0]) if rotates else _norms(planner, parsed)
         for state in about:
             _record(state, reject, rule_of(parsed))
-        return norms and rotates and any(p.norm is not None for p in parsed.parts)
+        if any(p.norm_last for p in parsed.parts):
+            _try(planner, term, below=False)
+        elif rotates and any(p.norm is not None for p in parsed.parts):
+            _try(planner, term, norms=False)
 
 
 def _record(state: State, reject: Reject, rule: Rule) -> None:

@@ -204,6 +204,7 @@ def _constants(arguments: Mapping[str, Any], rows: Rows, config: RopeConfig) -> 
         "MASKED": _masked(rows, config),
         "REPEAT": config.repeat,
         "NORM": ("none", "rms", "layer").index(arguments["norm"]),
+        "NORM_LAST": bool(arguments["norm_last"]),
         "ACROSS": rows.across,
         "EPS": float(arguments["eps"]),
         "WEIGHT_OFFSET": float(arguments["weight_offset"]),

@@ -6,7 +6,8 @@
     out1 = c1*a1 + s1*a0
     out = a                                      for the other columns
 
-The rotation is computed in fp64 where a table is fp64, else in `compute`.
+With norm_last out = norm(rotate(x))*(weight_offset + weight) + bias. The rotation is computed in fp64 where a table is
+fp64, else in `compute`; a norm always in `compute`.
 """
 
 from __future__ import annotations
@@ -25,13 +26,16 @@ from .rounding import Rounding
 def norm_rope(arguments: Mapping[str, Any], compute: torch.dtype = torch.float32) -> Tensor:
     """The result in `compute` or fp64, before it is rounded to out_dtype; dims in x's order, memory in any."""
     x, roundings = arguments["x"], arguments["roundings"]
+    rotates, last = arguments["rotation"] != "none", arguments["norm_last"]
     a = x.to(compute)
+    if rotates and last:
+        a = _rounded(_rotated(a, arguments, roundings, x.dtype).to(compute), x.dtype, roundings, Rounding.ROTATED)
     if arguments["norm"] != "none":
         across = arguments["across"]
         dims = (-1,) if across is None else (across % x.dim(), x.dim() - 1)
         a = normalize(a, arguments["norm"], arguments["eps"], dims)
     a = affine(a, arguments["weight"], arguments["bias"], arguments["weight_offset"], roundings, x.dtype)
-    return a if arguments["rotation"] == "none" else _rotated(a, arguments, roundings, x.dtype)
+    return _rotated(a, arguments, roundings, x.dtype) if rotates and not last else a
 
 
 def _rotated(a: Tensor, arguments: Mapping[str, Any], roundings: int, dtype: torch.dtype) -> Tensor:

@@ -5,6 +5,10 @@
     a   = n*(weight_offset + weight) + bias
     out = rotate(a) on the first r columns, a on the others
 
+or with norm_last the other way round, also where the norm is across heads:
+
+    out = norm(rotate(x))*(weight_offset + weight) + bias
+
 rotation "interleaved" takes the pairs (a[2i], a[2i+1]), "half" the pairs (a[i], a[i+r/2]), i in [0, r/2):
 
     out0 = c0*a0 - s0*a1
@@ -20,7 +24,8 @@ Any strides, read in place.
 Result: shape of x, out_dtype, inner dim dense; `order` lists the dims from outermost in memory to innermost (the last
 dim last), None is contiguous.
 Dtypes: fp16, bf16 or fp32, tables also fp64; arithmetic in fp32, the rotation in fp64 where a table is fp64; rounded
-once to out_dtype. `roundings` adds eager's of NORM, WEIGHTED, AFFINE and ROTATION to x.dtype.
+once to out_dtype. `roundings` adds eager's of NORM, WEIGHTED, AFFINE and ROTATION to x.dtype, and with norm_last
+ROTATED, the row that the norm reads.
 Errors: ValueError for other dtypes, shapes that do not fit, unknown names, tables without a rotation, r > d, r odd.
 """
 
@@ -41,7 +46,7 @@ from .unsupported import Unsupported
 SCHEMA = (
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor? cos, Tensor? sin, *, str norm='none', float eps=0., "
     "float weight_offset=0., int? across=None, str rotation='none', str tables='half', int[]? order=None, "
-    "ScalarType out_dtype, int roundings=0) -> Tensor"
+    "bool norm_last=False, ScalarType out_dtype, int roundings=0) -> Tensor"
 )
 NAMES = ("x", "weight", "bias", "cos", "sin")
 NORMS = BRANCH_NORMS
@@ -53,6 +58,7 @@ DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(("eps", "weight_offset"), 0.0),
     **dict.fromkeys(("norm", "rotation"), "none"),
     "tables": "half",
+    "norm_last": False,
     "roundings": 0,
 }
 

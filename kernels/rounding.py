@@ -24,6 +24,7 @@ class Rounding(IntFlag):
     BRANCH_WEIGHTED = 256  # n_b(x) * (branch_weight_offset + branch_weight)
     ROTATION = 512  # each of the two products of a rotation
     BRANCH_BIAS = 1024  # x + branch_bias, also what the branch norm reads
+    ROTATED = 2048  # the rotated row that a norm behind the rotation reads
 
 
 ALL_ROUNDINGS = sum(int(flag) for flag in Rounding)

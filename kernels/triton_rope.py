@@ -4,6 +4,8 @@
     out0 = c0*a0 - s0*a1
     out1 = c1*a1 + s1*a0                  for the pairs of the first R columns; out = a for the others
 
+or with NORM_LAST out = norm(rotate(x))*(WEIGHT_OFFSET + weight) + bias.
+
 A program takes BLOCKS tiles of ROWS rows along the innermost row axis (the heads of one token), so the tables of a
 token are read once for all its heads, and ROWS * BLOCKS need not be a power of two. ACROSS: the norm is over all rows
 of the program. Everything between load and store stays in registers, in fp32; the rotation in fp64 where a table is.
@@ -18,8 +20,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_rope_rotation import rotated, rotated_tiles
 from .triton_rope_statistics import centred, normalised
-from .triton_rope_tiles import load_factors, load_operand_parts, load_parts, product, store_tile
+from .triton_rope_tiles import load_factors, load_operand_parts, load_parts, store_tile
 from .triton_rows import place, shifted
 from .triton_statistics import weighted
 
@@ -70,6 +73,7 @@ def rope_rows(
     MASKED: tl.constexpr,
     REPEAT: tl.constexpr,
     NORM: tl.constexpr,
+    NORM_LAST: tl.constexpr,
     ACROSS: tl.constexpr,
     EPS: tl.constexpr,
     WEIGHT_OFFSET: tl.constexpr,
@@ -147,6 +151,10 @@ def rope_rows(
     zs = ()
     for i in tl.static_range(BLOCKS * PARTS):
         zs = zs + (xs[i].to(tl.float32),)
+    if NORM_LAST and STYLE > 0:
+        zs = rotated_tiles(
+            zs, factors, first, n0, D, R, ROWS, BLOCKS, PARTS, STYLE, MASKED and ACROSS, DTYPE, ROUNDINGS
+        )
     if NORM == 2:
         zs = centred(zs, first, n0, D, R, COUNT, ROWS, BLOCKS, PARTS, STYLE, MASKED, ACROSS)
     if NORM > 0:
@@ -157,43 +165,11 @@ def rope_rows(
         for j in tl.static_range(PARTS):
             z = zs[b * PARTS + j]
             values = values + (weighted(z, b * PARTS + j, weights, biases, WEIGHT_OFFSET, DTYPE, ROUNDINGS),)
-        if STYLE > 0:
+        if STYLE > 0 and not NORM_LAST:
             c0, s0, c1, s1 = factors[4 * b], factors[4 * b + 1], factors[4 * b + 2], factors[4 * b + 3]
             values = rotated(values, c0, s0, c1, s1, D, R, PARTS, STYLE, DTYPE, ROUNDINGS)
         rows = first + b * ROWS + tl.arange(0, ROWS)
         store_parts(out, out_at, out_s0, rows, n0, values, D, R, COLUMNS, TAIL, PARTS, STYLE, MASKED)
-
-
-@triton.jit
-def rotated(
-    values,
-    c0,
-    s0,
-    c1,
-    s1,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    PARTS: tl.constexpr,
-    STYLE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    ROUNDINGS: tl.constexpr,
-):
-    """The parts after the rotation; columns behind it stay what they are."""
-    F64: tl.constexpr = c0.dtype == tl.float64 or s0.dtype == tl.float64
-    WIDE: tl.constexpr = tl.float64 if F64 else tl.float32
-    ON: tl.constexpr = ROUNDINGS & 512
-    a0 = values[0]
-    a1 = values[1]
-    out0 = product(c0, a0, WIDE, DTYPE, ON) - product(s0, a1, WIDE, DTYPE, ON)
-    out1 = product(c1, a1, WIDE, DTYPE, ON) + product(s1, a0, WIDE, DTYPE, ON)
-    if STYLE == 1 and R < D:
-        turned = (tl.arange(0, out0.shape[1]) < R // 2)[None, :]
-        out0 = tl.where(turned, out0, a0.to(WIDE))
-        out1 = tl.where(turned, out1, a1.to(WIDE))
-    result = (out0, out1)
-    if PARTS > 2:
-        result = result + (values[2],)
-    return result
 
 
 @triton.jit

@@ -20,8 +20,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_rows import rounded
-
 
 @triton.jit
 def places(at, stride, inner, rows, START: tl.constexpr, COLUMNS: tl.constexpr):
@@ -209,13 +207,3 @@ def load_factors(
         s0 = -m01 if m01.dtype == tl.float64 else -m01.to(tl.float32)
         factors = (m00, s0, m11, m10)
     return factors
-
-
-@triton.jit
-def product(factor, value, WIDE: tl.constexpr, DTYPE: tl.constexpr, ON: tl.constexpr):
-    """factor*value in WIDE, rounded to DTYPE if ON."""
-    result = factor.to(WIDE) * value.to(WIDE)
-    if ON:
-        # LLVM narrows products of half-precision values only, and fp64 ones are none.
-        result = rounded(result, DTYPE, ON) if WIDE is not tl.float64 else result.to(tl.float32).to(DTYPE).to(WIDE)
-    return result

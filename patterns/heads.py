@@ -1,6 +1,7 @@
 """Queries and keys between projection and attention (RoPE: Su et al., arXiv:2104.09864; QK norm: arXiv:2010.04245).
 
     norm_rope   rotate(norm(x) * w + b)      K0-K8 with Q1-Q10
+                norm(rotate(x)) * w + b      the same, the norm last
     rope        rotate(x)                    Q1-Q10 alone, or before a norm
     qk_norm     norm(x) * w + b              K0-K8 alone
 

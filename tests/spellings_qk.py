@@ -211,7 +211,7 @@ def without_norm(q: T, k: T, v: T, c: T, s: T) -> T:
     return attend(rope(heads(q), c, s), rope(heads(k), c, s), heads(v))
 
 
-@spelling("rope=2 qk_norm=2", f"{QKV} {TABLES} a:C b:C")
+@spelling(BOTH, f"{QKV} {TABLES} a:C b:C")
 def norm_after_the_rotation(q: T, k: T, v: T, c: T, s: T, a: T, b: T) -> T:
     return attend(rms(rope(heads(q), c, s), a), rms(rope(heads(k), c, s), b), heads(v))
 

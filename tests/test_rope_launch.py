@@ -281,9 +281,10 @@ FP32_TABLES = {"cos": "*fp32", "sin": "*fp32"}
 
 @pytest.mark.parametrize("kind", ["half", "full", "complex"])
 @pytest.mark.parametrize("heads", [24, 40])
-def test_interleaved_pairs_stay_in_registers(sm90: Any, kind: str, heads: int) -> None:
+@pytest.mark.parametrize("last", [False, True])
+def test_interleaved_pairs_stay_in_registers(sm90: Any, kind: str, heads: int, last: bool) -> None:
     """16 bytes per access, nothing through shared memory, nothing spilled."""
-    arguments = rope_call(meta(1, 4096, heads, 128), 4096, 1, tables=kind)
+    arguments = rope_call(meta(1, 4096, heads, 128), 4096, 1, tables=kind, norm_last=last)
     if kind != "half":
         arguments.update(cos=meta(4096, 1, 128, dtype=FP32), sin=meta(4096, 1, 128, dtype=FP32))
         arguments.update({"sin": None} if kind == "complex" else {})

@@ -55,23 +55,29 @@ def matrices(more: dict[str, Any], r: int) -> torch.Tensor:
 
 def formula(x: torch.Tensor, more: dict[str, Any]) -> torch.Tensor:
     """The op in fp64 by matrix products."""
-    a = x.double()
+    if more.get("norm_last"):
+        return normed(rotated(x.double(), more), more)
+    return rotated(normed(x.double(), more), more)
+
+
+def normed(a: torch.Tensor, more: dict[str, Any]) -> torch.Tensor:
     if more["norm"] != "none":
-        across = more["across"]
+        across, shape = more.get("across"), a.shape
         flat = a if across is None else a.movedim(across, -2).flatten(-2)
-        shape = flat.shape[-1:]
-        flat = F.layer_norm(flat, shape, eps=1e-5) if more["norm"] == "layer" else F.rms_norm(flat, shape, eps=1e-5)
-        a = flat if across is None else flat.unflatten(-1, (x.shape[across], x.shape[-1])).movedim(-2, across)
+        width = flat.shape[-1:]
+        flat = F.layer_norm(flat, width, eps=1e-5) if more["norm"] == "layer" else F.rms_norm(flat, width, eps=1e-5)
+        a = flat if across is None else flat.unflatten(-1, (shape[across], shape[-1])).movedim(-2, across)
     if more.get("weight") is not None:
         a = a * (more["weight_offset"] + more["weight"].double())
-    if more.get("bias") is not None:
-        a = a + more["bias"].double()
+    return a if more.get("bias") is None else a + more["bias"].double()
+
+
+def rotated(a: torch.Tensor, more: dict[str, Any]) -> torch.Tensor:
     if more["rotation"] == "none":
         return a
     times, per = TABLES[more["tables"]]
     r = more["cos"].shape[-1] * per // times
-    rotated = (matrices(more, r) @ a[..., :r, None]).squeeze(-1)
-    return torch.cat((rotated, a[..., r:]), -1)
+    return torch.cat(((matrices(more, r) @ a[..., :r, None]).squeeze(-1), a[..., r:]), -1)
 
 
 SPACE = list(
@@ -81,15 +87,16 @@ SPACE = list(
 )
 
 
+@pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("dtype", [BF16, FP32])
-def test_against_fp64(dtype: torch.dtype) -> None:
+def test_against_fp64(dtype: torch.dtype, last: bool) -> None:
     x = random(B, S, H, D, dtype=dtype)
     for norm, rotation, kind, r, across, order in SPACE:
         if (rotation == "none" and (kind, r) != ("half", 16)) or (norm == "none" and across is not None):
             continue
         more = {**tables_of(kind, r, S, 1), "rotation": rotation} if rotation != "none" else {"rotation": rotation}
         weight = random(*((H, D) if across == 2 else (D,)), dtype=FP32, seed=5)
-        more.update(norm=norm, eps=1e-5, across=across, order=order, weight=weight, weight_offset=1.0)
+        more.update(norm=norm, eps=1e-5, across=across, order=order, weight=weight, weight_offset=1.0, norm_last=last)
         more["bias"] = random(D, dtype=FP32, seed=6) if norm == "layer" else None
         out, expected = call(x, **more), formula(x, more)
         assert out.dtype == dtype
@@ -192,6 +199,7 @@ def test_zero_tokens() -> None:
         {"across": 2, "order": [0, 2, 1, 3], **tables_of("complex", D, S, 1)},
         {"norm": "layer", "rotation": "half", "weight": random(D), "bias": random(D), "out_dtype": FP32},
         {"rotation": "none", "cos": None, "sin": None, "norm": "none"},
+        {"norm_last": True, "weight": random(D), "across": 1},
     ],
 )
 def test_opcheck(change: dict[str, Any]) -> None:

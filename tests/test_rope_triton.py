@@ -76,7 +76,9 @@ else:
             more = {"weight": random(*((3, 16) if across else (16,)), seed=5), "weight_offset": 1.0}
             more["bias"] = random(16, dtype=FP32, seed=6) if norm == "layer" else None
             rope = tables(kind, r, 2, 1, rotation=rotation)
-            check(call_of(x, norm=norm, eps=1e-5, across=across, order=order, **more, **rope))
+            arguments = call_of(x, norm=norm, eps=1e-5, across=across, order=order, **more, **rope)
+            check(arguments)
+            check({**arguments, "norm_last": True})
 
     @pytest.mark.parametrize("d", [2, 16, 40, 72, 88, 96, 112, 128])
     @pytest.mark.parametrize("rotation", ["none", "interleaved", "half"])
@@ -104,9 +106,10 @@ else:
         rope = tables("full", 24, 2, 1)
         for rotation, norm in itertools.product(("interleaved", "half"), ("rms", "layer")):
             more = {"weight": random(24), "norm": norm, **rope, "rotation": rotation}
-            check(call_of(x, **more), config)
-            if rows * blocks >= 7:
-                check(call_of(x, across=2, **more), config)
+            for last in (False, True):
+                check(call_of(x, norm_last=last, **more), config)
+                if rows * blocks >= 7:
+                    check(call_of(x, norm_last=last, across=2, **more), config)
         check(call_of(x, norm="layer"), config)
 
     def test_layouts() -> None:
@@ -158,6 +161,7 @@ else:
         for kind, rotation in itertools.product(TABLES, ("interleaved", "half")):
             arguments = call_of(x, **tables(kind, 12, S, 1, dtype=FP64, rotation=rotation))
             assert torch.equal(check(arguments), ops._plain("norm_rope", arguments))
+            check({**arguments, "norm": "layer", "eps": 1e-5, "norm_last": True})
         check(call_of(x.to(BF16), norm="rms", **tables("complex", 16, S, 1, dtype=FP64)))
 
     @pytest.mark.parametrize("d", [1280, 2048])
@@ -168,7 +172,9 @@ else:
             rope = tables(kind, d, 1, S, rotation=rotation) if rotation != "none" else {}
             x = random(2, S, d, dtype=FP32) + 1
             check(call_of(x, norm="rms", weight=random(d), **rope))
+            check(call_of(x, norm="rms", weight=random(d), norm_last=True, **rope))
         check(call_of(x, norm="layer", weight=random(1), bias=random(d), **rope))
+        check(call_of(x, norm="layer", weight=random(1), bias=random(d), norm_last=True, **rope))
         check(call_of(x, **{**tables("half", d - 2, S), "rotation": "interleaved"}))
         check(call_of(x, **rope))
 
@@ -188,6 +194,9 @@ else:
         weights = {"weight": random(16, dtype=FP16), "bias": random(16, dtype=FP16, seed=1)}
         for flags in (4, 8, 16, 28, 540):
             check(call_of(x, norm="layer", **weights, **rope, roundings=flags))
+        ours = check(call_of(x, norm="rms", **rope, norm_last=True, out_dtype=FP32, roundings=512 + 2048))
+        expected = eager.float() * torch.rsqrt(eager.float().square().mean(-1, keepdim=True))
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
 
     def test_nan_and_infinity() -> None:
         x = random(1, S, H, 16)
@@ -197,8 +206,12 @@ else:
             assert check(call_of(x, **rope)).isnan().sum() == 2
             assert check(call_of(x, norm="rms", **rope)).isnan().sum() == 16
             assert check(call_of(x, norm="layer", across=2, **rope)).isnan().sum() == 16 * H
+            assert check(call_of(x, norm="rms", norm_last=True, **rope)).isnan().sum() == 16
         x[..., 12:] = float("inf")
         assert not check(call_of(x[:, :1], **tables("half", 12, 1, 1))).isnan().any()
+        rope = tables("half", 16, 1, 1)
+        rope["cos"][..., 3] = float("inf")
+        check(call_of(random(1, S, H, 16), norm="rms", across=2, norm_last=True, **rope))
 
     def test_a_copy() -> None:
         x = random(B, H, S, 16)
@@ -280,6 +293,7 @@ else:
             arguments.update(rotation=draw(st.sampled_from(["interleaved", "half"])), tables=kind)
             arguments["cos"] = tensor((*outer, width), precise)
             arguments["sin"] = tensor((*outer, width), precise) if kind in ("half", "full") else None
+        arguments["norm_last"] = draw(st.booleans())
         arguments["order"] = [*draw(st.permutations(range(rank - 1))), rank - 1]
         arguments["out_dtype"] = draw(st.sampled_from(floats))
         rows = draw(st.sampled_from([1, 2, 8]))

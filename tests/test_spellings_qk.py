@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import fx
 
-from . import spellings_joint, spellings_qk, spellings_rope, spellings_rope_forms
+from . import spellings_joint, spellings_norm_last, spellings_qk, spellings_rope, spellings_rope_forms
 from .harness import Spelling, check_numerics, counts, fused, run, spell
 
 ROWS = spellings_rope.ROWS + spellings_rope_forms.ROWS + spellings_qk.ROWS + spellings_joint.ROWS
+ROWS += spellings_norm_last.ROWS
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
@@ -20,7 +21,7 @@ def test_spelling(row: Spelling) -> None:
     check_numerics(row.function, args, results)
 
 
-INDUCTOR = ("q1", "q3_complex64", "q4_wan", "q9_cogvideox", "flux", "k2_r1")
+INDUCTOR = ("q1", "q3_complex64", "q4_wan", "q9_cogvideox", "flux", "k2_r1", "last_complex")
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.name in INDUCTOR], ids=lambda row: row.name)
@@ -42,6 +43,8 @@ ANY_LENGTH = (
     "qwen",
     "hunyuan_single",
     "sd3",
+    "norm_after_the_rotation",
+    "last_of_a_joint_tensor",
 )
 
 
@@ -66,6 +69,9 @@ ROUNDED = (
     "q6_mochi",
     "k0_r0",
     "k4_layer_norm_no_weight",
+    "last_halves",
+    "last_rounded_before_the_weight",
+    "last_fp32_throughout",
 )
 
 
@@ -95,6 +101,12 @@ CALLS = {  # of norm_rope: one for each query or key, and part of it
     "hunyuan_double": 4,
     "hunyuan_single": 4,
     "sd3": 4,
+    "norm_after_the_rotation": 2,
+    "last_across_heads": 2,
+    "last_of_each_stream": 4,
+    "last_of_a_joint_tensor": 4,
+    "last_of_a_joint_tensor_partly_rotated": 4,
+    "last_of_the_image_alone": 4,
     "grouped_repeat_interleave": 2,
 }
 # what is left of a rotation or a norm that was not fused; `mul` and `cat` are looked at apart

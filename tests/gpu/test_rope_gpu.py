@@ -104,6 +104,38 @@ def test_flat_rows(d: int) -> None:
     compare(call_of(x, norm="layer", eps=1e-5, weight=random(d), bias=random(d, seed=1)))
 
 
+@pytest.mark.parametrize("rotation", ["interleaved", "half"])
+@pytest.mark.parametrize("d", [16, 72, 128, 512])
+def test_norm_last(d: int, rotation: str) -> None:
+    """The norm of rotated rows: partly rotated ones, fp64 tables, across heads, long rows that are cut."""
+    weight, part = random(d), tables("full", d // 4 * 2, 7, 1, rotation=rotation)
+    for kind, table in (("half", FP32), ("full", BF16), ("complex", FP64), ("matrix", FP32)):
+        rope = tables(kind, d, 7, 1, dtype=table, rotation=rotation)
+        last = {"eps": 1e-6, "weight": weight, "norm_last": True, **rope}
+        compare(call_of(random(2, 7, 10, d), norm="rms", **last))
+        compare(call_of(random(2, 7, 10, d), norm="layer", bias=random(d, seed=3), **last))
+        compare(call_of(random(2, 7, 10, d), norm="rms", across=2, **{**last, "weight": random(10, d)}))
+        compare(call_of(random(2, 7, 10, d, dtype=FP32), norm="rms", **last))
+    compare(call_of(random(2, 7, 10, d), norm="rms", eps=1e-6, norm_last=True, **part))
+    flat = tables("full", 16 * d, 1, 33, rotation=rotation)
+    compare(call_of(random(2, 33, 16 * d), norm="rms", eps=1e-6, norm_last=True, weight=random(16 * d), **flat))
+
+
+def test_the_roundings_of_a_rotated_row() -> None:
+    """The norm reads eager's bits of Q2b: the statistics are those of the rounded row."""
+    from dkfuse.kernels.rounding import Rounding
+
+    x, cos, sin = random(2, 33, 12, 128), random(33, 1, 128, seed=1), random(33, 1, 128, seed=2)
+    first, second = x.chunk(2, -1)
+    y = x * cos + torch.cat((-second, first), -1) * sin
+    rope = {"cos": cos, "sin": sin, "rotation": "half", "tables": "full"}
+    flags = int(Rounding.ROTATION | Rounding.ROTATED)
+    arguments = call_of(x, norm="rms", eps=1e-6, norm_last=True, **rope, roundings=flags)
+    arguments["out_dtype"] = FP32
+    expected = y.double() * torch.rsqrt(y.double().square().mean(-1, keepdim=True) + 1e-6)
+    assert relative(torch.ops.dkfuse.norm_rope(**arguments), expected) < LIMIT[FP32]
+
+
 def test_layouts() -> None:
     rope = tables("half", 128, 33, 1)
     packed = random(2, 33, 3, 24, 128)
