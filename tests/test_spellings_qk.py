@@ -77,6 +77,8 @@ ROUNDED = (
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.name in ROUNDED], ids=lambda row: row.name)
 def test_eager_roundings_are_eager_bit_for_bit(row: Spelling) -> None:
+    if "complex" in row.name and torch.__version__ < "2.12":
+        pytest.xfail("torch 2.11 folds the rounding between a norm and a complex rotation before dkfuse sees the graph")
     results, coverage = run(row.function, spell(row.inputs, row.dtype), roundings="eager")
     assert counts(coverage) == row.expected, str(coverage)
     with torch.no_grad():
