@@ -7,6 +7,7 @@ is an input that the graph writes to. Sizes are compared with `statically_known_
 
 from __future__ import annotations
 
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def _checked(site: Candidate, roundings: str) -> Candidate:
     _collect_interior(site)
     _check_escapes(site)
     check_mutation(site)
-    _check_layout(site)
+    check_layout(site)
     _set_attributes(site, roundings)
     return site
 
@@ -164,6 +165,22 @@ def _below_norm_input(view: TermView, term: Term, norm_input: Term) -> bool:
     return False
 
 
+def served(
+    view: TermView, node: fx.Node, mine: Callable[[fx.Node], bool], last: int, kept: Container[fx.Node] = ()
+) -> bool:
+    """The site computes `node`, or all its readers (``n * s`` of ``n + n * s``): dead code once the site is replaced.
+
+    `mine` says what the site computes, up to the node of order `last`; what is in `kept` is read by the op itself.
+    """
+    if mine(node):
+        return True
+    if node.op != "call_function" or node.is_impure() or node in kept:
+        return False
+    return not node.users or (
+        view.order[node] <= last and all(served(view, user, mine, last, kept) for user in node.users)
+    )
+
+
 def _check_escapes(site: Candidate) -> None:
     view = site.view
     roots = site.roots
@@ -178,14 +195,6 @@ def _check_escapes(site: Candidate) -> None:
     last = max(view.order[node] for node in owned)
     operands = {base_node(view, term): name for name, term in site.operands.items()}
 
-    def served(node: fx.Node) -> bool:
-        """The site computes `node`, or all its readers (``n * s`` of ``n + n * s``): dead code once it is replaced."""
-        if node in owned:
-            return True
-        if node.op != "call_function" or node.is_impure() or node in operands:
-            return False
-        return not node.users or (view.order[node] <= last and all(served(user) for user in node.users))
-
     for node in site.interior:
         val = node.meta.get("val")
         full = isinstance(val, torch.Tensor) and same_shape(val.shape, site.shape)
@@ -196,7 +205,7 @@ def _check_escapes(site: Candidate) -> None:
             text = f"{node.name} ({node.target}) is computed inside the site and is its {operands[node]} too"
             raise Reject(Code.ESCAPES, text)
         for user in node.users:
-            if not served(user):
+            if not served(view, user, owned.__contains__, last, operands):
                 raise Reject(Code.ESCAPES, f"{node.name} ({node.target}) inside the site is also read by {user.name}")
 
 
@@ -208,8 +217,8 @@ def check_mutation(site: Replaceable) -> None:
             raise Reject(Code.MUTATED, f"{name} is a view of the input {source.name}, which the graph writes to")
 
 
-def _check_layout(site: Candidate) -> None:
-    """Results are contiguous whatever the model's strides were: nobody may read them by strides."""
+def check_layout(site: Replaceable) -> None:
+    """Results need not have the strides that the model's values had: nobody may read them by strides."""
     for name in site.outputs:
         for node in site.output_nodes(name):
             for user in node.users:
@@ -217,19 +226,23 @@ def _check_layout(site: Candidate) -> None:
                     raise Reject(Code.LAYOUT, f"{user.name} reads {node.name} by its strides (as_strided)")
 
 
-def _set_attributes(site: Candidate, roundings: str) -> None:
-    """The op's keyword arguments, from the binding."""
+def rounding_flags(labels: dict[str, torch.dtype], x_dtype: torch.dtype) -> int:
+    """The recorded roundings as the kernels' flags; Reject where one is not to the dtype that kernels round to."""
     from dkfuse.kernels.rounding import Rounding
 
-    view, binding, terms = site.view, site.binding, site.binding.terms
     flags = Rounding(0)
-    x_dtype = fake(view, terms["x"]).dtype
-    if roundings == "eager":
-        for label, dtype in binding.roundings.items():
-            if dtype != x_dtype:
-                text = f"{label} is rounded to {short_dtype(dtype)}, the kernel rounds to {short_dtype(x_dtype)}"
-                raise Reject(Code.ROUNDING, text, Stage.KERNEL)
-            flags |= Rounding[label]
+    for label, dtype in labels.items():
+        if dtype != x_dtype:
+            text = f"{label} is rounded to {short_dtype(dtype)}, the kernel rounds to {short_dtype(x_dtype)}"
+            raise Reject(Code.ROUNDING, text, Stage.KERNEL)
+        flags |= Rounding[label]
+    return int(flags)
+
+
+def _set_attributes(site: Candidate, roundings: str) -> None:
+    """The op's keyword arguments, from the binding."""
+    view, binding, terms = site.view, site.binding, site.binding.terms
+    flags = rounding_flags(binding.roundings, fake(view, terms["x"]).dtype) if roundings == "eager" else 0
     attributes: dict[str, Any] = {}
     if site.norm is not None:
         attributes["norm"] = "layer" if site.norm.op == "layer_norm" else "rms"
@@ -244,7 +257,7 @@ def _set_attributes(site: Candidate, roundings: str) -> None:
     if site.rule.op.startswith("residual"):
         attributes["sum_dtype"] = site.output_nodes("sum")[0].meta["val"].dtype if "sum" in site.outputs else None
     attributes["out_dtype"] = site.output_nodes("out")[0].meta["val"].dtype
-    attributes["roundings"] = int(flags)
+    attributes["roundings"] = flags
     site.attributes = attributes
 
 

@@ -79,7 +79,7 @@ def settled(graph: fx.Graph, settings: Settings) -> Plan:
     if _fused(again) > _fused(decided):
         return again
     layouts.undo(graph, copies)
-    return plan(graph, settings)
+    return decided
 
 
 def _fused(decided: Plan) -> int:

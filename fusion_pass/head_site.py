@@ -14,11 +14,11 @@ from torch import fx
 
 from dkfuse.patterns.heads import NORM_ROPE, QK_NORM, ROPE
 
-from .checks import check_eps, check_mutation, fake, text_shape
+from .checks import check_eps, check_layout, check_mutation, fake, rounding_flags, served, text_shape
 from .gain import CASTS, is_view, widens
 from .heads import Heads, Part
 from .pattern import Binding
-from .rules import Code, Reject, Rule, Stage
+from .rules import Code, Reject, Rule
 from .terms import FLOATS, NARROW, Term, TermView, same_shape, same_size, short_dtype
 
 aten = torch.ops.aten
@@ -105,13 +105,11 @@ def build(view: TermView, root: Term, heads: Heads, roundings: str = "fused") ->
     _collect_interior(site)
     _check_escapes(site)
     check_mutation(site)
-    _check_layout(site)
+    check_layout(site)
     return site
 
 
 def _call(site: HeadSite, part: Part, out_dtype: torch.dtype, roundings: str) -> Call:
-    from dkfuse.kernels.rounding import Rounding
-
     view, norm, rotation = site.view, part.norm, part.rotation
     operands: dict[str, Term] = {"x": part.x}
     attributes: dict[str, Any] = {}
@@ -132,15 +130,8 @@ def _call(site: HeadSite, part: Part, out_dtype: torch.dtype, roundings: str) ->
         if norm.x.precision in NARROW:
             labels["ROTATED"] = norm.x.precision
     _check_operands(site, part, operands, out_dtype)
-    flags = Rounding(0)
-    x_dtype = fake(view, part.x).dtype
-    if roundings == "eager":
-        for label, dtype in labels.items():
-            if dtype != x_dtype:
-                text = f"{label} is rounded to {short_dtype(dtype)}, the kernel rounds to {short_dtype(x_dtype)}"
-                raise Reject(Code.ROUNDING, text, Stage.KERNEL)
-            flags |= Rounding[label]
-    attributes.update(out_dtype=out_dtype, roundings=int(flags))
+    flags = rounding_flags(labels, fake(view, part.x).dtype) if roundings == "eager" else 0
+    attributes.update(out_dtype=out_dtype, roundings=flags)
     return Call("norm_rope", view, site.device, operands, attributes)
 
 
@@ -213,17 +204,12 @@ def _check_escapes(site: HeadSite) -> None:
     owned = site.interior | site.roots
     last = max(view.order[node] for node in owned)
 
-    def served(node: fx.Node) -> bool:
-        """The site computes `node`, or all its readers: dead code once the root is replaced."""
-        if node in owned or reads_a_size(site, node):
-            return True
-        if node.op != "call_function" or node.is_impure():
-            return False
-        return not node.users or (view.order[node] <= last and all(served(user) for user in node.users))
+    def mine(node: fx.Node) -> bool:
+        return node in owned or reads_a_size(site, node)
 
     for node in site.interior:
         for user in node.users:
-            if not served(user):
+            if not served(view, user, mine, last):
                 raise Reject(Code.ESCAPES, f"{node.name} ({node.target}) inside the site is also read by {user.name}")
 
 
@@ -253,10 +239,3 @@ def _late_casts(site: HeadSite) -> dict[fx.Node, list[fx.Node]]:
             else:
                 return {}
     return found if len({cast.meta["val"].dtype for cast in found}) == 1 else {}
-
-
-def _check_layout(site: HeadSite) -> None:
-    for node in site.roots:
-        for user in node.users:
-            if user.target is aten.as_strided.default:
-                raise Reject(Code.LAYOUT, f"{user.name} reads {node.name} by its strides (as_strided)")

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from .canonical import make_norm
-from .recombine import RECOMBINE_READERS
+from .recombine import RECOMBINE_READERS, argument
 from .simplify import select_term
 from .terms import Term, TermView, getitem_source, same_size
 from .views import VIEW_READERS, read_split
@@ -96,25 +96,21 @@ def _reduction(view: TermView, node: fx.Node, op: str, dims: Any, keepdim: bool,
     return term if keepdim else view.view(term, ("squeeze", len(x.shape) - 1), x.shape[:-1])
 
 
-def _argument(node: fx.Node, index: int, name: str, default: Any) -> Any:
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
-
-
 def read_mean(view: TermView, node: fx.Node) -> Term | None:
-    return _reduction(view, node, "mean", _argument(node, 1, "dim", None), _argument(node, 2, "keepdim", False))
+    return _reduction(view, node, "mean", argument(node, 1, "dim", None), argument(node, 2, "keepdim", False))
 
 
 def read_sum(view: TermView, node: fx.Node) -> Term | None:
-    return _reduction(view, node, "sum", _argument(node, 1, "dim", None), _argument(node, 2, "keepdim", False))
+    return _reduction(view, node, "sum", argument(node, 1, "dim", None), argument(node, 2, "keepdim", False))
 
 
 def _correction(node: fx.Node) -> float:
-    value = _argument(node, 2, "correction", None)
+    value = argument(node, 2, "correction", None)
     return 1 if value is None else value
 
 
 def read_var(view: TermView, node: fx.Node) -> Term | None:
-    dims, keepdim = _argument(node, 1, "dim", None), _argument(node, 3, "keepdim", False)
+    dims, keepdim = argument(node, 1, "dim", None), argument(node, 3, "keepdim", False)
     return _reduction(view, node, "var", dims, keepdim, (_correction(node),))
 
 
@@ -125,7 +121,7 @@ def read_getitem(view: TermView, node: fx.Node) -> Term | None:
     if producer.target in SPLITS:
         return read_split(view, node, producer, index)
     if producer.target is aten.var_mean.correction:
-        dims, keepdim = _argument(producer, 1, "dim", None), _argument(producer, 3, "keepdim", False)
+        dims, keepdim = argument(producer, 1, "dim", None), argument(producer, 3, "keepdim", False)
         if index == 0:
             return _reduction(view, producer, "var", dims, keepdim, (_correction(producer),))
         return _reduction(view, producer, "mean", dims, keepdim)
@@ -139,9 +135,9 @@ def read_native_norm(view: TermView, node: fx.Node) -> Term | None:
     x, shape = view.operand(node.args[0]), node.args[1]
     if x is None or len(shape) != 1 or not same_size(shape[0], x.shape[-1]):
         return None
-    weight = _argument(node, 2, "weight", None)
-    bias = _argument(node, 3, "bias", None) if kind == "layer_norm" else None
-    eps = _argument(node, 4, "eps", 1e-5) if kind == "layer_norm" else _argument(node, 3, "eps", None)
+    weight = argument(node, 2, "weight", None)
+    bias = argument(node, 3, "bias", None) if kind == "layer_norm" else None
+    eps = argument(node, 4, "eps", 1e-5) if kind == "layer_norm" else argument(node, 3, "eps", None)
     # without eps ATen takes that of the accumulation type, not of the input
     term = make_norm(view, kind, x, torch.finfo(torch.float32).eps if eps is None else eps)
     for op, operand in (("mul", weight), ("add", bias)):

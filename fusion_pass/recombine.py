@@ -26,7 +26,8 @@ COMPLEX = (torch.complex64, torch.complex128)
 MAX_PARTS = 16  # of a cat that is looked into
 
 
-def _argument(node: fx.Node, index: int, name: str, default: Any) -> Any:
+def argument(node: fx.Node, index: int, name: str, default: Any) -> Any:
+    """An argument of a node, given by position or by name."""
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
@@ -36,7 +37,7 @@ def read_cat(view: TermView, node: fx.Node) -> Term | None:
     terms = [p for p in parts if p is not None and len(p.shape) == rank]
     if len(terms) < len(parts) or not 0 < len(parts) <= MAX_PARTS:
         return None
-    return cat_terms(view, terms, _argument(node, 1, "dim", 0) % rank)
+    return cat_terms(view, terms, argument(node, 1, "dim", 0) % rank)
 
 
 def read_copy(view: TermView, node: fx.Node) -> Term | None:
@@ -60,11 +61,11 @@ def read_slice_scatter(view: TermView, node: fx.Node) -> Term | None:
         or len(source.shape) != len(base.shape)
     ):
         return None
-    dim = _argument(node, 2, "dim", 0) % len(base.shape)
+    dim = argument(node, 2, "dim", 0) % len(base.shape)
     size = base.shape[dim]
-    start = clamped(_argument(node, 3, "start", None), size, 0)
-    stop = clamped(_argument(node, 4, "end", None), size, size)
-    step = _argument(node, 5, "step", 1)
+    start = clamped(argument(node, 3, "start", None), size, 0)
+    stop = clamped(argument(node, 4, "end", None), size, size)
+    step = argument(node, 5, "step", 1)
     if start is None or stop is None:
         return None
     if step == 1:

@@ -15,17 +15,17 @@ from collections.abc import Container, Iterator
 import torch
 from torch import fx
 
+from . import gain
 from .gain import is_elementwise, is_view
 from .readers import SPLITS
 from .recombine import COMPLEX
 from .terms import TermView, getitem_source, same_size
 
 aten = torch.ops.aten
-prims = torch.ops.prims
 
 SCATTERS = (aten.slice_scatter.default, aten.select_scatter.default)
 PRODUCTS = (aten.mul.Tensor, aten.neg.default, aten.sub.Tensor, aten.addcmul.default)
-CASTS = (prims.convert_element_type.default, aten._to_copy.default, aten.copy.default)
+CASTS = (*gain.CASTS, aten.copy.default)
 REACH = 8  # elementwise ops between the halves and the place where they recombine
 
 
