@@ -21,14 +21,15 @@ __all__ = ["Launch", "Unsupported", "plan", "run", "supports"]
 
 _NORM_POINTERS = (
     ("x", "residual"),
-    ("gate", "branch_bias", "weight", "bias", "scale", "shift", "scale2", "shift2", "pick"),
-    ("sum", "out", "out2"),
-)
-_BRANCH_POINTERS = (
-    ("x", "residual"),
     ("gate", "branch_bias", "branch_weight", "weight", "bias", "scale", "shift", "scale2", "shift2", "pick"),
     ("sum", "out", "out2"),
 )
+_NO_BRANCH_NORM = {
+    "BRANCH_NORM": "False",
+    "BRANCH_CENTER": "False",
+    "BRANCH_EPS": "0.0",
+    "BRANCH_WEIGHT_OFFSET": "0.0",
+}
 _POINTWISE_POINTERS = (("x", "residual"), ("gate", "branch_bias", "scale", "shift", "pick"), ("out",))
 LAYOUT_MULTIPLES = 16
 
@@ -81,7 +82,7 @@ def plan(
     shape = tuple(x.shape)
     pointwise = op in ("gated_residual", "scale_shift")
     sandwich = has_branch_norm(arguments)
-    full, broadcast, results = _POINTWISE_POINTERS if pointwise else _BRANCH_POINTERS if sandwich else _NORM_POINTERS
+    full, broadcast, results = _POINTWISE_POINTERS if pointwise else _NORM_POINTERS
     rows = first_rows(arguments)
     tensors = {name: rows[name] for name in (*full, *broadcast) if rows.get(name) is not None}
     for name in results:
@@ -105,9 +106,10 @@ def plan(
     absent = {name: None for name in (*full, *broadcast, *results) if name not in tensors}
     fixed = {name: _expression(value, shape[-1]) for name, value in {**absent, **values}.items()}
     scalars = {name: value for name, value in values.items() if fixed[name] is None}
+    if not (pointwise or sandwich):
+        fixed.update(_NO_BRANCH_NORM)
 
     from .specialize import specialize
-    from .triton_branch import row_branch_norm
     from .triton_norm import row_norm
     from .triton_pointwise import row_pointwise
 
@@ -116,7 +118,7 @@ def plan(
         programs = programs * axis.size
     return Launch(
         kernel=specialize(
-            row_pointwise if pointwise else row_branch_norm if sandwich else row_norm,
+            row_pointwise if pointwise else row_norm,
             f"dkfuse_{op}_branch" if sandwich else f"dkfuse_{op}",
             tuple((name, text) for name, text in fixed.items() if text is not None),
         ),
@@ -177,6 +179,7 @@ def _constants(arguments: Mapping[str, Any], pointwise: bool, width: int, axes: 
         constants["EPS"] = float(arguments["eps"])
         constants["WEIGHT_OFFSET"] = float(arguments.get("weight_offset", 0.0))
     if has_branch_norm(arguments):
+        constants["BRANCH_NORM"] = True
         constants["BRANCH_CENTER"] = arguments["branch_norm"] == "layer"
         constants["BRANCH_EPS"] = float(arguments.get("branch_eps", 0.0))
         constants["BRANCH_WEIGHT_OFFSET"] = float(arguments.get("branch_weight_offset", 0.0))
