@@ -98,3 +98,22 @@ def test_triton_nodes_are_functional_and_torch_keeps_their_strides():
 @pytest.mark.parametrize("condition", [True, False])
 def test_statically_known_true_on_plain_booleans(condition):
     assert compat.statically_known_true(condition) is condition
+
+
+def test_torch_analyses_a_kernel_of_ours_once(monkeypatch):
+    from torch._higher_order_ops import triton_kernel_wrap
+
+    name = next(n for n in compat.ANALYSES if hasattr(triton_kernel_wrap, n))  # StopIteration: torch renamed it
+    seen = []
+    monkeypatch.setattr(triton_kernel_wrap, name, lambda kernel, kwargs, metadata: seen.append(kernel) or [len(seen)])
+    ours, foreign = type("Kernel", (), {})(), type("Kernel", (), {})()
+    compat.register_triton_kernel(ours, {})
+    x, y = torch.empty(2), torch.empty(2, dtype=torch.int32)
+    with compat._analysed_once():
+        analyse = getattr(triton_kernel_wrap, name)
+        assert analyse(ours, {"x": x, "n": 3}, {}) == [1]
+        assert analyse(ours, {"x": x + 1, "n": 3}, {}) == [1]  # the same kinds of arguments
+        assert analyse(ours, {"x": x, "n": 4}, {}) == [2]
+        assert analyse(ours, {"x": y, "n": 3}, {}) == [3]
+        assert analyse(foreign, {"x": x}, {}) == [4] and analyse(foreign, {"x": x}, {}) == [5]
+    assert getattr(triton_kernel_wrap, name)(ours, {"x": x, "n": 3}, {}) == [6]
