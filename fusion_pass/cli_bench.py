@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from .cli_options import Dtype, Size
-from .errors import DkfuseError, did_you_mean, first_line
+from .errors import ModelError, SettingsError, did_you_mean, first_line
 from .exits import ENVIRONMENT, NOT_TRACED, USAGE, Failure, check_writable, say
 
 bench = typer.Typer(
@@ -135,7 +135,7 @@ def _measured(
                 result = measure.measure(target, options, device, say=step)
             except ImportError as error:
                 raise Failure(ENVIRONMENT, f"{first_line(error)}; pip install 'dkfuse[diffusers]'") from error
-            except DkfuseError:
+            except (ModelError, SettingsError):
                 raise
             except Exception as error:
                 failed.append(f"{target.label}: {type(error).__name__}: {first_line(error)}")

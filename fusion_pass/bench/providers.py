@@ -29,11 +29,11 @@ def implementations(op: str) -> list[registry.Implementation]:
 
     listed = getattr(registry, "implementations", None)
     if listed is not None:
-        found = list(listed(op))
+        found = [i for i in listed().values() if i.op == op and "cuda" in i.devices]
     else:
         names = [m.name for m in pkgutil.iter_modules(kernels.__path__) if m.name.startswith("provider_")]
         modules = [importlib.import_module(f"dkfuse.kernels.{name}") for name in sorted(names)]
-        found = [i for module in modules for i in module.IMPLEMENTATIONS if i.op == op]
+        found = [i for module in modules for i in getattr(module, "IMPLEMENTATIONS", ()) if i.op == op]
     return [i for i in found if i.provider not in (TRITON, "native")]
 
 

@@ -45,8 +45,8 @@ def site_times(
             spent = sorted(durations, reverse=True)
         groups: dict[Any, list[tuple[Site, float]]] = {}
         for site, time in zip(of_op, spent, strict=True):
-            shapes = tuple((name, tuple(shape)) for name, shape in site.shapes.items())
-            groups.setdefault((site.kernel, site.bytes_after, shapes), []).append((site, time))
+            key = tuple((name, tuple(shape)) for name, shape in site.shapes.items())
+            groups.setdefault((site.kernel, site.bytes_after, key), []).append((site, time))
         for (kernel, traffic, _), members in groups.items():
             each = median(time for _, time in members)
             of_copy = copy(traffic) / each if each else 0.0

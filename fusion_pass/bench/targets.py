@@ -77,8 +77,8 @@ def build(target: Target, layers: int | None, size: str, dtype: str, device: str
 
     tiny = size == "tiny"
     torch.manual_seed(0)
-    depth = layers if layers is not None else (TINY_LAYERS if tiny else OWN[target.name])
-    module, kwargs = OTHERS[target.name](tiny, depth, target.batch)
+    count = layers if layers is not None else (TINY_LAYERS if tiny else OWN[target.name])
+    module, kwargs = OTHERS[target.name](tiny, count, target.batch)
     return _moved(module, kwargs, device, DTYPES[dtype])
 
 
