@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -138,6 +140,8 @@ def _measured(
             except (ModelError, SettingsError):
                 raise
             except Exception as error:
+                if os.environ.get("DKFUSE_DEBUG") == "1":
+                    traceback.print_exception(error)
                 failed.append(f"{target.label}: {type(error).__name__}: {first_line(error)}")
                 say(failed[-1])
                 continue

@@ -4,7 +4,8 @@ Compile time. Every side has caches of its own, empty at first. Cold: the first 
 was compiled by each backend, so that imports and the pool of compile workers are not in it; dkfuse goes first, so that
 what is left of such costs falls on it. Warm: the first call after Dynamo and Inductor have forgotten what they hold in
 memory, caches full. That is what a new process would find on disk, without its imports and its start of CUDA. Both
-times end when the first forward has ended.
+times end when the first forward has ended. What compilers of kernels outside of Inductor (CuTe DSL, NVRTC) hold in
+memory stays there: for their share of a cold compile measure one model per process.
 
 Times. All sides run alternately, call by call, so that clocks drift for all of them; results are medians. GPU time is
 the sum of the kernels in a profile. Packing (`--pack`) is done before anything is compiled: all sides see the same
