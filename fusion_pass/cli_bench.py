@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from .cli_options import Dtype, Size
-from .errors import ModelError, SettingsError, did_you_mean, first_line
-from .exits import ENVIRONMENT, NOT_TRACED, USAGE, Failure, check_writable, say
+from .errors import did_you_mean
+from .exits import ENVIRONMENT, NOT_TRACED, USAGE, Failure, check_writable
 
 bench = typer.Typer(
     add_completion=False,
@@ -22,8 +18,6 @@ bench = typer.Typer(
     rich_markup_mode=None,
     help="Measure models and kernels against torch.compile on this machine's GPU.",
 )
-
-WIDTH = 150  # columns of tables that are not printed on a terminal
 
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every number here.")]
 Picture = Annotated[Path | None, typer.Option("--picture", metavar="FILE.svg", help="Write a picture here.")]
@@ -92,10 +86,9 @@ def model(
     _check_extras(options)
     _prepare((json_, picture))
     device = _device()
-    from rich.console import Console
+    from .bench import session
 
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
-    results, failed = _measured(found, options, device, console, top, json_, picture)
+    results, failed = session.models(found, options, device, top, json_, picture)
     if failed:
         done = f"{len(results)} of {len(found)} models were measured"
         raise Failure(NOT_TRACED, f"{done}; {'; '.join(failed)}")
@@ -111,53 +104,6 @@ def _check_extras(options: Any) -> None:
         Settings.parse(None, {"dkfuse.attention": options.attention})
     if options.pack and not hasattr(dkfuse, "pack"):
         raise Failure(USAGE, "--pack needs dkfuse.pack, which this version does not have")
-
-
-def _measured(
-    found: Sequence[Any], options: Any, device: Any, console: Any, top: int, json_: Path | None, picture: Path | None
-) -> tuple[list[Any], list[str]]:
-    """Measure, print and save model by model, so that a run cut short keeps what it has."""
-    from rich.console import Console
-
-    from . import compat
-    from .bench import measure, show_models
-    from .bench.results import report
-    from .bench.steps import steps
-
-    compat.quiet_autotuning()
-    console.print(f"{device.name}, torch {_torch_version()}", style="bold")
-    console.print()
-    results: list[Any] = []
-    failed: list[str] = []
-    with steps(Console(stderr=True)) as step:
-        step("compiling a small model")
-        measure.prime(device)
-        for target in found:
-            try:
-                result = measure.measure(target, options, device, say=step)
-            except ImportError as error:
-                raise Failure(ENVIRONMENT, f"{first_line(error)}; pip install 'dkfuse[diffusers]'") from error
-            except (ModelError, SettingsError):
-                raise
-            except Exception as error:
-                if os.environ.get("DKFUSE_DEBUG") == "1":
-                    traceback.print_exception(error)
-                failed.append(f"{target.label}: {type(error).__name__}: {first_line(error)}")
-                say(failed[-1])
-                continue
-            results.append(result)
-            show_models.print_result(result, console)
-            _print_top(result, console, top)
-            _save(json_, json.dumps(report(results, device.name), indent=1))
-            _save(picture, show_models.picture(results, device.name))
-    return results, failed
-
-
-def _print_top(result: Any, console: Any, top: int) -> None:
-    for name, side in result.sides.items() if top else ():
-        console.print(f"{name}:")
-        for kernel, spent in list(side.kernels.items())[:top]:
-            console.print(f"  {spent:8.3f} ms  {kernel[:110]}", markup=False)
 
 
 @bench.command()
@@ -197,43 +143,9 @@ def kernels(
 
     if importlib.util.find_spec("triton") is None:
         raise Failure(ENVIRONMENT, "the bench of kernels needs triton, which is not installed: pip install triton")
-    _time_kernels(chosen, wanted, rivals, peers, device, json_, picture, write_crossovers)
+    from .bench import session
 
-
-def _time_kernels(
-    chosen: Sequence[Any],
-    wanted: Sequence[str] | None,
-    rivals: Sequence[str],
-    peers: bool,
-    device: Any,
-    json_: Path | None,
-    picture: Path | None,
-    write_crossovers: Path | None,
-) -> None:
-    from rich.console import Console
-
-    from . import compat
-    from .bench import kernels as work
-    from .bench import show_kernels
-    from .bench.steps import steps
-
-    compat.quiet_autotuning()
-    rows: list[dict[str, Any]] = []
-    with steps(Console(stderr=True)) as step:
-        step("timing a large copy")
-        peak = work.PEAK_BYTES / device.copy(work.PEAK_BYTES)
-        for i, case in enumerate(chosen):
-            step(f"{i + 1} of {len(chosen)}, {case.op}: {case.name}")
-            rows.append(work.measure(case, peak, wanted, rivals, peers))
-            device.free()
-            _save(json_, json.dumps(work.report(rows, device.name, peak), indent=1))
-            _save(picture, show_kernels.picture(rows, device.name))
-    if write_crossovers:
-        as_json = write_crossovers.suffix == ".json"
-        _save(write_crossovers, show_kernels.crossovers_text(rows, device.name, _torch_version(), as_json))
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
-    title = f"{device.name}, torch {_torch_version()}, large copy {peak / 1e6:.2f} TB/s"
-    show_kernels.print_rows(rows, console, title)
+    session.kernels(chosen, wanted, rivals, peers, device, json_, picture, write_crossovers)
 
 
 def _listed(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
@@ -262,18 +174,3 @@ def _device() -> Any:
     from .bench.device import Cuda
 
     return Cuda()
-
-
-def _torch_version() -> str:
-    import torch
-
-    return torch.__version__
-
-
-def _save(path: Path | None, text: str) -> None:
-    if path is None:
-        return
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise Failure(ENVIRONMENT, f"cannot write {path}: {error.strerror or error}") from error

@@ -8,6 +8,7 @@ import json
 import sys
 import types
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from dkfuse import cli_bench
 from dkfuse.bench import kernels, peers, providers, show_kernels
 from dkfuse.bench.cases import Case
 from dkfuse.bench.rope_cases import RopeCase
@@ -178,7 +180,13 @@ def test_text_and_picture() -> None:
     out = io.StringIO()
     show_kernels.print_rows(ROWS, Console(file=out, width=200), "a GPU")
     text = out.getvalue()
-    for part in ("16.0 / 1.250", "cute: D is <odd> (narrow)", "quack: RMSNorm alone", "2.50x", "over Inductor"):
+    for part in (
+        "1.250",
+        "cute: D is <odd>",
+        "quack: RMSNorm alone",
+        "2.50x",
+        "over Inductor, best provider: norm_modulate 2.71x",
+    ):
         assert part in text
     root = ElementTree.fromstring(show_kernels.picture(ROWS, "a GPU"))
     texts = [t.text for t in root.iter("{http://www.w3.org/2000/svg}text")]
@@ -224,3 +232,25 @@ def test_errors(run: Run, monkeypatch: pytest.MonkeyPatch, arguments: list[str],
     assert (found, out) == (code, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_rows_are_printed_and_saved(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[Any] = []
+
+    def measured(case: Any, *options: Any) -> dict[str, Any]:
+        asked.append((case.name, *options[1:]))
+        return row(case.name, 20.0, 16.0)
+
+    device = types.SimpleNamespace(name="a <GPU>", copy=lambda traffic: traffic / 2e6, free=lambda: None)
+    monkeypatch.setattr(cli_bench, "_device", lambda: device)
+    monkeypatch.setattr(kernels, "measure", measured)
+    files = ["--json", tmp_path / "x.json", "--picture", tmp_path / "x.svg", "--write-crossovers", tmp_path / "c.py"]
+    options = ["--op", "norm_modulate", "--case", "Flux", "--against", "default,max-autotune", "--peers"]
+    code, out, err = run("bench", "kernels", *options, "--provider", "triton", *files)
+    assert code == 0, err
+    assert asked == [(name, ("triton",), ["inductor", "max-autotune"], True) for name, *_ in asked]
+    assert [name for name, *_ in asked] == ["Flux, Qwen-Image", "Flux joint", "Flux text"]
+    assert "large copy 2.00 TB/s" in out
+    assert len(json.loads((tmp_path / "x.json").read_text())["rows"]) == 3
+    ElementTree.parse(tmp_path / "x.svg")
+    assert '("norm_modulate", "cute", 4096, 3072, 0.8),' in (tmp_path / "c.py").read_text()

@@ -134,7 +134,7 @@ def _warm(result: ModelResult, make: dict[str, Any], device: Device, folder: Pat
     compat.forget_compilations()
     runs = {}
     for name, maker in make.items():
-        say(f"{result.model}: compiling for {name} from its caches")
+        say(f"{result.model}: {name}" + ("" if name == "eager" else ", compiling from its caches"))
         with caches_in(folder / name):
             runs[name] = maker()
             seconds = device.seconds(runs[name])

@@ -23,72 +23,47 @@ TITLES = {"inductor": "Inductor", "max-autotune": "max-autotune", "eager": "eage
 
 
 def print_rows(rows: Sequence[dict[str, Any]], console: Console, title: str) -> None:
-    """One table per op, what is missing and why, and geometric means."""
+    """One table per op with a line for every implementation, the best provider in bold, and geometric means."""
     console.print(Text(title, "bold"))
     for op in dict.fromkeys(row["op"] for row in rows):
-        of_op = [row for row in rows if row["op"] == op]
         console.print()
-        console.print(_table(op, of_op))
-        _problems(of_op, console)
-    rivals = dict.fromkeys(name for row in rows for name in row["rivals"])
+        console.print(_table(op, [row for row in rows if row["op"] == op]))
     console.print()
-    for rival in rivals:
+    for rival in dict.fromkeys(name for row in rows for name in row["rivals"]):
         means = ", ".join(f"{op} {mean:.2f}x" for op, mean in speedups(rows, rival).items())
         if means:
             console.print(f"geometric mean over {TITLES[rival]}, best provider: {means}", highlight=False)
 
 
+def entries(row: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """(label, group, measurement) of everything that was timed or should have been; groups as in the JSON."""
+    found = [(name, "providers", entry) for name, entry in row["providers"].items()]
+    found += [(TITLES[name], "rivals", entry) for name, entry in row["rivals"].items()]
+    return found + [(f"{p['name']}: {p['part']}", "peers", p) for p in row["peers"]]
+
+
 def _table(op: str, rows: Sequence[dict[str, Any]]) -> Table:
-    names = list(dict.fromkeys(name for row in rows for name in row["providers"]))
-    rivals = list(dict.fromkeys(name for row in rows for name in row["rivals"]))
-    peers = list(dict.fromkeys(peer["name"] for row in rows for peer in row["peers"]))
     table = Table(title=op, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("case")
-    table.add_column("shape")
-    table.add_column("copy us", justify="right")
-    for name in names:
-        table.add_column(f"{name} us / of copy", justify="right")
-    for name in (*(TITLES[r] for r in rivals), *(f"{p}*" for p in peers)):
-        table.add_column(f"{name} us", justify="right")
-    table.add_column("best vs Inductor", justify="right")
-    table.add_column("error: best", justify="right")
-    for name in rivals:
-        table.add_column(TITLES[name], justify="right")
+    for name in ("case", "shape", "by"):
+        table.add_column(name)
+    for name in ("us", "of copy", "of peak", "vs Inductor", "error"):
+        table.add_column(name, justify="right")
     for row in rows:
-        found = [row["providers"].get(name, {}) for name in names]
-        by_peer = {peer["name"]: peer for peer in row["peers"]}
-        others = [row["rivals"].get(name, {}) for name in rivals]
-        ours = row["providers"].get(row["best"], {})
-        compiled = [row["rivals"][name] for name in rivals if name != "eager"]
-        theirs = [entry["microseconds"] for entry in compiled if "microseconds" in entry]
-        table.add_row(
-            row["case"],
-            "x".join(map(str, row["shape"])),
-            f"{row['copy_microseconds']:.1f}",
-            *(f"{f['microseconds']:.1f} / {f['of_copy']:.3f}" if "microseconds" in f else "-" for f in found),
-            *(_time(entry) for entry in (*others, *(by_peer.get(name, {}) for name in peers))),
-            f"{min(theirs) / ours['microseconds']:.2f}x" if theirs and ours else "-",
-            *(f"{entry['error']:.1e}" if "error" in entry else "-" for entry in (ours, *others)),
-        )
-    return table
-
-
-def _time(entry: dict[str, Any]) -> str:
-    return f"{entry['microseconds']:.1f}" if "microseconds" in entry else "-"
-
-
-def _problems(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    """Why there is no time, once per reason, and what peers do."""
-    cases: dict[str, list[str]] = {}
-    for row in rows:
-        entries = [*row["providers"].items(), *row["rivals"].items(), *((p["name"], p) for p in row["peers"])]
-        for name, entry in entries:
+        inductor = [e["microseconds"] for n, e in row["rivals"].items() if n != "eager" and "microseconds" in e]
+        shape, lines = "x".join(map(str, row["shape"])), entries(row)
+        for i, (label, group, entry) in enumerate(lines):
+            head = (row["case"], shape) if i == 0 else ("", "")
+            style = "bold" if group == "providers" and label == row["best"] else "dim" if group == "peers" else ""
+            last = i == len(lines) - 1
             if "problem" in entry:
-                cases.setdefault(f"{name}: {entry['problem']}", []).append(row["case"])
-    for problem, names in cases.items():
-        console.print(Text(f"  - {problem} ({', '.join(names)})", "dim"))
-    for note in dict.fromkeys(f"  * {p['name']}: {p['part']}" for row in rows for p in row["peers"]):
-        console.print(Text(note, "dim"))
+                table.add_row(*head, Text(f"{label}: {entry['problem']}"), style="dim", end_section=last)
+                continue
+            spent = entry["microseconds"]
+            numbers = (f"{spent:.1f}", f"{entry['of_copy']:.3f}", f"{entry['of_peak']:.3f}")
+            faster = f"{min(inductor) / spent:.2f}x" if inductor and group == "providers" else ""
+            error = f"{entry['error']:.1e}" if "error" in entry else ""
+            table.add_row(*head, Text(label), *numbers, faster, error, style=style, end_section=last)
+    return table
 
 
 def picture(rows: Sequence[dict[str, Any]], device: str) -> str:
@@ -98,12 +73,10 @@ def picture(rows: Sequence[dict[str, Any]], device: str) -> str:
     bars = []
     for row in rows:
         shape = "x".join(map(str, row["shape"]))
-        entries = [(name, colours[name], entry) for name, entry in row["providers"].items()]
-        entries += [(TITLES[n], INDUCTOR, entry) for n, entry in row["rivals"].items() if n != "eager"]
-        entries += [(f"{p['name']}, {p['part']}", PEER, p) for p in row["peers"]]
         title = f"{row['op']}: {row['case']}, {shape}"
-        for label, colour, entry in entries:
-            if "of_copy" in entry:
+        for label, group, entry in entries(row):
+            colour = colours.get(label, PEER if group == "peers" else INDUCTOR)
+            if "of_copy" in entry and label != TITLES["eager"]:
                 tip = f"{entry['microseconds']:.1f} us"
                 bars.append(Bar(label, [(colour, entry["of_copy"], tip)], f"{entry['of_copy']:.2f}, {tip}", title))
                 title = ""

@@ -66,7 +66,7 @@ def gain_text(result: ModelResult, rival: str) -> str:
 
 def _table(result: ModelResult) -> Table:
     parts = [
-        f"{result.layers} layers" if result.layers is not None else "",
+        summary.count(result.layers, "layer") if result.layers is not None else "",
         f"batch {result.batch}" if result.batch > 1 else "",
         f"mode {result.mode}" if result.mode else "",
         "packed weights" if result.pack else "",

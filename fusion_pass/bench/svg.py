@@ -39,23 +39,25 @@ def chart(heading: str, bars: Sequence[Bar], legend: Sequence[tuple[str, str]], 
         _text(root, x + 17, 40, name)
         x += 34 + 6.6 * len(name)
     y = TOP
+    texts = xml.Element("g")  # above the line
     for bar in bars:
         if bar.title:
             y += 22
-            _text(root, 12, y - 7, bar.title, weight="bold")
-        _text(root, LEFT - 8, y + 12, bar.label, anchor="end")
+            _text(texts, 12, y - 7, bar.title, weight="bold")
+        _text(texts, LEFT - 8, y + 12, bar.label, anchor="end")
         at = float(LEFT)
         for colour, length, tip in bar.parts:
             place = {"x": f"{at:.1f}", "y": str(y), "width": f"{length * scale:.1f}", "height": str(BAR)}
             part = xml.SubElement(root, "rect", {**place, "fill": colour})
             xml.SubElement(part, "title").text = tip
             at += length * scale
-        _text(root, at + 6, y + 12, bar.text)
+        _text(texts, at + 6, y + 12, bar.text)
         y += BAR + GAP
     if mark is not None:
         x = LEFT + mark * scale
         line = {"x1": f"{x:.1f}", "x2": f"{x:.1f}", "y1": str(TOP - 6), "y2": str(y)}
         xml.SubElement(root, "line", {**line, "stroke": "#444", "stroke-dasharray": "3 3"})
+    root.append(texts)
     xml.indent(root, " ")
     return xml.tostring(root, encoding="unicode") + "\n"
 
@@ -64,4 +66,5 @@ def _text(
     root: xml.Element, x: float, y: float, text: str, size: str = "12", weight: str = "normal", anchor: str = "start"
 ) -> None:
     place = {"x": f"{x:.1f}", "y": f"{y:g}", "font-size": size, "font-weight": weight, "text-anchor": anchor}
-    xml.SubElement(root, "text", place).text = text
+    halo = {"stroke": "white", "stroke-width": "4", "paint-order": "stroke"}
+    xml.SubElement(root, "text", {**place, **halo}).text = text
