@@ -15,8 +15,10 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from .cli_bench import bench
+from .cli_options import Dtype, Size
 from .errors import ReportError
-from .exits import BELOW, ENVIRONMENT, OK, REGRESSION, USAGE, Failure, explain, say
+from .exits import BELOW, ENVIRONMENT, OK, REGRESSION, USAGE, Failure, check_writable, explain, say
 from .render import format_of, print_report, render, write
 from .report import Coverage, Site
 from .tracing import trace
@@ -29,17 +31,6 @@ class Format(str, enum.Enum):
     markdown = "markdown"
 
 
-class Size(str, enum.Enum):
-    tiny = "tiny"
-    full = "full"
-
-
-class Dtype(str, enum.Enum):
-    bf16 = "bf16"
-    fp16 = "fp16"
-    fp32 = "fp32"
-
-
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -47,6 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Fuse the adaLN, norm, gate and residual code of diffusion transformers under torch.compile.",
 )
+app.add_typer(bench, name="bench")
 
 
 @app.callback(invoke_without_command=True)
@@ -102,7 +94,7 @@ def coverage(
     settings = _settings(target)
     before = _read_baseline(baseline) if baseline else None
     if output:
-        _check_writable(output)
+        check_writable(output)
     found = trace(model, size.value if size else None, layers, dtype.value if dtype else None, settings, console)
     regressions = found.regressions(before) if before else []
     if before and before.model != found.model:
@@ -192,20 +184,6 @@ def _read_baseline(path: Path) -> Coverage:
         raise Failure(USAGE, f"cannot read the baseline {path}: {getattr(error, 'strerror', None) or error}") from error
     except ReportError as error:
         raise Failure(USAGE, f"the baseline {path} is {error}; make one with -o {path} --format json") from error
-
-
-def _check_writable(path: Path) -> None:
-    """Fail before a long trace rather than after it."""
-    folder = path.parent
-    if path.is_dir():
-        problem = "it is a folder"
-    elif not folder.is_dir():
-        problem = f"there is no folder {folder}"
-    elif not os.access(path if path.exists() else folder, os.W_OK):
-        problem = "permission denied"
-    else:
-        return
-    raise Failure(ENVIRONMENT, f"cannot write {path}: {problem}")
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -78,6 +78,21 @@ def inductor_config(name: str) -> Any:
     return getattr(config, name)
 
 
+def forget_compilations() -> None:
+    """Forget every compiled function and all that Inductor holds in memory: what is compiled next comes from disk."""
+    from torch._inductor.utils import clear_caches
+
+    torch._dynamo.reset()
+    clear_caches()
+
+
+def quiet_autotuning() -> None:
+    """No table on stderr for each matrix product that max-autotune tries kernels for."""
+    import torch._inductor.select_algorithm as select_algorithm
+
+    select_algorithm.PRINT_AUTOTUNE = False
+
+
 def cache_folder() -> str:
     """Inductor's cache folder."""
     from torch._inductor.runtime.runtime_utils import cache_dir

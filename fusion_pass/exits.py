@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -27,6 +29,20 @@ class Failure(Exception):
 def say(message: str) -> None:
     """One line on stderr."""
     print(f"dkfuse: {message}", file=sys.stderr)
+
+
+def check_writable(path: Path) -> None:
+    """Fail before long work rather than after it."""
+    folder = path.parent
+    if path.is_dir():
+        problem = "it is a folder"
+    elif not folder.is_dir():
+        problem = f"there is no folder {folder}"
+    elif not os.access(path if path.exists() else folder, os.W_OK):
+        problem = "permission denied"
+    else:
+        return
+    raise Failure(ENVIRONMENT, f"cannot write {path}: {problem}")
 
 
 def explain(error: Exception) -> tuple[int, str]:

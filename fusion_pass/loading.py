@@ -35,7 +35,9 @@ def load(model: str, size: str | None, layers: int | None, dtype: str | None) ->
         raise ModelError(f"{model!r} names no function; give path/to/file.py:function{found}")
     if separator:
         given = {"size": size, "layers": layers, "dtype": DTYPES[dtype] if dtype else None}
-        return _from_file(Path(path), function, {name: value for name, value in given.items() if value is not None})
+        from .weightless import without_memory
+
+        return f"{Path(path)}:{function}", *without_memory(*load_real(model, given))
     from . import zoo
 
     size = size or "tiny"
@@ -45,7 +47,13 @@ def load(model: str, size: str | None, layers: int | None, dtype: str | None) ->
     return f"{name} ({', '.join(part for part in parts if part)})", module, kwargs
 
 
-def _from_file(path: Path, function: str, given: dict[str, Any]) -> tuple[str, nn.Module, dict[str, Any]]:
+def load_real(model: str, given: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """(module, keyword arguments of forward) as `path/to/file.py:function` makes them, from its arguments not None.
+
+    Raises ModelError when there is no such function or it takes no such argument, FactoryError when it raises.
+    """
+    name, _, function = model.rpartition(":")
+    path, given = Path(name), {key: value for key, value in given.items() if value is not None}
     label = f"{path}:{function}"
     if not path.is_file():
         raise ModelError(f"no file {str(path)!r}; give the name of a zoo model or path/to/file.py:function")
@@ -73,10 +81,7 @@ def _from_file(path: Path, function: str, given: dict[str, Any]) -> tuple[str, n
     ):
         got = f"({', '.join(type(m).__name__ for m in made)})" if isinstance(made, tuple) else type(made).__name__
         raise ModelError(f"{label} must return (module, kwargs), an nn.Module and a dict; it returned {got}")
-    from .weightless import without_memory
-
-    module, kwargs = without_memory(*made)
-    return label, module, kwargs
+    return made
 
 
 def _imported(path: Path) -> ModuleType:

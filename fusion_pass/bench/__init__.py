@@ -1,1 +1,1 @@
-"""Benchmarks."""
+"""Measurements: `dkfuse bench model` and `dkfuse bench kernels`."""

@@ -82,16 +82,29 @@ class Case:
         total = sum(t.numel() * t.element_size() for t in rows) + outputs * size * 2
         return total + (size * 2 if self.op.startswith("residual") and self.residual == FP32 else 0)
 
-    def launcher(self, operands: dict[str, Tensor | None]) -> Callable[[], tuple[Tensor, ...]]:
-        """A call that launches our kernel on `operands`, planned once, as a compiled program does it."""
+    def calls(
+        self, operands: dict[str, Tensor | None]
+    ) -> tuple[list[tuple[dict[str, Any], dict[str, Tensor]]], tuple[Tensor, ...]]:
+        """(arguments, outputs) of every call of the op, and the results."""
         from dkfuse.kernels import ops
-        from dkfuse.kernels.launch import plan, run
 
         arguments = {**operands, **self.values()}
         outputs = ops._empty_outputs(self.op, arguments)
+        return [(arguments, outputs)], tuple(outputs.values())
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows that are normed, and their width."""
+        return self.shape[0] * self.shape[1], self.shape[2]
+
+    def launcher(self, operands: dict[str, Tensor | None]) -> Callable[[], tuple[Tensor, ...]]:
+        """A call that launches our kernel on `operands`, planned once, as a compiled program does it."""
+        from dkfuse.kernels.launch import plan, run
+
+        [(arguments, outputs)], results = self.calls(operands)
         sms = torch.cuda.get_device_properties(0).multi_processor_count
         launch = plan(self.op, arguments, outputs, sm_count=sms)
-        tensors, results = {**arguments, **outputs}, tuple(outputs.values())
+        tensors = {**arguments, **outputs}
 
         def call() -> tuple[Tensor, ...]:
             run(launch, tensors)
@@ -160,13 +173,14 @@ def _eager(
 
 
 _SHAPES: tuple[tuple[str, tuple[int, int, int], dict[str, Any]], ...] = (
-    ("Flux image", (1, 4096, 3072), {}),
+    ("Flux, Qwen-Image", (1, 4096, 3072), {}),
+    ("Flux joint", (1, 4608, 3072), {}),
     ("Flux text", (1, 512, 3072), {}),
     ("SD3.5-L", (2, 4096, 2432), {}),
     ("SD3-M / 1536", (1, 4096, 1536), {}),
     ("Wan-14B 480p", (1, 32760, 5120), {"parameters": FP32}),
     ("Wan-1.3B 480p", (1, 32760, 1536), {"parameters": FP32}),
-    ("DiT-XL/2", (2, 256, 1152), {}),
+    ("DiT-XL/2", (1, 256, 1152), {}),
     ("Z-Image", (1, 4096, 3840), {"norm": "rms", "weight": True, "shift": False}),
     ("HunyuanVideo", (1, 32760, 3072), {}),
     ("LTX per token", (1, 6144, 2048), {"norm": "rms", "per_token": True}),
@@ -186,7 +200,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case("SD3.5-L dual", "norm_modulate_dual", (2, 4096, 2432)),
     Case("SD3.5-L dual", "residual_norm_modulate_dual", (2, 4096, 2432)),
-    Case("Flux image", "gated_residual", (1, 4096, 3072)),
+    Case("Flux, Qwen-Image", "gated_residual", (1, 4096, 3072)),
     Case("Wan-14B 480p", "gated_residual", (1, 32760, 5120), parameters=FP32),
     Case("LTX per token", "scale_shift", (1, 6144, 2048), per_token=True),
 )

@@ -97,6 +97,24 @@ class RopeCase:
             arguments.update((n, operands[n][:, start : start + length]) for n in ("cos", "sin") if n in operands)
         return arguments
 
+    def calls(
+        self, operands: dict[str, Tensor]
+    ) -> tuple[list[tuple[dict[str, Any], dict[str, Tensor]]], tuple[Tensor, ...]]:
+        """(arguments, outputs) of every call of the op, one per projection and stream, and the joint results."""
+        results = tuple(torch.empty(self.shape, device="cuda", dtype=BF16) for _ in range(self.projections))
+        calls = [
+            (self.arguments(operands, key, start, n), {"out": results[int(key[0])][:, start : start + n]})
+            for key, n, start in self._parts()
+        ]
+        return calls, results
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows that are normed, and their width."""
+        whole = self.across or self.flat
+        rows = self.projections * self.batch * sum(self.lengths)
+        return (rows, self.heads * self.d) if whole else (rows * self.heads, self.d)
+
     def launcher(self, operands: dict[str, Tensor], config: Any = None) -> Callable[[], tuple[Tensor, ...]]:
         """One launch for all projections and streams, each writing its part of the joint results; planned once."""
         from dkfuse.kernels.launch import run

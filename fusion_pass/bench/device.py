@@ -1,0 +1,106 @@
+"""What the bench asks of a GPU: times, profiles, memory. Tests give it another one.
+
+timed(run)     wall and CPU milliseconds of one call on an idle GPU: CPU is the time until the call returns, while
+               the GPU still works; longer than the launches took where more than QUEUE of them were waiting
+profiled(run)  every kernel of one call in the order of launch
+peak(run)      the most memory that was allocated during one call, in GiB, weights included
+copy(n)        microseconds of a copy that reads and writes n bytes in total
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+QUEUE = 1000  # launches that CUDA queues before it makes the CPU wait
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One kernel as the profiler saw it."""
+
+    name: str
+    microseconds: float
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One call, in milliseconds."""
+
+    wall: float
+    cpu: float
+
+
+class Device(Protocol):
+    """See the module's docstring."""
+
+    kind: str  # of torch.device
+    name: str
+
+    def timed(self, run: Callable[[], Any]) -> Timed: ...
+    def profiled(self, run: Callable[[], Any]) -> list[Launched]: ...
+    def peak(self, run: Callable[[], Any]) -> float: ...
+    def copy(self, traffic: int) -> float: ...
+    def synchronize(self) -> None: ...
+    def free(self) -> None: ...
+    def seconds(self, run: Callable[[], Any]) -> float: ...
+
+
+class Cuda:
+    """The current CUDA device."""
+
+    kind = "cuda"
+
+    def __init__(self) -> None:
+        import torch
+
+        self._torch = torch
+        self.name = torch.cuda.get_device_name()
+        self.copy = functools.cache(self._copy)
+
+    def synchronize(self) -> None:
+        self._torch.cuda.synchronize()
+
+    def free(self) -> None:
+        gc.collect()
+        self._torch.cuda.empty_cache()
+
+    def seconds(self, run: Callable[[], Any]) -> float:
+        """Wall time of one call, in seconds."""
+        return self.timed(run).wall / 1000
+
+    def timed(self, run: Callable[[], Any]) -> Timed:
+        self.synchronize()
+        start = time.perf_counter()
+        result = run()  # kept until the clock has stopped
+        returned = time.perf_counter()
+        self.synchronize()
+        end = time.perf_counter()
+        del result
+        return Timed((end - start) * 1000, (returned - start) * 1000)
+
+    def profiled(self, run: Callable[[], Any]) -> list[Launched]:
+        torch = self._torch
+        self.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            run()
+            self.synchronize()
+        events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        events.sort(key=lambda e: e.time_range.start)
+        return [Launched(e.name, e.self_device_time_total) for e in events if e.self_device_time_total > 0]
+
+    def peak(self, run: Callable[[], Any]) -> float:
+        self.free()
+        self._torch.cuda.reset_peak_memory_stats()
+        run()
+        self.synchronize()
+        return self._torch.cuda.max_memory_allocated() / 2**30
+
+    def _copy(self, traffic: int) -> float:
+        from .timing import copy_microseconds
+
+        return copy_microseconds(traffic)

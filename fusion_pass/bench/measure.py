@@ -1,0 +1,178 @@
+"""One model on all sides, in one process.
+
+Compile time. Every side has caches of its own, empty at first. Cold: the first call, caches empty, after a small model
+was compiled by each backend, so that imports and the pool of compile workers are not in it; dkfuse goes first, so that
+what is left of such costs falls on it. Warm: the first call after Dynamo and Inductor have forgotten what they hold in
+memory, caches full. That is what a new process would find on disk, without its imports and its start of CUDA. Both
+times end when the first forward has ended. What compilers of kernels outside of Inductor (CuTe DSL, NVRTC) hold in
+memory stays there: for their share of a cold compile measure one model per process.
+
+Times. All sides run alternately, call by call, so that clocks drift for all of them; results are medians. GPU time is
+the sum of the kernels in a profile. Packing (`--pack`) is done before anything is compiled: all sides see the same
+weights, which are contiguous for each of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import compat
+from ..recording import record
+from ..report import Coverage
+from . import targets
+from .averages import median, medians
+from .classify import KINDS, kind
+from .device import QUEUE, Device, Launched
+from .reference import difference, outputs, tensors
+from .results import OURS, ModelResult, Side
+from .sides import Options, Run, caches_in, runner
+from .sites import site_times
+from .targets import Target
+
+WARM_UP = 3  # calls before the first timed one; CUDA graphs are recorded in them
+Report = Callable[[str], None]
+
+
+def measure(
+    target: Target,
+    options: Options,
+    device: Device,
+    compile: Callable[..., Any] = torch.compile,
+    say: Report = lambda _: None,
+) -> ModelResult:
+    """Build `target` and compare all sides on it; `say` is told what is being done."""
+    say(f"building {target.label}")
+    compat.forget_compilations()
+    device.free()
+    module, kwargs = targets.build(target, options.layers, options.size, options.dtype, device.kind)
+    try:
+        return compare(target, module, kwargs, options, device, compile, say)
+    finally:
+        del module, kwargs
+        compat.forget_compilations()
+        device.free()
+
+
+def compare(
+    target: Target,
+    module: nn.Module,
+    kwargs: dict[str, Any],
+    options: Options,
+    device: Device,
+    compile: Callable[..., Any],
+    say: Report,
+) -> ModelResult:
+    """All sides of `module`; see the module's docstring."""
+    result = ModelResult(
+        target.name,
+        {name: Side() for name in options.sides},
+        target.batch or 1,
+        options.layers,
+        options.mode,
+        options.pack,
+        options.attention,
+    )
+    with torch.no_grad(), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        say(f"{target.label}: reference")
+        reference, result.reference, result.note = outputs(module, kwargs, options.fp32)
+        device.free()
+        if options.pack:
+            import dkfuse
+
+            dkfuse.pack(module)  # type: ignore[attr-defined]
+        make = {name: lambda name=name: runner(name, module, kwargs, options, compile) for name in options.sides}
+        coverage = _cold(result, make, device, Path(folder), say)
+        runs = _warm(result, make, device, Path(folder), say)
+        for name, run in runs.items():
+            if name != result.reference:
+                result.sides[name].error = difference(tensors(run()), reference)
+        del reference
+        profiles = _times(result, runs, options, device, lambda text: say(f"{target.label}: {text}"))
+        for name, run in runs.items():
+            result.sides[name].peak_gib = device.peak(run)
+    result.coverage = coverage.totals
+    result.sites = site_times(coverage.sites, profiles[OURS], device.copy)
+    return result
+
+
+def prime(device: Device) -> None:
+    """Profile a small model and compile it with both backends: imports, decompositions, compile workers."""
+    module = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU()).to(device.kind)
+    with torch.no_grad(), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, caches_in(Path(folder)):
+        inputs = torch.randn(32, 64, device=device.kind)
+        device.profiled(lambda: module(inputs))  # before any CUDA graph is recorded
+        for backend in ("inductor", OURS):
+            torch.compile(module, backend=backend, dynamic=False)(inputs)
+        device.synchronize()
+    compat.forget_compilations()
+
+
+def _cold(result: ModelResult, make: dict[str, Any], device: Device, folder: Path, say: Report) -> Coverage:
+    found = Coverage()
+    for name, maker in make.items():
+        if name == "eager":
+            continue
+        say(f"{result.model}: compiling for {name}")
+        compat.forget_compilations()
+        recording = record(result.model) if name == OURS else contextlib.nullcontext(found)
+        with caches_in(folder / name), recording as seen:
+            result.sides[name].compile_cold = device.seconds(maker())
+        if name == OURS:
+            found = seen
+        device.free()
+    return found
+
+
+def _warm(result: ModelResult, make: dict[str, Any], device: Device, folder: Path, say: Report) -> dict[str, Run]:
+    compat.forget_compilations()
+    runs = {}
+    for name, maker in make.items():
+        say(f"{result.model}: {name}" + ("" if name == "eager" else ", compiling from its caches"))
+        with caches_in(folder / name):
+            runs[name] = maker()
+            seconds = device.seconds(runs[name])
+            for _ in range(WARM_UP):
+                runs[name]()
+        if name != "eager":
+            result.sides[name].compile_warm = seconds
+    return runs
+
+
+def _times(
+    result: ModelResult, runs: dict[str, Run], options: Options, device: Device, say: Report
+) -> dict[str, Sequence[Sequence[Launched]]]:
+    """Fill in wall, CPU and GPU times; the profiles."""
+    say("timing")
+    timed: dict[str, list[Any]] = {name: [] for name in runs}
+    profiles: dict[str, list[list[Launched]]] = {name: [] for name in runs}
+    for _ in range(options.rounds):
+        for name, run in runs.items():
+            timed[name].append(device.timed(run))
+    say("profiling")
+    for _ in range(options.profiles):
+        for name, run in runs.items():
+            profiles[name].append(device.profiled(run))
+    for name, side in result.sides.items():
+        side.wall = median(t.wall for t in timed[name])
+        side.launches = round(median(len(profile) for profile in profiles[name]))
+        if side.launches < QUEUE or options.graphs(name):
+            side.cpu = median(t.cpu for t in timed[name])
+        side.kernels = medians([_by_name(profile) for profile in profiles[name]])
+        for label in KINDS:
+            side.split[label] = sum(ms for kernel, ms in side.kernels.items() if kind(kernel) == label)
+    return dict(profiles)
+
+
+def _by_name(profile: Sequence[Launched]) -> dict[str, float]:
+    """Milliseconds by kernel."""
+    found: dict[str, float] = {}
+    for launched in profile:
+        found[launched.name] = found.get(launched.name, 0.0) + launched.microseconds / 1000
+    return found

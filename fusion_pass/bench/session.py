@@ -1,0 +1,114 @@
+"""What the commands of `dkfuse bench` do once their arguments are checked: measure with progress, print, save."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from .. import compat
+from ..errors import ModelError, SettingsError, first_line
+from ..exits import ENVIRONMENT, Failure, say
+from . import kernels as work
+from . import measure, show_kernels, show_models
+from .device import Device
+from .results import ModelResult, report
+from .sides import Options
+from .steps import steps
+from .targets import Target
+
+WIDTH = 150  # columns of tables that are not printed on a terminal
+
+
+def models(
+    found: Sequence[Target], options: Options, device: Device, top: int, json_: Path | None, picture: Path | None
+) -> tuple[list[ModelResult], list[str]]:
+    """Measure, print and save model by model, so that a run cut short keeps what it has.
+
+    The results, and a sentence for each model that could not be measured.
+    """
+    console = _console()
+    compat.quiet_autotuning()
+    console.print(f"{device.name}, torch {torch.__version__}", style="bold")
+    console.print()
+    results: list[ModelResult] = []
+    failed: list[str] = []
+    with steps(Console(stderr=True)) as step:
+        step("compiling a small model")
+        measure.prime(device)
+        for target in found:
+            try:
+                result = measure.measure(target, options, device, say=step)
+            except ImportError as error:
+                raise Failure(ENVIRONMENT, f"{first_line(error)}; pip install 'dkfuse[diffusers]'") from error
+            except (ModelError, SettingsError):
+                raise
+            except Exception as error:
+                if os.environ.get("DKFUSE_DEBUG") == "1":
+                    traceback.print_exception(error)
+                failed.append(f"{target.label}: {type(error).__name__}: {first_line(error)}")
+                say(failed[-1])
+                continue
+            results.append(result)
+            show_models.print_result(result, console)
+            _print_top(result, console, top)
+            _save(json_, json.dumps(report(results, device.name), indent=1))
+            _save(picture, show_models.picture(results, device.name))
+    return results, failed
+
+
+def _print_top(result: ModelResult, console: Console, top: int) -> None:
+    for name, side in result.sides.items() if top else ():
+        console.print(f"{name}:")
+        for kernel, spent in list(side.kernels.items())[:top]:
+            console.print(f"  {spent:8.3f} ms  {kernel[:110]}", markup=False)
+
+
+def kernels(
+    chosen: Sequence[Any],
+    wanted: Sequence[str] | None,
+    rivals: Sequence[str],
+    peers: bool,
+    device: Device,
+    json_: Path | None,
+    picture: Path | None,
+    write_crossovers: Path | None,
+) -> None:
+    """Time the cases, print and save them."""
+    compat.quiet_autotuning()
+    rows: list[dict[str, Any]] = []
+    with steps(Console(stderr=True)) as step:
+        step("timing a large copy")
+        peak = work.PEAK_BYTES / device.copy(work.PEAK_BYTES)
+        for i, case in enumerate(chosen):
+            step(f"{i + 1} of {len(chosen)}, {case.op}: {case.name}")
+            rows.append(work.measure(case, peak, wanted, rivals, peers))
+            device.free()
+            _save(json_, json.dumps(work.report(rows, device.name, peak), indent=1))
+            _save(picture, show_kernels.picture(rows, device.name))
+    if write_crossovers:
+        as_json = write_crossovers.suffix == ".json"
+        _save(write_crossovers, show_kernels.crossovers_text(rows, device.name, torch.__version__, as_json))
+    console = _console()
+    title = f"{device.name}, torch {torch.__version__}, large copy {peak / 1e6:.2f} TB/s"
+    show_kernels.print_rows(rows, console, title)
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+
+
+def _save(path: Path | None, text: str) -> None:
+    if path is None:
+        return
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise Failure(ENVIRONMENT, f"cannot write {path}: {error.strerror or error}") from error

@@ -1,0 +1,95 @@
+"""MODEL[@BATCH] of `dkfuse bench model`: a model of the zoo, one of `others`, or path/to/file.py:function."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from ..errors import ModelError, did_you_mean
+from ..loading import DTYPES, load_real
+
+DEFAULT_LAYERS = 8  # blocks per stack of a zoo model, or as many as were published
+
+
+@dataclass(frozen=True)
+class Target:
+    """One model to measure. `source` is "zoo", "others" or "file"; `batch` None is the model's own."""
+
+    name: str
+    source: str
+    batch: int | None = None
+
+    @property
+    def label(self) -> str:
+        return self.name + (f"@{self.batch}" if self.batch is not None else "")
+
+
+def find(model: str) -> list[Target]:
+    """The targets that MODEL names: one, or all of `others`. Raises ModelError where there is no such model."""
+    from .. import zoo
+    from .others import OTHERS
+
+    name, separator, size = model.rpartition("@")
+    batch = None
+    if separator:
+        if not re.fullmatch(r"[1-9]\d*", size):
+            raise ModelError(f"the batch size in {model!r} is {size!r}; give a positive number, as in flux@2")
+        batch = int(size)
+    else:
+        name = model
+    if ":" in name or name.endswith(".py"):
+        if ":" not in name:
+            raise ModelError(f"{name!r} names no function; give path/to/file.py:function")
+        if not Path(path := name.rpartition(":")[0]).is_file():
+            raise ModelError(f"no file {path!r}; give the name of a model or path/to/file.py:function")
+        return [Target(name, "file", batch)]
+    plain = name.lower().replace("_", "-").replace("/", "-")
+    if plain == "others":
+        return [Target(other, "others", batch) for other in OTHERS]
+    if plain in OTHERS:
+        return [Target(plain, "others", batch)]
+    if plain not in zoo.MODELS:
+        hint = did_you_mean(plain, [*zoo.MODELS, *OTHERS, "others"])
+        raise ModelError(f"no model {name!r} in the zoo or among the others{hint}")
+    return [Target(plain, "zoo", batch)]
+
+
+def build(target: Target, layers: int | None, size: str, dtype: str, device: str) -> tuple[nn.Module, dict[str, Any]]:
+    """(module, keyword arguments of forward) with weights and inputs on `device`."""
+    if target.source == "zoo":
+        from .. import zoo
+
+        published = zoo.find(target.name).depth
+        most = layers if layers is not None else (2 if size == "tiny" else DEFAULT_LAYERS)
+        depth = [min(most, known) for known in published]
+        return zoo.build(target.name, size, device, DTYPES[dtype], depth, target.batch or 1)
+    if target.source == "file":
+        module, kwargs = load_real(target.name, {"layers": layers, "batch": target.batch})
+        return _moved(module, kwargs, device, None)
+    from .others import DEFAULT_LAYERS as OWN
+    from .others import OTHERS, TINY_LAYERS
+
+    tiny = size == "tiny"
+    torch.manual_seed(0)
+    count = layers if layers is not None else (TINY_LAYERS if tiny else OWN[target.name])
+    module, kwargs = OTHERS[target.name](tiny, count, target.batch)
+    return _moved(module, kwargs, device, DTYPES[dtype])
+
+
+def _moved(module: nn.Module, kwargs: dict[str, Any], device: str, dtype: torch.dtype | None) -> Any:
+    def to(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(device, dtype if dtype is not None and value.is_floating_point() else value.dtype)
+
+    weights = [*module.parameters(), *module.buffers()]
+    if any(w.is_meta for w in weights):
+        raise ModelError("the function returns a model on the meta device; a bench needs weights, random ones will do")
+    module = module.to(device) if dtype is None else module.to(device, dtype)
+    return module.eval().requires_grad_(False), tree_map(to, kwargs)

@@ -1,0 +1,186 @@
+"""The bench of models: the measuring loop on a made-up device, references, sides, and which models there are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dkfuse import loading
+from dkfuse.bench import measure, reference, sides, targets
+from dkfuse.bench.device import Launched, Timed
+from dkfuse.bench.others import OTHERS
+from dkfuse.bench.results import OURS, ModelResult
+from dkfuse.bench.sides import Options
+from dkfuse.errors import ModelError
+
+
+class FakeDevice:
+    """A device whose kernels and times are made up: each call of a side takes the next of its times."""
+
+    kind, name = "cpu", "made-up <device>"
+
+    def __init__(self) -> None:
+        self.order: list[str] = []
+        self.current = ""
+        self.launches = 2
+
+    def seconds(self, run: Callable[[], Any]) -> float:
+        run()
+        return {OURS: 2.0, "inductor": 1.0}.get(self.current, 0.5)
+
+    def timed(self, run: Callable[[], Any]) -> Timed:
+        run()
+        self.order.append(self.current)
+        slow = 9.0 if self.order.count(self.current) == 2 else 1.0  # an outlier, which a median does not see
+        return Timed({OURS: 3.0, "inductor": 4.0}.get(self.current, 8.0) * slow, 0.5)
+
+    def profiled(self, run: Callable[[], Any]) -> list[Launched]:
+        run()
+        name, time = {OURS: ("dkfuse_norm_modulate", 1000.0)}.get(self.current, ("triton_red_fused_0", 2000.0))
+        return [Launched("nvjet_tst", 4000.0), *[Launched(name, time)] * (self.launches - 1)]
+
+    def peak(self, run: Callable[[], Any]) -> float:
+        run()
+        return 1.5
+
+    def copy(self, traffic: int) -> float:
+        return traffic / 1000
+
+    def synchronize(self) -> None: ...
+    def free(self) -> None: ...
+
+
+class Doubles(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8).bfloat16()
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        return {"sample": (self.linear(x) * 2,), "ids": torch.arange(3)}
+
+
+def on_fake_device(options: Options, device: FakeDevice) -> ModelResult:
+    def compile(module: nn.Module, backend: str, **_: Any) -> Callable[..., Any]:
+        def call(**kwargs: Any) -> Any:
+            device.current = backend
+            return module(**kwargs)
+
+        return call
+
+    module = Doubles().requires_grad_(False)
+    inputs = {"x": torch.randn(4, 8, dtype=torch.bfloat16)}
+    weights = module.linear.weight.clone()
+    result = measure.compare(targets.Target("m", "file"), module, inputs, options, device, compile, lambda _: None)
+    assert module.linear.weight.dtype is torch.bfloat16
+    assert torch.equal(module.linear.weight, weights)  # widened for the reference, and narrowed back
+    return result
+
+
+def test_the_measuring_loop() -> None:
+    device = FakeDevice()
+    result = on_fake_device(Options(rounds=5, profiles=3), device)
+    assert device.order == [OURS, "inductor"] * 5
+    ours, theirs = result.sides[OURS], result.sides["inductor"]
+    assert (ours.wall, theirs.wall, ours.cpu) == (3.0, 4.0, 0.5)
+    assert (ours.compile_cold, ours.compile_warm, theirs.compile_cold) == (2.0, 2.0, 1.0)
+    assert (ours.gemm, ours.glue, theirs.glue, ours.gpu) == (4.0, 1.0, 2.0, 5.0)
+    assert ours.split["dkfuse"] == 1.0
+    assert theirs.split["inductor"] == 2.0
+    assert result.reference == "fp32"
+    assert result.note is None
+    assert 0 < ours.error < 0.01  # type: ignore[operator]
+    assert result.gain("inductor")["glue"] == pytest.approx(1 / 6)
+
+
+def test_a_full_queue_hides_the_cpu_time_and_eager_is_no_error_of_itself() -> None:
+    device = FakeDevice()
+    device.launches = 2000
+    result = on_fake_device(Options(("eager",), rounds=1, profiles=1, fp32=False), device)
+    assert result.sides[OURS].cpu is None
+    assert result.reference == "eager"
+    assert result.note == "no fp32 reference was asked for"
+    assert result.sides["eager"].error is None
+    assert result.sides["eager"].compile_cold is None
+    assert result.sides[OURS].error == 0.0
+
+
+def test_a_model_that_does_not_run_in_fp32() -> None:
+    class Mixed(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.bfloat16())
+
+    module = Mixed(4, 4).bfloat16().requires_grad_(False)
+    found, name, why = reference.outputs(module, {"x": torch.ones(2, 4)})
+    assert (name, len(found), found[0].dtype) == ("eager", 1, torch.bfloat16)
+    assert why is not None
+    assert why.startswith("the model does not run in fp32 (")
+
+
+def test_arguments_of_the_sides() -> None:
+    options = Options(mode="reduce-overhead", attention="cudnn")
+    own = {"dkfuse.attention": "cudnn", "mode": "reduce-overhead"}
+    assert sides.arguments(OURS, options) == {"backend": "dkfuse", "dynamic": False, "options": own}
+    assert sides.arguments("inductor", options)["mode"] == "reduce-overhead"
+    assert sides.arguments("max-autotune", options)["mode"] == "max-autotune-no-cudagraphs"
+    assert sides.arguments(OURS, Options()) == {"backend": "dkfuse", "dynamic": False}
+    assert options.graphs(OURS)
+    assert not options.graphs("max-autotune")
+
+
+def test_caches_are_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", "mine")
+    monkeypatch.delenv("DKFUSE_CACHE_DIR", raising=False)
+    with sides.caches_in(tmp_path):
+        assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton")
+        assert os.environ["DKFUSE_CACHE_DIR"] == str(tmp_path / "dkfuse")
+    assert os.environ["TRITON_CACHE_DIR"] == "mine"
+    assert "DKFUSE_CACHE_DIR" not in os.environ
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_models_run(name: str) -> None:
+    pytest.importorskip("transformers")
+    module, kwargs = targets.build(targets.Target(name, "others", 1), None, "tiny", "fp32", "cpu")
+    with torch.no_grad():
+        found = reference.tensors(module(**kwargs))
+    assert found
+    assert all(t.shape[0] == 1 and t.isfinite().all() for t in found)
+    assert not any(p.requires_grad for p in module.parameters())
+
+
+def test_targets(tmp_path: Path) -> None:
+    assert targets.find("Flux@2") == [targets.Target("flux", "zoo", 2)]
+    assert targets.find("dit-xl/2") == [targets.Target("dit-xl-2", "zoo")]
+    assert [t.name for t in targets.find("others")] == list(OTHERS)
+    with pytest.raises(ModelError, match="the batch size in 'flux@0' is '0'"):
+        targets.find("flux@0")
+    with pytest.raises(ModelError, match="did you mean 'bert'"):
+        targets.find("bertt")
+    with pytest.raises(ModelError, match="no file"):
+        targets.find(f"{tmp_path / 'none.py'}:make")
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import torch\ndef make(batch=3):\n    return torch.nn.ReLU(), {'input': torch.ones(batch)}\n"
+        "def meta():\n    return torch.nn.Linear(2, 2, device='meta'), {}\n"
+    )
+    (target,) = targets.find(f"{file}:make@5")
+    module, kwargs = targets.build(target, None, "full", "bf16", "cpu")
+    assert isinstance(module, nn.ReLU)
+    assert kwargs["input"].shape == (5,)
+    with pytest.raises(ModelError, match="meta device"):
+        targets.build(targets.Target(f"{file}:meta", "file"), None, "full", "bf16", "cpu")
+    with pytest.raises(ModelError, match="no parameter 'layers'"):
+        loading.load_real(f"{file}:make", {"layers": 2})
+
+
+def test_layers_are_at_most_the_published_ones() -> None:
+    pytest.importorskip("diffusers")
+    module, _ = targets.build(targets.Target("auraflow", "zoo"), 5, "tiny", "bf16", "cpu")
+    assert len(module.joint_transformer_blocks) == 4  # type: ignore[arg-type]
+    assert len(module.single_transformer_blocks) == 5  # type: ignore[arg-type]
