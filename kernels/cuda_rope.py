@@ -34,6 +34,7 @@ THREADS = 128
 MAX_TILES = 2**31
 VECTOR = 16  # bytes
 MAX_PLANS = 4096
+VALUES = ("norm", "eps", "weight_offset", "rotation", "tables", "norm_last")
 
 
 class Arguments(ctypes.Structure):
@@ -80,17 +81,21 @@ def run(arguments: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
 
 def launch(arguments: Mapping[str, Any], out: Any, config: Config | None = None) -> None:
     """`run` with a configuration of one's own."""
-    tensors = (*(arguments[name] for name in NAMES), out)
-    layouts = (
-        None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % VECTOR == 0) for t in tensors
-    )
-    values = (arguments[name] for name in ("norm", "eps", "weight_offset", "rotation", "tables", "norm_last"))
-    key = (config, *values, *layouts)
-    if key not in _plans:
+    tensors = (*[arguments[name] for name in NAMES], out)
+    key: list[Any] = [config, out.get_device(), *[arguments[name] for name in VALUES]]
+    addresses = 0
+    for tensor in tensors:
+        if tensor is None:
+            key.append(None)
+            continue
+        key += tensor.shape, tensor.stride(), tensor.dtype
+        addresses = 2 * addresses + (tensor.data_ptr() % VECTOR == 0)
+    signature = (*key, addresses)
+    if signature not in _plans:
         if len(_plans) >= MAX_PLANS:
             _plans.clear()
-        _plans[key] = _plan(arguments, tensors, config)
-    plan = _plans[key]
+        _plans[signature] = _plan(arguments, tensors, config)
+    plan = _plans[signature]
     if plan is not None:
         plan(tensors)
 
