@@ -67,7 +67,10 @@ def _cuda_core() -> tuple[str, Callable[[str, tuple[str, ...], int], bytes]]:
     def compiled(source: str, definitions: tuple[str, ...], arch: int) -> bytes:
         pairs: Any = [tuple(definition.split("=", 1)) for definition in definitions] or None
         options = core.ProgramOptions(arch=f"sm_{arch}", std="c++17", define_macro=pairs, name="dkfuse.cu")
-        return bytes(core.Program(source, code_type="c++", options=options).compile("cubin").code)
+        try:
+            return bytes(core.Program(source, code_type="c++", options=options).compile("cubin").code)
+        except Exception as error:  # NVRTCError, whose place differs between releases
+            raise RuntimeError(f"NVRTC does not compile the kernel:\n{error}") from error
 
     return f"nvrtc {major}.{minor} by cuda.core", compiled
 

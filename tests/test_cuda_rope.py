@@ -159,7 +159,7 @@ def test_what_does_not_compile_is_said_with_the_log() -> None:
             _, compiler = build()
         except (ImportError, OSError):
             continue
-        with pytest.raises(Exception, match="identifier"):
+        with pytest.raises(RuntimeError, match="identifier"):
             compiler('extern "C" __global__ void f() { nothing; }', (), 90)
 
 
