@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from dkfuse.kernels import disk_cache
+
 from . import compat
 from .report import Coverage, Graph
 from .settings import Settings
@@ -40,9 +42,10 @@ def source_hash() -> str:
     import dkfuse.patterns as patterns
 
     digest = hashlib.sha256(__version__.encode())
-    for folder in (_HERE, pathlib.Path(str(patterns.__file__)).parent, pathlib.Path(str(ops.__file__)).parent):
+    others = (pathlib.Path(str(module.__file__)).parent for module in (patterns, ops))
+    for folder in (_HERE, _HERE / "seams", *others):
         for file in sorted(folder.glob("*.py")):
-            digest.update(file.name.encode() + file.read_bytes())
+            digest.update(f"{folder.name}/{file.name}".encode() + file.read_bytes())
     return digest.hexdigest()
 
 
@@ -69,7 +72,7 @@ class Record:
     """The stored record of one graph: `token` for the cache key, `graphs` once a pass has run."""
 
     def __init__(self, key: str, folder: str | None):
-        self.path = pathlib.Path(folder or os.path.join(compat.cache_folder(), "dkfuse")) / "records" / f"{key}.json"
+        self.path = (pathlib.Path(folder) if folder else disk_cache.root()) / "records" / f"{key}.json"
         self.token: str = secrets.token_hex(8)
         self.stored: list[Graph] | None = None
         self.writable = True
