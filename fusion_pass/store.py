@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from dkfuse.kernels import attention_kernels
+
 from . import compat
 from .report import Coverage, Graph
 from .settings import Settings
@@ -41,7 +43,7 @@ def source_hash() -> str:
 
     digest = hashlib.sha256(__version__.encode())
     for folder in (_HERE, pathlib.Path(str(patterns.__file__)).parent, pathlib.Path(str(ops.__file__)).parent):
-        for file in sorted(folder.glob("*.py")):
+        for file in sorted(folder.rglob("*.py")):
             digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()
 
@@ -50,7 +52,8 @@ def graph_key(gm: fx.GraphModule, inputs: Iterable[Any], settings: Settings) -> 
     """The name of a graph's record: the traced code, what it is called with, the options, and who runs it."""
     digest = hashlib.sha256()
     chosen = replace(settings, report=None, log=None, cache_dir=None)  # these change no graph
-    for part in (source_hash(), compat.environment_fingerprint(), repr(chosen), gm.code):
+    packages = attention_kernels.versions()
+    for part in (source_hash(), compat.environment_fingerprint(), packages, repr(chosen), gm.code):
         digest.update(part.encode())
     for value in inputs:
         digest.update(_describe(value).encode())
