@@ -19,9 +19,10 @@ from torch import Tensor
 
 from .attention_kernels import KERNELS
 
+# `using` names the kernel: Inductor cannot call an op with an argument `kernel`
 SCHEMA = (
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, *, bool causal=False, float? scale=None, "
-    'bool gqa=False, str kernel="sdpa") -> Tensor'
+    'bool gqa=False, str using="sdpa") -> Tensor'
 )
 
 
@@ -45,9 +46,9 @@ def _fake(
     causal: bool = False,
     scale: float | None = None,
     gqa: bool = False,
-    kernel: str = "sdpa",
+    using: str = "sdpa",
 ) -> Tensor:
-    return _empty(q, v, kernel)
+    return _empty(q, v, using)
 
 
 def reference(
@@ -59,14 +60,14 @@ def reference(
     causal: bool = False,
     scale: float | None = None,
     gqa: bool = False,
-    kernel: str = "sdpa",
+    using: str = "sdpa",
 ) -> Tensor:
-    """The op's definition, by torch, in the memory order of `kernel`."""
-    _check_mask(mask, kernel)
+    """The op's definition, by torch, in the memory order of the kernel."""
+    _check_mask(mask, using)
     out = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa
     )
-    return _laid_out(out, q, v, kernel)
+    return _laid_out(out, q, v, using)
 
 
 def _cuda(
@@ -78,22 +79,22 @@ def _cuda(
     causal: bool = False,
     scale: float | None = None,
     gqa: bool = False,
-    kernel: str = "sdpa",
+    using: str = "sdpa",
 ) -> Tensor:
     from .attention_run import RUN
 
-    if kernel not in RUN:
-        return reference(q, k, v, mask, causal=causal, scale=scale, gqa=gqa, kernel=kernel)
-    _check_mask(mask, kernel)
+    if using not in RUN:
+        return reference(q, k, v, mask, causal=causal, scale=scale, gqa=gqa, using=using)
+    _check_mask(mask, using)
     if q.device.index != torch.cuda.current_device():
         with torch.cuda.device(q.device):
-            return RUN[kernel](q, k, v, causal, scale)
-    return RUN[kernel](q, k, v, causal, scale)
+            return RUN[using](q, k, v, causal, scale)
+    return RUN[using](q, k, v, causal, scale)
 
 
 def _check_mask(mask: Tensor | None, kernel: str) -> None:
     if mask is not None and kernel != "sdpa":
-        raise ValueError(f"dkfuse::attention: {kernel} takes no mask; use kernel='sdpa' for one of {list(mask.shape)}")
+        raise ValueError(f"dkfuse::attention: {kernel} takes no mask; give using='sdpa' for one of {list(mask.shape)}")
 
 
 def _laid_out(out: Tensor, q: Tensor, v: Tensor, kernel: str) -> Tensor:

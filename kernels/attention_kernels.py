@@ -81,11 +81,12 @@ def _rank(arguments: Mapping[str, Any]) -> str | None:
 
 def _shape(arguments: Mapping[str, Any]) -> str | None:
     q, k, v = (arguments[n].shape for n in "qkv")
-    if not (statically_known_true(q[0] == k[0]) and statically_known_true(k[0] == v[0])):
+    # torch's own kernels demand equal batches and tokens: symbols that merely may differ do not
+    if statically_known_true(q[0] != k[0]) or statically_known_true(k[0] != v[0]):
         return f"q, k and v have batches {q[0]}, {k[0]} and {v[0]}, they must be equal"
     if not statically_known_true(k[1] == v[1]) or not statically_known_true(q[1] % k[1] == 0):
         return f"{q[1]} heads of q do not divide into {k[1]} of k and {v[1]} of v"
-    return None if statically_known_true(k[2] == v[2]) else f"k has {k[2]} tokens and v {v[2]}"
+    return f"k has {k[2]} tokens and v {v[2]}" if statically_known_true(k[2] != v[2]) else None
 
 
 def _no_mask(arguments: Mapping[str, Any]) -> str | None:

@@ -15,6 +15,7 @@ from dkfuse.seams.attention_call import calls
 from .attentions import BF16, install, on_cpu, on_gpu, rewritten, sdpa, targets, use_rows
 
 FA4 = "4.0.0b20"
+MEASURED = attention_table.TABLE
 LONG = (1, 24, 4096, 128)
 
 
@@ -38,7 +39,7 @@ def test_the_fastest_installed_kernel_is_taken(monkeypatch):
     assert not [t for t in found if "scaled_dot_product" in t or "clone" in t or "contiguous" in t]
     (call,) = [n for n in module.graph.nodes if str(n.target) == "dkfuse.attention.default"]
     assert [a.meta["val"].stride() for a in call.args[:3]] == [(4096 * 3072, 128, 3072, 1)] * 3
-    assert call.kwargs["kernel"] == "fa4" and call.meta["val"].stride() == (4096 * 3072, 128, 3072, 1)
+    assert call.kwargs["using"] == "fa4" and call.meta["val"].stride() == (4096 * 3072, 128, 3072, 1)
 
 
 def test_a_kernel_that_is_missing_is_named_with_its_gain():
@@ -118,13 +119,9 @@ def test_torch_choice_is_known_where_a_cpu_traced():
 
 
 def test_the_measured_table_names_kernels_that_exist():
-    from dkfuse.seams.attention_table import Row
-
-    import dkfuse.seams.attention_table as module
-
-    rows = [r for r in vars(module).values() if isinstance(r, tuple) and r and isinstance(r[0], Row)]
-    for row in (row for table in rows for row in table):
-        assert set(row.tflops) <= set(KERNELS) and all(speed > 0 for speed in row.tflops.values())
+    for row in MEASURED:
+        assert "cudnn" in row.tflops and set(row.tflops) <= set(KERNELS)
+        assert all(speed > 0 for speed in row.tflops.values())
         assert row.head_dim % 8 == 0 and min(row.heads, row.queries, row.keys) > 0
 
 
@@ -142,7 +139,7 @@ REFUSED = {
         lambda: on_gpu((1, 1, 64, 64), (1, 4, 64, 64), view=lambda q: q.expand(1, 4, 64, 64)),
         "alignment",
     ),
-    "odd start": (lambda: on_gpu((1, 4, 64, 72), (1, 4, 64, 64), view=lambda q: q[..., 3:67]), "alignment"),
+    "odd start": (lambda: on_gpu((1, 4, 64, 72), (1, 4, 64, 64), view=lambda q: q.narrow(3, 3, 64)), "alignment"),
 }
 
 
@@ -215,7 +212,7 @@ def test_a_missing_kernel_is_a_clear_error(monkeypatch):
 
 
 def test_values_that_are_not_allowed():
-    with pytest.raises(SettingsError, match="dkfuse.attention='fa5'.*auto, sdpa, fa4"):
+    with pytest.raises(SettingsError, match=r"dkfuse\.attention='fa5'.*auto, sdpa, fa4"):
         Settings.read({"dkfuse.attention": "fa5"}, {})
     assert Settings.read({}, {"DKFUSE_ATTENTION": "FA4"}).attention == "fa4"
 
@@ -227,8 +224,8 @@ KV = torch.randn(2, 24, 2, 64, dtype=BF16)
 Q = torch.randn(2, 24, 8, 64, dtype=BF16)
 CALLS = {
     "plain": (sdpa, (Q, Q.flip(1), Q.roll(1, 1))),
-    "scaled": (lambda q, k, v: sdpa(q, k, v, scale=0.3), (Q, Q.flip(1), Q)),
-    "causal": (lambda q, k, v: sdpa(q, k, v, is_causal=True), (Q, Q.flip(1), Q)),
+    "scaled": (lambda q, k, v: sdpa(q, k, v, scale=0.3), (Q, Q.flip(1), Q.roll(1, 1))),
+    "causal": (lambda q, k, v: sdpa(q, k, v, is_causal=True), (Q, Q.flip(1), Q.roll(1, 1))),
     "cross": (sdpa, (Q, Q[:, :10].contiguous(), Q[:, 3:13].contiguous())),
     "grouped": (lambda q, k, v: sdpa(q, k, v, enable_gqa=True), (Q, KV, KV.flip(1))),
     "packed": (lambda x: sdpa(*x.unflatten(2, (3, 8, 64)).unbind(2)), (torch.randn(2, 24, 3 * 512, dtype=BF16),)),
@@ -244,17 +241,10 @@ def test_results_are_those_of_the_definition(monkeypatch, name, kernel):
     site = rewritten(module, attention=kernel)
     assert (site.status, site.kernel) == (Status.FUSED, kernel)
     assert targets(module).count("dkfuse.attention.default") == 1
-    (out,) = module(*_given(module, inputs))
+    (out,) = module(*inputs)
     expected = function(*inputs)
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
     assert out.stride() == expected.stride()
-
-
-def _given(module, inputs):
-    """Inputs in the order of the placeholders, of which equal inputs share one."""
-    placeholders = [n.meta["val"].shape for n in module.graph.nodes if n.op == "placeholder"]
-    assert len(placeholders) == len(inputs)
-    return inputs
 
 
 def test_a_transposing_copy_goes_where_the_kernel_writes_tokens_first(monkeypatch):
@@ -315,4 +305,4 @@ def test_sites_say_where_they_are():
     sites = seams.run(module.graph, Settings(target="sm90"))
     assert len({s.id for s in sites}) == 2 and all(s.family == "attention" for s in sites)
     assert all(s.source and s.source.startswith(("attentions.py", "test_attention.py")) for s in sites)
-    assert attention_choice.RULE == sites[0].rule
+    assert sites[0].rule == attention_choice.RULE

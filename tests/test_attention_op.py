@@ -28,14 +28,14 @@ LAYOUTS = {
 def test_opcheck(kernel, layout):
     q = LAYOUTS[layout]
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(OP, (q, KV, KV.flip(2)), {"gqa": True, "kernel": kernel}, test_utils=tests)
-    torch.library.opcheck(OP, (q, q, q.flip(2)), {"causal": True, "scale": 0.2, "kernel": kernel}, test_utils=tests)
+    torch.library.opcheck(OP, (q, KV, KV.flip(2)), {"gqa": True, "using": kernel}, test_utils=tests)
+    torch.library.opcheck(OP, (q, q, q.flip(2)), {"causal": True, "scale": 0.2, "using": kernel}, test_utils=tests)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_is_the_definition_in_the_order_of_the_kernel(kernel):
     for q in LAYOUTS.values():
-        out = OP(q, KV, KV.flip(2), gqa=True, scale=0.2, kernel=kernel)
+        out = OP(q, KV, KV.flip(2), gqa=True, scale=0.2, using=kernel)
         expected = F.scaled_dot_product_attention(q, KV, KV.flip(2), enable_gqa=True, scale=0.2)
         torch.testing.assert_close(out, expected, rtol=0, atol=0)
         if KERNELS[kernel].order == "tokens":
@@ -50,12 +50,12 @@ def test_masks():
     out = OP(Q, Q, Q, mask)
     torch.testing.assert_close(out, F.scaled_dot_product_attention(Q, Q, Q, attn_mask=mask), rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"fa4 takes no mask.*\[2, 1, 6, 6\]"):
-        OP(Q, Q, Q, mask, kernel="fa4")
+        OP(Q, Q, Q, mask, using="fa4")
 
 
 def test_a_kernel_that_does_not_exist():
     with pytest.raises(ValueError, match="no kernel 'fa9'; known: sdpa, cudnn"):
-        OP(Q, Q, Q, kernel="fa9")
+        OP(Q, Q, Q, using="fa9")
 
 
 def test_unaligned_tensors_are_copied_before_a_kernel_reads_them():
@@ -83,10 +83,8 @@ def test_inductor_runs_it_on_views_without_copies(monkeypatch):
 
     seen = []
     settings = Settings(target="sm90", attention="fa4")
-    options = {
-        "post_grad_custom_pre_pass": graph_pass(lambda graph: seen.extend(seams.run(graph, settings)), None),
-        "force_disable_caches": True,
-    }
+    hook = graph_pass(lambda graph: seen.extend(seams.run(graph, settings)), None)  # without identity: not cached
+    options = {"post_grad_custom_pre_pass": hook}
     torch.compiler.reset()
     with torch.no_grad():
         out, (code,) = run_and_get_code(torch.compile(attention, options=options), x)

@@ -82,7 +82,7 @@ class _Rewrite:
                 result.meta["val"] = made.meta["val"][0]
                 copy_origin(call.node, result)
             else:
-                options = {"causal": call.causal, "scale": call.scale, "gqa": call.grouped, "kernel": self.kernel}
+                options = {"causal": call.causal, "scale": call.scale, "gqa": call.grouped, "using": self.kernel}
                 result = self._insert(torch.ops.dkfuse.attention.default, (call.q, call.k, call.v, None), options)
         for old in call.results:
             old.replace_all_uses_with(result)

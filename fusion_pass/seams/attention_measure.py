@@ -62,7 +62,7 @@ def _time(tensors: list[torch.Tensor], causal: bool, kernel: str) -> float:
     device = q.device
 
     def call() -> Any:
-        return torch.ops.dkfuse.attention(q, k, v, None, causal=causal, gqa=q.shape[1] != k.shape[1], kernel=kernel)
+        return torch.ops.dkfuse.attention(q, k, v, None, causal=causal, gqa=q.shape[1] != k.shape[1], using=kernel)
 
     try:
         for _ in range(2):
