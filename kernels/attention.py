@@ -88,8 +88,10 @@ def _cuda(
     _check_mask(mask, using)
     if q.device.index != torch.cuda.current_device():
         with torch.cuda.device(q.device):
-            return RUN[using](q, k, v, causal, scale)
-    return RUN[using](q, k, v, causal, scale)
+            out = RUN[using](q, k, v, causal, scale)
+    else:
+        out = RUN[using](q, k, v, causal, scale)
+    return out if KERNELS[using].order == "tokens" else _laid_out(out, q, v, using)
 
 
 def _check_mask(mask: Tensor | None, kernel: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from dkfuse import Status
 from dkfuse.seams import attention_choice, attention_measure
 
-from .attentions import install, on_gpu, rewritten
+from .attentions import install, on_gpu, rewritten, use_rows
 
 LONG = (1, 24, 4096, 128)
 
@@ -116,3 +116,26 @@ def test_a_kernel_that_fails_is_infinitely_slow_and_logged(tmp_path, monkeypatch
     assert found == {"nothing of this name": float("inf")} and "nothing of this name failed" in caplog.text
     (file,) = (tmp_path / "attention").glob("*.json")
     assert json.loads(file.read_text()) == {}
+
+
+def test_a_kernel_that_cannot_be_built_leaves_the_attention_to_torch(monkeypatch):
+    use_rows(monkeypatch)
+    install(monkeypatch, fa4="4.0.0b20")
+    monkeypatch.setattr(attention_measure, "failure", lambda name, *_: "no compiler" if name == "fa4" else None)
+    site = rewritten(on_gpu(LONG))
+    assert (site.status, site.reason.code) == (
+        Status.LEFT_TO_INDUCTOR,
+        "failed",
+    ) and "no compiler" in site.reason.message
+    site = rewritten(on_gpu(LONG), attention="fa4")
+    assert (site.status, site.reason.code) == (Status.REJECTED, "failed")
+    site = rewritten(on_gpu(LONG, traced="flash"))  # the next best
+    assert (site.status, site.kernel) == (Status.FUSED, "cudnn") and any(a.code == "failed" for a in site.attempts)
+
+
+def test_a_trial_that_goes_wrong_is_told(caplog):
+    q = torch.empty(1, 4, 8, 64, device="meta")
+    assert attention_measure.failure("fa4", q, q, False) is None  # nothing to try it on
+    few = [torch.zeros(1, 2, 8, 64)] * 3
+    assert attention_measure._tried(few, False, "nothing of this name") is not None
+    assert "nothing of this name cannot be used" in caplog.text

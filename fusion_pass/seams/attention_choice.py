@@ -76,7 +76,15 @@ def _forced(call: Call, kernel: AttentionKernel, chosen: str, capability: int) -
         return Decision(reason=reason("chosen", f"torch chose {chosen} as well"))
     if (problem := kernel.problem(call.values, capability)) is not None:
         return Decision(reason=reason(problem.code, problem.message), forbidden=True)
+    if (failed := _failure(call, kernel.name)) is not None:
+        return Decision(reason=failed, forbidden=True)
     return Decision(kernel.name)
+
+
+def _failure(call: Call, name: str) -> Reason | None:
+    """Why a kernel that takes the call cannot be used all the same: its package is broken, it cannot be built."""
+    message = attention_measure.failure(name, call.values["q"], call.values["k"], call.causal)
+    return reason("failed", f"{name} failed when it was tried: {message}") if message is not None else None
 
 
 def _able(call: Call, chosen: str, capability: int) -> tuple[list[str], list[Reason]]:
@@ -138,9 +146,11 @@ def _by_table(call: Call, chosen: str, able: list[str], attempts: list[Reason], 
         elif version_of(name) is None:
             message = f"{name} was measured at {gain}, near this shape: {KERNELS[name].install}"
             attempts.append(reason("not_installed", message))
+        elif (failed := _failure(call, name)) is not None:
+            attempts.append(failed)
         else:
             return Decision(name, attempts=attempts)
-    useful = next((a for a in attempts if a.code in ("not_installed", "launch_bound")), None)
+    useful = next((a for a in attempts if a.code in ("failed", "not_installed", "launch_bound")), None)
     best = reason("fastest", f"{chosen}, torch's choice, is the fastest measured near this shape")
     return Decision(reason=useful or best, attempts=[a for a in attempts if a is not useful])
 

@@ -24,7 +24,9 @@ from .. import compat
 
 log = logging.getLogger("dkfuse")
 REPEATS = 15
+FEW = 128  # tokens to try a kernel with
 _known: dict[str, dict[str, float]] = {}
+_failures: dict[tuple[Any, ...], str | None] = {}
 
 
 def times(tensors: list[torch.Tensor], causal: bool, kernels: list[str], folder: str | None) -> dict[str, float]:
@@ -43,6 +45,41 @@ def times(tensors: list[torch.Tensor], causal: bool, kernels: list[str], folder:
     return {name: _known[key][name] for name in kernels}
 
 
+def failure(kernel: str, q: torch.Tensor, k: torch.Tensor, causal: bool) -> str | None:
+    """What goes wrong when `kernel` is built and run once, for few tokens of this kind; None where nothing does.
+
+    It is built here, rather than when the compiled code first runs. Without a GPU nothing is tried.
+    """
+    if q.device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    head_dim = compat.hint(q.shape[3]) or 0
+    groups = (compat.hint(q.shape[1]) or 1) // (compat.hint(k.shape[1]) or 1)
+    key = (kernel, q.device, q.dtype, head_dim, groups, causal)
+    if key not in _failures:
+        with compat.real_tensors(), torch.no_grad():
+            sizes = [(1, FEW, heads, head_dim) for heads in (groups, 1, 1)]
+            few = [torch.zeros(s, dtype=q.dtype, device=q.device).transpose(1, 2) for s in sizes]
+            _failures[key] = _tried(few, causal, kernel)
+    return _failures[key]
+
+
+def _tried(tensors: list[torch.Tensor], causal: bool, kernel: str) -> str | None:
+    try:
+        _call(tensors, causal, kernel)
+        torch.cuda.synchronize(tensors[0].device)
+    except Exception as error:
+        log.warning("dkfuse: attention kernel %s cannot be used: %s", kernel, first_line(error))
+        return first_line(error)
+    return None
+
+
+def _call(tensors: list[torch.Tensor], causal: bool, kernel: str) -> torch.Tensor:
+    import dkfuse.kernels.attention  # noqa: F401  (registers the op)
+
+    q, k, v = tensors
+    return torch.ops.dkfuse.attention(q, k, v, None, causal=causal, gqa=q.shape[1] != k.shape[1], using=kernel)
+
+
 def _key(tensors: list[torch.Tensor], causal: bool) -> str:
     calls = [(tuple(t.shape), t.stride(), str(t.dtype), str(t.device)) for t in tensors]
     text = f"{calls}{causal}{compat.environment_fingerprint()}{attention_kernels.versions()}"
@@ -56,28 +93,20 @@ def _random(like: torch.Tensor) -> torch.Tensor:
 
 def _time(tensors: list[torch.Tensor], causal: bool, kernel: str) -> float:
     """Median of single calls, in microseconds, after two that compile and warm up."""
-    import dkfuse.kernels.attention  # noqa: F401  (registers the op)
-
-    q, k, v = tensors
-    device = q.device
-
-    def call() -> Any:
-        return torch.ops.dkfuse.attention(q, k, v, None, causal=causal, gqa=q.shape[1] != k.shape[1], using=kernel)
-
+    device = tensors[0].device
     try:
         for _ in range(2):
-            call()
+            _call(tensors, causal, kernel)
         torch.cuda.synchronize(device)
-        found = []
-        for _ in range(REPEATS):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]
+        for start, end in events:  # without waiting, so that the GPU is busy while the next call is prepared
             start.record()
-            call()
+            _call(tensors, causal, kernel)
             end.record()
-            end.synchronize()
-            found.append(start.elapsed_time(end) * 1e3)
+        torch.cuda.synchronize(device)
+        found = [start.elapsed_time(end) * 1e3 for start, end in events]
     except Exception as error:
-        log.warning("dkfuse: attention kernel %s failed at %s: %s", kernel, list(q.shape), first_line(error))
+        log.warning("dkfuse: attention kernel %s failed at %s: %s", kernel, list(tensors[0].shape), first_line(error))
         return float("inf")
     return statistics.median(found)
 
