@@ -35,6 +35,7 @@ SHAPES = (
     "2x16x4096x300x72",  # PixArt-Sigma, text
     "8x16x256x72",  # DiT-XL/2
     "1x32x8064x64",  # LTX-Video
+    "1x24x4352x96",  # Lumina-Image-2.0
 )
 BUDGET = 0.1  # seconds per kernel and shape
 CALLS = 300
@@ -118,7 +119,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
     print(attention_kernels.versions())
-    rows, compiled = [], {}
+    rows: list[str] = []
+    compiled: dict[str, float] = {}
     with torch.no_grad():
         for shape in shapes:
             batch, heads, queries, keys, dim = shape
