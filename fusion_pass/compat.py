@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
@@ -16,6 +17,26 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true as _stat
 def statically_known_true(condition: Any) -> bool:
     """True when `condition` holds for every value of the symbols in it; never adds a guard."""
     return condition if isinstance(condition, bool) else _statically_known_true(condition)
+
+
+def hint(size: Any) -> int | None:
+    """What a symbolic size was in the example inputs, without a guard; None where no input backs it."""
+    if isinstance(size, int):
+        return size
+    value = getattr(size.node, "_hint", None)
+    if value is None and getattr(size.node, "shape_env", None) is not None:
+        from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
+
+        if not has_free_unbacked_symbols(size):
+            value = size.node.hint
+    return int(value) if isinstance(value, int) else None
+
+
+def real_tensors() -> AbstractContextManager[Any]:
+    """Inside, tensors are real though a graph is being compiled."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
 
 
 def stable_topological_sort(graph: fx.Graph) -> None:

@@ -21,6 +21,7 @@ ENVIRONMENT_PREFIX = "DKFUSE_"
 TARGETS = ("current", "cpu", "sm80", "sm89", "sm90", "sm100")
 REMAINDERS = ("inductor", "eager")
 ROUNDINGS = ("fused", "eager")
+ATTENTIONS = ("auto", "sdpa", "fa4", "fa3", "cudnn", "flash", "efficient", "sage")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 # Read by the command line only, therefore not an option of the backend.
 OTHER_VARIABLES = {"DKFUSE_DEBUG": "1 prints the traceback of an error that the command line reports in one sentence"}
@@ -119,6 +120,12 @@ class Settings:
         None, _optional(_path), "folder for stored coverage records (default: beside Inductor's cache)"
     )
     pointwise: bool = _setting(False, _flag, "also fuse regions that contain no norm, where Inductor usually does well")
+    attention: str = _setting(
+        "auto",
+        _choice(*ATTENTIONS),
+        "attention kernel: auto (the fastest measured), sdpa (what torch chooses), or one of "
+        + ", ".join(ATTENTIONS[2:]),
+    )
     origins: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
 
     @classmethod
@@ -176,7 +183,9 @@ class Settings:
         return f"-{rule}" not in self.rules and (rule in listed or only_removals)
 
     def check_names(self, rules: Iterable[str], providers: Iterable[str]) -> None:
-        """Raise SettingsError for a rule or kernel provider that does not exist. They register outside this module."""
+        """Raise SettingsError for a rule or kernel provider that does not exist (they register outside this module),
+        and for an attention kernel whose package is not installed.
+        """
         for option, given, known in (
             ("rules", [name.removeprefix("-") for name in self.rules or ()], list(rules)),
             ("kernels", self.kernels or (), list(providers)),
@@ -185,6 +194,18 @@ class Settings:
                 if name not in known:
                     what = "rule" if option == "rules" else "kernel provider"
                     raise SettingsError(f"{PREFIX}{option}: there is no {what} {name!r}{did_you_mean(name, known)}")
+        self._check_attention()
+
+    def _check_attention(self) -> None:
+        if self.attention in ("auto", "sdpa"):
+            return
+        from dkfuse.kernels.attention_kernels import KERNELS, version_of
+
+        if version_of(self.attention) is None:
+            raise SettingsError(
+                f"{PREFIX}attention={self.attention!r} needs a package that is not installed: "
+                f"{KERNELS[self.attention].install}, or use {PREFIX}attention=auto"
+            )
 
     def table(self) -> list[Row]:
         """One row per setting, in the order of the class."""

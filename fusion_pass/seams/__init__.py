@@ -18,6 +18,7 @@ from torch import fx
 
 from ..report import Site
 from ..settings import Settings
+from . import attention
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Seam:
 
 
 # in this order; each yields what it finds in the graph as the finders before it left it
-FINDERS: tuple[Callable[[fx.Graph, Settings], Iterator[Seam]], ...] = ()
+FINDERS: tuple[Callable[[fx.Graph, Settings], Iterator[Seam]], ...] = (attention.find,)
 
 
 def run(graph: fx.Graph, settings: Settings) -> list[Site]:

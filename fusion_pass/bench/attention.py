@@ -1,0 +1,147 @@
+"""`python -m dkfuse.bench.attention [SHAPE ...]`: speed of every installed attention kernel, and what a call costs.
+
+SHAPE is BxHxSxd, or BxHxSxKxd for K keys; left out, those of published diffusion transformers. TFLOP/s of
+4*B*H*S*K*d, bf16, q, k and v `[B, S, H, d]` in memory; the lines at the end are rows of `dkfuse.seams.attention_table`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from dkfuse.errors import first_line
+from dkfuse.kernels import attention_kernels
+
+from .kernels import NO_GPU
+
+SHAPES = (
+    "1x24x4608x128",  # FLUX.1 1024px
+    "2x38x4429x64",  # SD3.5-Large
+    "1x24x25000x128",  # HunyuanVideo
+    "1x40x32760x128",  # Wan2.1-14B 480p
+    "1x12x32760x128",  # Wan2.1-1.3B 480p
+    "1x30x4128x128",  # Z-Image
+    "1x24x4224x128",  # Qwen-Image
+    "2x48x17776x64",  # CogVideoX-5B
+    "2x16x4096x72",  # PixArt-Sigma
+    "1x40x32760x512x128",  # Wan2.1-14B, text
+    "2x16x4096x300x72",  # PixArt-Sigma, text
+    "8x16x256x72",  # DiT-XL/2
+    "1x32x8064x64",  # LTX-Video
+    "1x24x4352x96",  # Lumina-Image-2.0
+)
+BUDGET = 0.1  # seconds per kernel and shape
+CALLS = 300
+
+
+def parse(text: str) -> tuple[int, int, int, int, int]:
+    """(B, H, S, K, d) of "BxHxSxd" or "BxHxSxKxd"; ValueError for anything else."""
+    numbers = [int(part) for part in text.lower().split("x")]
+    if len(numbers) == 4:
+        numbers.insert(3, numbers[2])
+    if len(numbers) != 5 or min(numbers) < 1:
+        raise ValueError(f"{text!r} is not BxHxSxd or BxHxSxKxd")
+    batch, heads, queries, keys, dim = numbers
+    return batch, heads, queries, keys, dim
+
+
+def tensors(shape: tuple[int, int, int, int, int]) -> list[torch.Tensor]:
+    batch, heads, queries, keys, dim = shape
+    sizes = [(batch, tokens, heads, dim) for tokens in (queries, keys, keys)]
+    return [torch.randn(size, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for size in sizes]
+
+
+def microseconds(call: Callable[[], Any]) -> tuple[float, float]:
+    """(median time on the GPU, seconds of the first call, which may compile a kernel)."""
+    started = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    first = time.perf_counter() - started
+    started = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    repeats = max(3, min(30, int(BUDGET / (time.perf_counter() - started))))
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in events:
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) * 1e3 for start, end in events), first
+
+
+def calls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """Each installed kernel that takes the call."""
+    capability = 10 * torch.cuda.get_device_capability()[0]
+    arguments = {"q": q, "k": k, "v": v, "mask": None, "causal": False}
+    return {
+        name: lambda name=name: torch.ops.dkfuse.attention(q, k, v, None, using=name)  # type: ignore[misc]
+        for name, kernel in attention_kernels.KERNELS.items()
+        if attention_kernels.version_of(name) is not None and kernel.problem(arguments, capability) is None
+    }
+
+
+def overhead() -> dict[str, float]:
+    """Microseconds of CPU per call, of attention that is too small to keep a GPU busy."""
+    q, k, v = tensors((1, 4, 128, 128, 64))
+    found = {}
+    for name, call in {"torch sdpa": lambda: F.scaled_dot_product_attention(q, k, v), **calls(q, k, v)}.items():
+        for _ in range(20):
+            call()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        found[name] = (time.perf_counter() - started) / CALLS * 1e6
+        torch.cuda.synchronize()
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dkfuse.bench.attention", description=__doc__)
+    parser.add_argument("shapes", nargs="*", default=SHAPES, type=str)
+    options = parser.parse_args(arguments)
+    try:
+        shapes = [parse(text) for text in options.shapes]
+    except ValueError as error:
+        parser.error(str(error))
+    if not torch.cuda.is_available():
+        print("no CUDA device: there is nothing to measure", file=sys.stderr)
+        return NO_GPU
+    import dkfuse.kernels.attention  # noqa: F401  (registers the op)
+
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
+    print(attention_kernels.versions())
+    rows: list[str] = []
+    compiled: dict[str, float] = {}
+    with torch.no_grad():
+        for shape in shapes:
+            batch, heads, queries, keys, dim = shape
+            speeds = {}
+            for name, call in calls(*tensors(shape)).items():
+                try:
+                    taken, first = microseconds(call)
+                except Exception as error:
+                    print(f"  {name} failed at {shape}: {first_line(error)}")
+                    continue
+                speeds[name] = round(4 * batch * heads * queries * keys * dim / taken * 1e-6, 1)
+                compiled[name] = max(compiled.get(name, 0.0), first)
+            print(f"{'x'.join(map(str, shape)):22}", "  ".join(f"{n} {s:.0f}" for n, s in speeds.items()), flush=True)
+            speeds.pop("sdpa", None)
+            capability = 10 * torch.cuda.get_device_capability()[0]
+            rows.append(f"    Row({capability}, {dim}, {batch * heads}, {queries}, {keys}, {speeds}),")
+        print("CPU us per call:", "  ".join(f"{n} {t:.1f}" for n, t in overhead().items()))
+    print("longest first call, s:", "  ".join(f"{n} {t:.2f}" for n, t in compiled.items()))
+    print("\n".join(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""The seam to attention: ``aten._scaled_dot_product_*`` becomes the kernel that `attention_choice` names.
+
+A kernel of torch's own becomes its ATen op, which Inductor launches as it launches torch's choice; others become
+``dkfuse::attention``. q, k and v stay the views they are; the strides of the result, which depend on the kernel, are
+carried on, and a transposing copy behind it goes where the kernel already writes `[B, S, H, d]`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from .. import origin
+from ..choose import resolve_target
+from ..replace import copy_origin
+from ..report import Site, Status
+from ..settings import Settings
+from ..terms import short_dtype
+from .attention_call import Call, calls
+from .attention_choice import RULE, decide
+from .strides import spread
+
+if TYPE_CHECKING:
+    from . import Seam
+
+aten = torch.ops.aten
+OPAQUE = "dkfuse::attention"
+
+
+def find(graph: fx.Graph, settings: Settings) -> Iterator[Seam]:
+    """One seam per attention in `graph`."""
+    from . import Seam
+
+    counts: Counter[str] = Counter()
+    for call in list(calls(graph)):
+        where = origin.module(call.node) or "graph"
+        decision = decide(call, resolve_target(settings.target, call.device), settings)
+        site = Site(
+            id=f"{where}:attention#{counts[where]}",
+            family="attention",
+            status=Status.LEFT_TO_INDUCTOR,
+            rule=RULE,
+            op=OPAQUE,
+            reason=decision.reason,
+            attempts=decision.attempts,
+            source=origin.source(call.node),
+            module=origin.module(call.node),
+            shapes={n: [_size(s) for s in t.shape] for n, t in _tensors(call).items()},
+            dtype=short_dtype(call.q.meta["val"].dtype),
+        )
+        counts[where] += 1
+        if decision.kernel is None:
+            site.status = Status.REJECTED if decision.forbidden else site.status
+            yield Seam(site)
+            continue
+        site.status, site.kernel = Status.FUSED, decision.kernel
+        if _native(call, decision.kernel) is not None:
+            site.op = _native(call, decision.kernel)[0]._schema.name  # type: ignore[index]
+        yield Seam(site, _Rewrite(graph, call, decision.kernel))
+
+
+class _Rewrite:
+    """Puts one kernel in the place of one attention."""
+
+    def __init__(self, graph: fx.Graph, call: Call, kernel: str):
+        self.graph, self.call, self.kernel = graph, call, kernel
+
+    def __call__(self) -> None:
+        import dkfuse.kernels.attention  # noqa: F401  (registers torch.ops.dkfuse.attention)
+
+        call, native = self.call, _native(self.call, self.kernel)
+        with self.graph.inserting_before(call.node):
+            if native is not None:
+                target, args, kwargs = native
+                made = self._insert(target, (call.q, call.k, call.v, *args), kwargs)
+                result = self.graph.call_function(operator.getitem, (made, 0))
+                result.meta["val"] = made.meta["val"][0]
+                copy_origin(call.node, result)
+            else:
+                options = {"causal": call.causal, "scale": call.scale, "gqa": call.grouped, "using": self.kernel}
+                result = self._insert(torch.ops.dkfuse.attention.default, (call.q, call.k, call.v, None), options)
+        for old in call.results:
+            old.replace_all_uses_with(result)
+            self.graph.erase_node(old)
+        for unread in list(call.node.users):
+            self.graph.erase_node(unread)
+        self.graph.erase_node(call.node)
+        spread(result)
+
+    def _insert(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        q = self.call.q.meta["val"]
+        with q.fake_mode:
+            node.meta["val"] = target(*(a.meta["val"] if isinstance(a, fx.Node) else a for a in args), **kwargs)
+        copy_origin(self.call.node, node)
+        return node
+
+
+def _native(call: Call, kernel: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+    """(op, arguments after q, k and v, keyword arguments) of a kernel that is part of torch; None for others, and where
+    the graph runs on a CPU while it is planned for a GPU."""
+    if call.device.type != "cuda":
+        return None
+    scale = {"scale": call.scale}
+    if kernel == "cudnn":
+        return aten._scaled_dot_product_cudnn_attention.default, (None, False, 0.0, call.causal, False), scale
+    if kernel == "flash":
+        return aten._scaled_dot_product_flash_attention.default, (0.0, call.causal, False), scale
+    if kernel == "efficient":
+        return aten._scaled_dot_product_efficient_attention.default, (None, False, 0.0, call.causal), scale
+    return None
+
+
+def _tensors(call: Call) -> dict[str, torch.Tensor]:
+    return {n: t for n, t in call.values.items() if isinstance(t, torch.Tensor)}
+
+
+def _size(size: Any) -> int | str:
+    return size if isinstance(size, int) else str(size)

@@ -1,0 +1,193 @@
+"""Which kernel computes an attention: forced, measured here, or by the table; or why it stays as torch chose it.
+
+    asked for          the kernel of ``dkfuse.attention=...``, or a rejection that says what it does not take
+    max-autotune       the fastest of the installed kernels, timed now
+    otherwise          the fastest of the installed kernels in the table, at the nearest measured shape
+
+A kernel that loses accuracy is taken on demand only. One that is not part of torch is called through an opaque op,
+which costs the CPU some tens of microseconds: below `LAUNCH_BOUND` its gain is not worth that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dkfuse.kernels.attention_kernels import KERNELS, AttentionKernel, untested, version_of
+
+from .. import compat
+from ..report import Reason
+from ..rules import Code, Stage
+from ..settings import Settings
+from . import attention_measure, attention_table
+from .attention_call import Call
+
+MARGIN = 1.03  # a smaller gain is noise between runs
+LAUNCH_BOUND = 100.0  # microseconds
+RULE = "attention"
+
+
+@dataclass
+class Decision:
+    """`kernel` is None where the attention stays as it is, for `reason`; `forbidden` says that it must."""
+
+    kernel: str | None = None
+    reason: Reason | None = None
+    forbidden: bool = False
+    attempts: list[Reason] = field(default_factory=list)
+
+
+def reason(code: Code | str, message: str, stage: Stage = Stage.KERNEL) -> Reason:
+    return Reason(stage.value, str(getattr(code, "value", code)), message, RULE)
+
+
+def decide(call: Call, target: str, settings: Settings) -> Decision:
+    """What to do with `call` on `target` ("sm90", "cpu", ...)."""
+    if (wrong := _semantics(call)) is not None:
+        return Decision(reason=wrong, forbidden=True)
+    if settings.attention == "sdpa" or not settings.allows(RULE):
+        option = "dkfuse.attention=sdpa" if settings.attention == "sdpa" else "dkfuse.rules"
+        return Decision(reason=reason(Code.DISABLED, f"left to torch by {option}"))
+    if not target.startswith("sm"):
+        return Decision(reason=reason(Code.NO_KERNEL, f"attention on target {target} is left to torch"))
+    capability = int(target[2:])
+    chosen = call.chosen(capability)
+    if settings.attention != "auto":
+        return _forced(call, KERNELS[settings.attention], chosen, capability)
+    able, attempts = _able(call, chosen, capability)
+    if _measures(call):
+        return _by_measurement(call, chosen, able, attempts, settings)
+    return _by_table(call, chosen, able, attempts, capability)
+
+
+def _semantics(call: Call) -> Reason | None:
+    if call.others:
+        message = f"{call.others[0].name} is read too: only the attention itself is computed by other kernels"
+        return reason(Code.ESCAPES, message, Stage.SEMANTICS)
+    if call.dropout:
+        return reason("dropout", f"dropout {call.dropout}: other kernels have none", Stage.SEMANTICS)
+    return None
+
+
+def _forced(call: Call, kernel: AttentionKernel, chosen: str, capability: int) -> Decision:
+    if kernel.name == chosen:
+        return Decision(reason=reason("chosen", f"torch chose {chosen} as well"))
+    if (problem := kernel.problem(call.values, capability)) is not None:
+        return Decision(reason=reason(problem.code, problem.message), forbidden=True)
+    if (failed := _failure(call, kernel.name)) is not None:
+        return Decision(reason=failed, forbidden=True)
+    return Decision(kernel.name)
+
+
+def _failure(call: Call, name: str) -> Reason | None:
+    """Why a kernel that takes the call cannot be used all the same: its package is broken, it cannot be built."""
+    message = attention_measure.failure(name, call.values["q"], call.values["k"], call.causal)
+    return reason("failed", f"{name} failed when it was tried: {message}") if message is not None else None
+
+
+def _able(call: Call, chosen: str, capability: int) -> tuple[list[str], list[Reason]]:
+    """The kernels that could compute it unasked, installed or not, and why others could not."""
+    able, attempts = [], []
+    for kernel in KERNELS.values():
+        if kernel.lossy or kernel.name in ("sdpa", chosen):
+            continue
+        if (problem := kernel.problem(call.values, capability)) is not None:
+            attempts.append(reason(problem.code, problem.message))
+        elif (message := untested(kernel.name)) is not None:
+            attempts.append(reason("version", message))
+        else:
+            able.append(kernel.name)
+    return able, attempts
+
+
+def _measures(call: Call) -> bool:
+    """Whether kernels are timed now: asked for, on a GPU, without a mask, and for sizes that are known."""
+    sizes = [s for n in ("q", "k", "v") for t in (call.values[n],) for s in (*t.shape, *t.stride())]
+    return (
+        bool(compat.inductor_config("max_autotune"))
+        and call.device.type == "cuda"
+        and torch.cuda.is_available()
+        and call.mask is None
+        and all(isinstance(s, int) for s in sizes)
+        and call.traced in KERNELS
+    )
+
+
+def _by_measurement(call: Call, chosen: str, able: list[str], attempts: list[Reason], settings: Settings) -> Decision:
+    names = [chosen, *(name for name in able if version_of(name) is not None)]
+    tensors = [call.values[n] for n in "qkv"]
+    found = attention_measure.times(tensors, call.causal, names, settings.cache_dir)
+    best = min(names, key=lambda name: found[name])
+    for name in names:
+        if found[name] == float("inf"):
+            attempts.append(reason("failed", f"{name} failed when it was timed; the log says how"))
+        elif name != best:
+            attempts.append(reason("slower", f"{name} took {found[name]:.0f} us, {best} {found[best]:.0f} us"))
+    if best == chosen or found[best] * MARGIN > found[chosen]:
+        return Decision(reason=reason("fastest", f"{chosen}, torch's choice, was the fastest timed"), attempts=attempts)
+    if _opaque(best) and found[chosen] < LAUNCH_BOUND:
+        return Decision(reason=_short(chosen, best, found[chosen]), attempts=attempts)
+    return Decision(best, attempts=attempts)
+
+
+def _by_table(call: Call, chosen: str, able: list[str], attempts: list[Reason], capability: int) -> Decision:
+    speeds, sizes = _speeds(call, chosen, capability)
+    if isinstance(speeds, Reason):
+        return Decision(reason=speeds, attempts=attempts)
+    assert sizes is not None
+    ranked = sorted((n for n in able if speeds.get(n, 0) >= MARGIN * speeds[chosen]), key=lambda n: -speeds[n])
+    before = attention_table.microseconds(*sizes, speeds[chosen])
+    for name in ranked:
+        gain = f"{speeds[name] / speeds[chosen]:.2f}x {chosen}, torch's choice"
+        if _opaque(name) and before < LAUNCH_BOUND:
+            attempts.append(_short(chosen, name, before))
+        elif version_of(name) is None:
+            message = f"{name} was measured at {gain}, near this shape: {KERNELS[name].install}"
+            attempts.append(reason("not_installed", message))
+        elif (failed := _failure(call, name)) is not None:
+            attempts.append(failed)
+        else:
+            return Decision(name, attempts=attempts)
+    useful = next((a for a in attempts if a.code in ("failed", "not_installed", "launch_bound")), None)
+    best = reason("fastest", f"{chosen}, torch's choice, is the fastest measured near this shape")
+    return Decision(reason=useful or best, attempts=[a for a in attempts if a is not useful])
+
+
+def _speeds(
+    call: Call, chosen: str, capability: int
+) -> tuple[dict[str, float] | Reason, tuple[int, int, int, int] | None]:
+    """What the table says of the call's shape, or why it says nothing."""
+    sizes = call.sizes()
+    if sizes is None:
+        return reason(Code.SYMBOLIC, f"sizes {list(call.values['q'].shape)} have no example to look up"), None
+    odd = [
+        text
+        for text, present in (
+            ("a mask", call.mask is not None),
+            ("a causal mask", call.causal),
+            ("grouped heads", call.grouped),
+            (f"{call.values['q'].dtype}", call.values["q"].dtype not in (torch.float16, torch.bfloat16)),
+        )
+        if present
+    ]
+    row = attention_table.nearest(capability, *sizes)
+    if odd or row is None or chosen not in row.tflops:
+        where = "with " + " and ".join(odd) if odd else f"near head_dim {sizes[0]}, {sizes[2]} x {sizes[3]} tokens"
+        message = f"no kernels were measured {where} on sm{capability}: {chosen}, torch's choice, stays"
+        return reason("unmeasured", message), sizes
+    return row.tflops, sizes
+
+
+def _opaque(name: str) -> bool:
+    """Whether the kernel is called through an op of ours rather than one of torch's."""
+    return bool(KERNELS[name].distributions)
+
+
+def _short(chosen: str, name: str, microseconds: float) -> Reason:
+    limit = f"below {LAUNCH_BOUND:.0f} us the launch of {name} costs what it gains"
+    return reason("launch_bound", f"{chosen} takes {microseconds:.0f} us here: {limit}")
+
+
+__all__: list[Any] = ["Decision", "decide"]

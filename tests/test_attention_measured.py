@@ -1,0 +1,141 @@
+"""Attention kernels timed at compile time: the choice, and where the times are kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+
+from dkfuse import Status
+from dkfuse.seams import attention_choice, attention_measure
+
+from .attentions import install, on_gpu, rewritten, use_rows
+
+LONG = (1, 24, 4096, 128)
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Max-autotune on a machine with a GPU, where kernels take the times in this dict."""
+    found = {"cudnn": 200.0, "flash": 400.0, "efficient": 500.0, "fa4": 150.0}
+    monkeypatch.setattr(attention_choice.compat, "inductor_config", lambda name: name == "max_autotune")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    monkeypatch.setattr(
+        attention_measure, "times", lambda tensors, causal, kernels, folder: {k: found[k] for k in kernels}
+    )
+    install(monkeypatch, fa4="4.0.0b20")
+    return found
+
+
+def test_the_fastest_timed_kernel_is_taken(timed):
+    site = rewritten(on_gpu(LONG))
+    assert (site.status, site.kernel) == (Status.FUSED, "fa4")
+    assert {a.message.split()[0] for a in site.attempts if a.code == "slower"} == {"cudnn", "flash", "efficient"}
+
+
+def test_causal_attention_is_timed_too(timed):
+    assert rewritten(on_gpu(LONG, causal=True)).kernel == "fa4"
+
+
+@pytest.mark.parametrize(
+    ("times", "code"),
+    [
+        ({"fa4": 199.0}, "fastest"),  # within the noise
+        ({"fa4": float("inf")}, "fastest"),
+        ({"fa4": 30.0, "cudnn": 60.0}, "launch_bound"),
+    ],
+)
+def test_torch_choice_stays(timed, times, code):
+    timed.update(times)
+    site = rewritten(on_gpu(LONG))
+    assert (site.status, site.reason.code) == (Status.LEFT_TO_INDUCTOR, code)
+    assert any(a.code == "failed" for a in site.attempts) == (times["fa4"] == float("inf"))
+
+
+def test_a_cudnn_with_wrong_results_is_no_candidate(timed, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    timed["fa4"] = 1000.0
+    site = rewritten(on_gpu(LONG, traced="flash"))
+    assert site.kernel is None
+    assert any(a.code == "runtime" and "91002" in a.message for a in site.attempts)
+
+
+# -- where times are kept ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Counts what is timed; nothing is known beforehand."""
+    done = []
+    monkeypatch.setattr(attention_measure, "_known", {})
+    monkeypatch.setattr(attention_measure, "_time", lambda tensors, causal, name: done.append(name) or 10.0 + len(done))
+    return done
+
+
+def test_times_are_taken_once_and_kept(runs, tmp_path, monkeypatch):
+    tensors = [torch.empty(1, 2, 8, 16).expand(3, 2, 8, 16) for _ in range(3)]
+    first = attention_measure.times(tensors, False, ["cudnn", "flash"], str(tmp_path))
+    assert first == {"cudnn": 11.0, "flash": 12.0} and runs == ["cudnn", "flash"]
+    assert attention_measure.times(tensors, False, ["flash"], str(tmp_path)) == {"flash": 12.0}
+    monkeypatch.setattr(attention_measure, "_known", {})  # another process
+    assert attention_measure.times(tensors, False, ["cudnn", "flash"], str(tmp_path)) == first
+    assert runs == ["cudnn", "flash"]
+    assert attention_measure.times(tensors, False, ["cudnn", "fa4"], str(tmp_path)) == {"cudnn": 11.0, "fa4": 13.0}
+    attention_measure.times(tensors, True, ["cudnn"], str(tmp_path))
+    assert runs == ["cudnn", "flash", "fa4", "cudnn"]
+
+
+def test_a_broken_file_is_reported_and_replaced(runs, tmp_path, monkeypatch, caplog):
+    tensors = [torch.empty(1, 2, 8, 16) for _ in range(3)]
+    attention_measure.times(tensors, False, ["cudnn"], str(tmp_path))
+    (file,) = (tmp_path / "attention").glob("*.json")
+    for text in ("{", "[1]", '{"cudnn": []}'):
+        file.write_text(text)
+        monkeypatch.setattr(attention_measure, "_known", {})
+        with caplog.at_level(logging.WARNING, "dkfuse"):
+            caplog.clear()
+            attention_measure.times(tensors, False, ["cudnn"], str(tmp_path))
+        assert "cannot be read" in caplog.text
+        assert json.loads(file.read_text()) == {"cudnn": 10.0 + len(runs)}
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(runs, tmp_path):
+    (tmp_path / "file").write_text("")
+    tensors = [torch.empty(1, 2, 8, 16) for _ in range(3)]
+    assert attention_measure.times(tensors, False, ["cudnn"], str(tmp_path / "file")) == {"cudnn": 11.0}
+
+
+def test_a_kernel_that_fails_is_infinitely_slow_and_logged(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(attention_measure, "_known", {})
+    tensors = [torch.empty(1, 2, 8, 16) for _ in range(3)]
+    with caplog.at_level(logging.WARNING, "dkfuse"):
+        found = attention_measure.times(tensors, False, ["nothing of this name"], str(tmp_path))
+    assert found == {"nothing of this name": float("inf")} and "nothing of this name failed" in caplog.text
+    (file,) = (tmp_path / "attention").glob("*.json")
+    assert json.loads(file.read_text()) == {}
+
+
+def test_a_kernel_that_cannot_be_built_leaves_the_attention_to_torch(monkeypatch):
+    use_rows(monkeypatch)
+    install(monkeypatch, fa4="4.0.0b20")
+    monkeypatch.setattr(attention_measure, "failure", lambda name, *_: "no compiler" if name == "fa4" else None)
+    site = rewritten(on_gpu(LONG))
+    assert (site.status, site.reason.code) == (
+        Status.LEFT_TO_INDUCTOR,
+        "failed",
+    ) and "no compiler" in site.reason.message
+    site = rewritten(on_gpu(LONG), attention="fa4")
+    assert (site.status, site.reason.code) == (Status.REJECTED, "failed")
+    site = rewritten(on_gpu(LONG, traced="flash"))  # the next best
+    assert (site.status, site.kernel) == (Status.FUSED, "cudnn") and any(a.code == "failed" for a in site.attempts)
+
+
+def test_a_trial_that_goes_wrong_is_told(caplog):
+    q = torch.empty(1, 4, 8, 64, device="meta")
+    assert attention_measure.failure("fa4", q, q, False) is None  # nothing to try it on
+    few = [torch.zeros(1, 2, 8, 64)] * 3
+    assert attention_measure._tried(few, False, "nothing of this name") is not None
+    assert "nothing of this name cannot be used" in caplog.text
