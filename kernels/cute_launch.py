@@ -49,12 +49,15 @@ def compiled_keys() -> list[Any]:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with everything but the addresses. names: the tensors whose addresses it takes, in order."""
+    """A kernel with everything but the addresses. names: the tensors whose addresses it takes, in order.
+
+    strides, sizes: integers as TVM-FFI arrays, which a call hands over without converting them again.
+    """
 
     kernel: Callable[..., None]
     names: tuple[str, ...]
-    strides: tuple[int, ...]
-    sizes: tuple[int, ...]
+    strides: Any
+    sizes: Any
     rows: int
     eps: float
     device: int
@@ -67,6 +70,17 @@ class Launch:
         addresses = tuple([tensors[name].data_ptr() for name in self.names])
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         return self.kernel(addresses, self.strides, self.sizes, self.rows, self.eps, stream)
+
+
+def launch_for(kernel: Callable[..., None], seen: Any, eps: float, device: int | None) -> Launch:
+    """The launch of what `see_norm` or `see_rope` saw; strides and sizes may be symbols where nothing is launched."""
+    import tvm_ffi
+
+    strides, sizes = tuple(seen.strides), tuple(seen.sizes)
+    if device is not None:
+        strides, sizes = tvm_ffi.convert(strides), tvm_ffi.convert(sizes)
+    names = tuple(operand.name for operand in seen.key.operands)
+    return Launch(kernel, names, strides, sizes, seen.rows, float(eps), -1 if device is None else device)
 
 
 def remembered(store: dict[Any, Launch], signature: Any, make: Callable[[], Launch]) -> Launch:

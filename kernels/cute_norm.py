@@ -16,7 +16,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
-from .cute_launch import Launch, architecture, compiled, remembered
+from .cute_launch import Launch, architecture, compiled, launch_for, remembered
 from .cute_norm_key import INPUTS, OUTPUTS, see_norm
 from .cute_key import layout_signature
 from .cute_rows import (
@@ -108,8 +108,7 @@ def launch_of(arguments, outputs, threads=None) -> Launch:
     seen = see_norm(arguments, outputs, threads)
     index = device.index if device.type == "cuda" else None
     kernel = compiled(seen.key, architecture(index), build)
-    names = tuple(operand.name for operand in seen.key.operands)
-    return Launch(kernel, names, tuple(seen.strides), tuple(seen.sizes), seen.rows, float(arguments["eps"]), index)
+    return launch_for(kernel, seen, arguments["eps"], index)
 
 
 def prepare(arguments, outputs) -> None:

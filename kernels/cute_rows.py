@@ -11,6 +11,7 @@ not stored.
 import cutlass
 import cutlass.cute as cute
 import torch
+import tvm_ffi  # noqa: F401 - launches go through it: where it is missing, so is the provider
 from cutlass import Float32, Int32, Int64, const_expr
 
 ELEMENTS = {torch.float16: cutlass.Float16, torch.bfloat16: cutlass.BFloat16, torch.float32: cutlass.Float32}

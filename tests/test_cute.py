@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from dkfuse.kernels.cute_key import split
 from dkfuse.kernels.cute_norm_key import see_norm
@@ -187,6 +189,30 @@ def test_integers_of_a_launch() -> None:
     ]
 
 
+def test_symbolic_rows_are_not_guarded_on() -> None:
+    environment = ShapeEnv()
+    mode = FakeTensorMode(shape_env=environment)
+
+    def symbolic(tensor: torch.Tensor) -> torch.Tensor:
+        sizes = [DimDynamic.DYNAMIC if size == 40 else DimDynamic.STATIC for size in tensor.shape]
+        return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+
+    arguments = residual_call(x=symbolic(torch.empty(2, 40, 512, dtype=BF16)))
+    arguments["residual"] = arguments["x"]
+    with mode:
+        arguments.update({name: torch.empty(2, 1, 512, dtype=BF16) for name in ("gate", "scale", "shift")})
+        out = torch.empty_like(arguments["x"])
+    assert refused("residual_norm_modulate", arguments) is None
+    key = see_norm(arguments, {"sum": out, "out": out}).key
+    assert key == see_norm(residual_call(), {"sum": meta(2, 5, 512), "out": meta(2, 5, 512)}).key
+    with mode:
+        rope = rope_call(x=arguments["x"].unflatten(-1, (4, 128)), cos=torch.empty(1, 64), sin=torch.empty(1, 64))
+        rope["weight"] = torch.empty(4, 128)
+    assert refused("norm_rope", rope) is None
+    assert refused("norm_rope", {**rope, "cos": symbolic(torch.empty(40, 40))}) is not None
+    assert not environment.guards
+
+
 def test_alignment_is_the_pointers_and_the_strides() -> None:
     x = torch.empty(4 * 512 + 8, dtype=BF16)
     shifted = x[1:].as_strided((4, 512), (512, 1))
@@ -233,3 +259,19 @@ def test_it_compiles_without_a_gpu() -> None:
     out = {"out": meta(2, 5, 12, 128)}
     cute_rope.prepare(rope_call(), out)
     assert see_rope(rope_call(), out).key in compiled_keys()
+
+
+def test_a_launch_hands_over_addresses_strides_and_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cutlass")
+    from dkfuse.kernels import cute_launch
+
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77, raising=False)
+    arguments = norm_call(x=torch.zeros(2, 3, 512, dtype=BF16), scale=torch.zeros(512), shift=None)
+    outputs = {"out": torch.zeros(2, 3, 512, dtype=BF16)}
+    launch = cute_launch.launch_for(lambda *given: calls.append(given), see_norm(arguments, outputs), 1e-5, 0)
+    launch({**arguments, **outputs})
+    ((addresses, strides, sizes, rows, eps, stream),) = calls
+    assert addresses == tuple(tensor.data_ptr() for tensor in (arguments["x"], arguments["scale"], outputs["out"]))
+    assert (list(strides), list(sizes), rows, eps, stream) == ([1024, 1024, 0], [1], 6, 1e-5, 77)
