@@ -5,7 +5,8 @@
     split_linear(parts, weight, bias)   cat(parts, -1) @ weight.T + bias, one product per part, added up
 
 Shapes: x [M, K], weight [N, K], bias [N] or None; parts [M, K_i] whose K_i add up to K. Results [M, N], contiguous. Any
-strides: nothing here needs a layout, and cuBLAS reads rows and columns in place.
+strides: nothing here needs a layout, and cuBLAS reads rows and columns in place. Products are added narrowest part
+first, so that the sums that are rounded on the way are small.
 Dtypes: all of one floating dtype. linear_gelu rounds once; split_linear rounds the sum after each product.
 
 On CUDA linear_gelu is cublasLt's GELU epilogue, which PyTorch offers as `aten._addmm_activation(use_gelu=True)`: the
@@ -48,6 +49,12 @@ def _compute(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.element_size() < 4 else tensor
 
 
+def _pairs(parts: Sequence[Tensor], weight: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Each part with its columns of the weight, narrowest first."""
+    columns = weight.split([p.shape[1] for p in parts], 1)
+    return sorted(zip(parts, columns, strict=True), key=lambda pair: pair[0].shape[1])
+
+
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The definition: fp32 inside (fp64 for fp64), one rounding."""
     check("linear_gelu", (x,), weight, bias)
@@ -58,7 +65,7 @@ def split_linear(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -
     """The definition: fp32 inside (fp64 for fp64), the sum rounded after every product."""
     check("split_linear", parts, weight, bias)
     total: Tensor | None = None
-    for part, columns in zip(parts, weight.split([p.shape[1] for p in parts], 1), strict=True):
+    for part, columns in _pairs(parts, weight):
         product = F.linear(_compute(part), _compute(columns), _compute(bias) if bias is not None else None)
         total, bias = (product if total is None else _compute(total) + product).to(part.dtype), None
     assert total is not None
@@ -70,12 +77,10 @@ def _linear_gelu_cuda(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _split_linear_cuda(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    start = parts[0].shape[1]
-    first = weight.narrow(1, 0, start).t()
-    total = torch.mm(parts[0], first) if bias is None else torch.addmm(bias, parts[0], first)
-    for part in parts[1:]:
-        total.addmm_(part, weight.narrow(1, start, part.shape[1]).t())
-        start += part.shape[1]
+    (first, columns), *rest = _pairs(parts, weight)
+    total = torch.mm(first, columns.t()) if bias is None else torch.addmm(bias, first, columns.t())
+    for part, columns in rest:
+        total.addmm_(part, columns.t())
     return total
 
 

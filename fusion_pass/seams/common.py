@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -38,7 +40,9 @@ def check_allowed(rule: str, linear: Linear, settings: Settings) -> None:
 def check_sizes(linear: Linear, *columns: Any) -> None:
     """Raise Reject unless N and the given column counts are multiples of 8: rows of 16 bytes, as tensor cores ask."""
     for size in (linear.features[1], *columns):
-        if not isinstance(size, int) or size % 8:
+        if not isinstance(size, int):
+            raise Reject(Code.SYMBOLIC, f"the width {size} is a symbol: it must be known", Stage.KERNEL, left=True)
+        if size % 8:
             text = f"a row of {size} elements is no multiple of 16 bytes"
             raise Reject(Code.LAYOUT, text, Stage.KERNEL, left=True)
 
@@ -93,6 +97,21 @@ def _view(graph: fx.Graph, node: fx.Node, shape: Any, sizes: Any) -> fx.Node:
     return view
 
 
+def is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def read_sizes_elsewhere(graph: fx.Graph, old: Iterable[fx.Node], live: list[fx.Node]) -> None:
+    """Let whoever reads a symbolic size of a node in `old` read it from `live`, so that `old` can go."""
+    for node in old:
+        for user in [u for u in node.users if u.target is aten.sym_size.int]:
+            size = user.meta["val"]
+            with graph.inserting_before(user):
+                same = with_symbols(graph, size, live) if isinstance(size, torch.SymInt) else size
+            if same is not user:
+                user.replace_all_uses_with(same)
+
+
 def rows(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """`node` [..., K] as [rows, K]."""
     value = node.meta["val"]
@@ -107,6 +126,5 @@ def mergeable(value: torch.Tensor) -> bool:
         return False
     dims = [d for d in range(value.dim() - 1) if not statically_known_true(value.shape[d] == 1)]
     return all(
-        statically_known_true(value.stride(a) == value.stride(b) * value.shape[b])
-        for a, b in zip(dims, dims[1:], strict=False)
+        statically_known_true(value.stride(a) == value.stride(b) * value.shape[b]) for a, b in itertools.pairwise(dims)
     )

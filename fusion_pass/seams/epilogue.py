@@ -23,7 +23,7 @@ from ..rules import Code, Reject, Stage
 from ..settings import Settings
 from ..terms import short_dtype
 from . import Seam, gelu
-from .common import aten, check_allowed, check_sizes, mergeable, record, reshaped, rows
+from .common import aten, check_allowed, check_sizes, mergeable, read_sizes_elsewhere, record, reshaped, rows
 from .gelu import Gelu
 from .linear import linears, read
 
@@ -99,3 +99,5 @@ def _apply(graph: fx.Graph, found: Gelu) -> None:
     with graph.inserting_before(found.result):
         result = reshaped(graph, call, linear, found.result, found.inside)
     found.result.replace_all_uses_with(result)
+    old = [linear.product, *linear.views, linear.node, *found.inside, found.result]
+    read_sizes_elsewhere(graph, old, [linear.x, result])

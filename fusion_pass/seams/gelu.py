@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
 from ..gain import CASTS
+from .common import is_tensor
 from .linear import KEEP_ROWS, Linear, aten
 
 Polynomial = dict[tuple[int, int], float]  # (power of h, power of t) -> factor
@@ -47,7 +47,7 @@ class Gelu:
         within = {*self.inside, self.result}
         between = {self.linear.node, self.linear.product, *self.linear.views, *self.inside}
         allowed = within | between
-        return next((n for n in sorted(between) if any(user not in allowed for user in n.users)), None)
+        return next((n for n in sorted(between) if any(u not in allowed and is_tensor(u) for u in n.users)), None)
 
 
 def find(graph: fx.Graph, linears: dict[fx.Node, Linear]) -> Iterator[Gelu]:
@@ -58,7 +58,8 @@ def find(graph: fx.Graph, linears: dict[fx.Node, Linear]) -> Iterator[Gelu]:
             if (base := reader.base(node.args[0])) is not None:
                 yield _finish(Gelu(linears[base], node))
         elif node.target is aten.tanh.default and (base := reader.base_of_tanh(node)) is not None:
-            if (result := reader.result(node)) is not None:
+            result = reader.result(node)
+            if result is not None:
                 yield _finish(Gelu(linears[base], result))
 
 
@@ -80,7 +81,7 @@ def _finish(gelu: Gelu) -> Gelu:
 
 def _tensors(node: fx.Node) -> list[fx.Node]:
     """The inputs that are tensors: a symbolic size has many readers."""
-    return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    return [n for n in node.all_input_nodes if is_tensor(n)]
 
 
 class _Reader:
