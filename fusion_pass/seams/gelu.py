@@ -147,14 +147,20 @@ class _Reader:
         return None
 
     def _combine(self, a: Any, b: Any, combine: Any) -> tuple[Polynomial, fx.Node] | None:
-        sides = [({(0, 0): float(s)}, None) if isinstance(s, (int, float)) else self.read(s) for s in (a, b)]
-        if sides[0] is None or sides[1] is None:
-            return None
-        bases = {base for _, base in sides if base is not None}
+        polynomials: list[Polynomial] = []
+        bases: set[fx.Node] = set()
+        for side in (a, b):
+            if isinstance(side, (int, float)):
+                polynomials.append({(0, 0): float(side)})
+            elif (found := self.read(side)) is not None:
+                polynomials.append(found[0])
+                bases.add(found[1])
+            else:
+                return None
         if len(bases) != 1:
             return None
-        result = combine(sides[0][0], sides[1][0])
-        return (result, bases.pop()) if result and max(sum(k) for k in result) <= MAX_DEGREE else None
+        result: Polynomial = combine(*polynomials)
+        return (result, bases.pop()) if max(sum(k) for k in result) <= MAX_DEGREE else None
 
 
 def _sum(a: Polynomial, b: Polynomial, factor: float) -> Polynomial:
