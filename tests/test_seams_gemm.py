@@ -382,8 +382,8 @@ def test_fuel_counts_seams(block: tuple[nn.Module, list[Tensor]]) -> None:
     _, coverage = run(module, inputs, target="sm90", fuel=1)
     assert counts(coverage) == {"split_projection": 1, "rejected:fuel": 1}
 
-    def normed(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return F.rms_norm(F.gelu(F.linear(x, w, b), approximate="tanh"), (192,)) @ w
+    def normed(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return F.gelu(F.linear(x, w, b), approximate="tanh"), F.rms_norm(x, (64,)) @ w.mT
 
     _, coverage = run(normed, spell(GELU_INPUTS), target="sm90", fuel=1)
     assert counts(coverage) == {"gelu_epilogue": 1, "rejected:fuel": 1}
