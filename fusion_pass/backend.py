@@ -17,7 +17,7 @@ from torch import fx
 
 from dkfuse import patterns
 
-from . import compat, fuse
+from . import compat, fuse, seams
 from .choose import PROVIDERS, resolve_target
 from .drift import keep_roundings
 from .recording import publish
@@ -38,7 +38,7 @@ def dkfuse(gm: fx.GraphModule, example_inputs: Any, *, mode: str | None = None, 
     Raises SettingsError for an unknown option and UnsupportedTorchError on torch < 2.11.
     """
     settings, mode, own = Settings.parse(mode, options)
-    settings.check_names(patterns.NAMES, PROVIDERS)
+    settings.check_names((*patterns.NAMES, *seams.NAMES), PROVIDERS)
     _set_log_level(settings)
     check_torch(torch.__version__)
     inductor_options = {**compat.mode_options(mode), **own}
@@ -129,7 +129,7 @@ def planning_backend(settings: Settings) -> Callable:
 
     def backend(gm: fx.GraphModule, inputs: Any) -> Any:
         def inner(graph_module: fx.GraphModule, _: Any) -> Callable:
-            publish([fuse.settled(graph_module.graph, settings).record], _target(settings, inputs), settings)
+            publish([fuse.decided(graph_module.graph, settings).record], _target(settings, inputs), settings)
             return graph_module.forward
 
         return compat.lower_with(gm, inputs, inner, {})

@@ -1,5 +1,6 @@
 """The pass: one pure function over an `fx.Graph` with ``meta["val"]``, usable on any ATen graph.
 
+    seams                            what touches a GEMM or an attention, rewritten at once
     TermView(graph)                  nothing mutated
     anchors                          what could be fused, found without the rules
     rules, widest first, from the last node up
@@ -20,7 +21,7 @@ from torch import fx
 
 from dkfuse import patterns
 
-from . import anchors, choose, gain, heads, layouts, plan_heads, records
+from . import anchors, choose, gain, heads, layouts, plan_heads, records, seams
 from .anchors import Anchor
 from .checks import FULL, base_node, build, build_dual
 from .cycles import Together, check_cycles
@@ -57,33 +58,43 @@ class State:
     absorbed_by: State | None = None
 
 
-def plan(graph: fx.Graph, settings: Settings) -> Plan:
-    """Decide what to fuse in `graph`; the graph is not touched."""
+def plan(graph: fx.Graph, settings: Settings, spent: int = 0) -> Plan:
+    """Decide what to fuse in `graph` after `spent` sites of it were; the graph is not touched."""
     started = time.perf_counter()
-    planner = Planner(TermView(graph), settings)
+    planner = Planner(TermView(graph), settings, spent)
     plan_heads.match(planner)
     planner.match(patterns.RULES, lambda term: term.norm_reach is not None)
     planner.match(patterns.POINTWISE, lambda term: (term.args[0] if term.op == "round" else term).op == "add")
     return planner.finish(started)
 
 
-def settled(graph: fx.Graph, settings: Settings) -> Plan:
+def decided(graph: fx.Graph, settings: Settings) -> Plan:
+    """Take the seams of `graph`, which changes it, and decide what else to fuse in it; the record has both."""
+    started = time.perf_counter()
+    taken = seams.run(graph, settings)
+    result = settled(graph, settings, spent=sum(site.status is Status.FUSED for site in taken))
+    result.record.sites[:0] = taken
+    result.record.seconds = time.perf_counter() - started
+    return result
+
+
+def settled(graph: fx.Graph, settings: Settings, spent: int = 0) -> Plan:
     """`plan`, and once more where a copy at the start of a stream gives sites the layout that they were refused for.
 
     Without a site gained the copy is taken back.
     """
-    decided = plan(graph, settings)
-    if not (copies := layouts.settle(graph, decided.refused)):
-        return decided
-    again = plan(graph, settings)
-    if _fused(again) > _fused(decided):
+    first = plan(graph, settings, spent)
+    if not (copies := layouts.settle(graph, first.refused)):
+        return first
+    again = plan(graph, settings, spent)
+    if _fused(again) > _fused(first):
         return again
     layouts.undo(graph, copies)
-    return decided
+    return first
 
 
-def _fused(decided: Plan) -> int:
-    return sum(site.status is Status.FUSED for site in decided.record.sites)
+def _fused(planned: Plan) -> int:
+    return sum(site.status is Status.FUSED for site in planned.record.sites)
 
 
 def run(graph: fx.Graph, settings: Settings, lowered: bool = True) -> Graph:
@@ -92,19 +103,19 @@ def run(graph: fx.Graph, settings: Settings, lowered: bool = True) -> Graph:
     from .replace import replace
 
     started = time.perf_counter()
-    decided = settled(graph, settings)
-    calls = replace(graph, decided.view, decided.taken)
+    what = decided(graph, settings)
+    calls = replace(graph, what.view, what.taken)
     if lowered:
         lower(graph, calls)
-    decided.record.seconds = time.perf_counter() - started
-    return decided.record
+    what.record.seconds = time.perf_counter() - started
+    return what.record
 
 
 class Planner:
     """The anchors of one graph while the rules are tried on it."""
 
-    def __init__(self, view: TermView, settings: Settings):
-        self.view, self.settings = view, settings
+    def __init__(self, view: TermView, settings: Settings, spent: int = 0):
+        self.view, self.settings, self.spent = view, settings, spent
         self.states = {a.key: State(a) for a in anchors.find(view)}
         self.queries = anchors.qk_reductions(view)
         self.claimed: dict[fx.Node, Candidate | HeadSite] = {}
@@ -189,7 +200,7 @@ class Planner:
             plan_heads.choose_and_check(self, site)
         else:
             self._choose_and_check(site)
-        if settings.fuel is not None and len(self.taken) >= settings.fuel:
+        if settings.fuel is not None and self.spent + len(self.taken) >= settings.fuel:
             raise Reject(Code.FUEL, f"dkfuse.fuel={settings.fuel} sites are fused already", Stage.KERNEL)
         state.site = site
         self.taken.append(site)

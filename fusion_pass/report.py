@@ -32,6 +32,10 @@ FAMILIES = (
     "qk_norm",
     "sandwich",
     "other_norm",
+    "attention",
+    "packed_projection",
+    "split_projection",
+    "gelu_epilogue",
 )
 STAGES = ("structure", "semantics", "kernel")
 

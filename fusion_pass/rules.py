@@ -52,6 +52,8 @@ class Code(str, enum.Enum):
     POINTWISE = "pointwise"  # no reduction, no removed copy
     FEEDS_POINTWISE = "feeds_pointwise"
     POINTWISE_PRODUCER = "pointwise_producer"
+    NO_BIAS = "no_bias"
+    NO_GAIN = "no_gain"  # moves no less memory than what Inductor makes of it
     NO_KERNEL = "no_kernel"
     INNER_STRIDE = "inner_stride"
     ROW_TOO_LONG = "row_too_long"

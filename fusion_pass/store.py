@@ -42,10 +42,9 @@ def source_hash() -> str:
     import dkfuse.patterns as patterns
 
     digest = hashlib.sha256(__version__.encode())
-    others = (pathlib.Path(str(module.__file__)).parent for module in (patterns, ops))
-    for folder in (_HERE, _HERE / "seams", *others):
-        for file in sorted(folder.glob("*.py")):
-            digest.update(f"{folder.name}/{file.name}".encode() + file.read_bytes())
+    for folder in (_HERE, pathlib.Path(str(patterns.__file__)).parent, pathlib.Path(str(ops.__file__)).parent):
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
     return digest.hexdigest()
 
 

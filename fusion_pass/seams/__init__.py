@@ -11,12 +11,14 @@ taken is recorded with its reason, like any other site.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import fx
 
-from ..report import Site
+from ..report import Reason, Site, Status
+from ..rules import Code, Stage
 from ..settings import Settings
 from . import attention
 
@@ -29,16 +31,41 @@ class Seam:
     apply: Callable[[], None] | None = None
 
 
+from . import epilogue, split  # noqa: E402  (each needs Seam)
+
 # in this order; each yields what it finds in the graph as the finders before it left it
-FINDERS: tuple[Callable[[fx.Graph, Settings], Iterator[Seam]], ...] = (attention.find,)
+FINDERS: tuple[Callable[[fx.Graph, Settings], Iterator[Seam]], ...] = (split.find, epilogue.find)
+
+# what `dkfuse.rules` calls them: the families of their sites
+NAMES = ("attention", "packed_projection", "split_projection", "gelu_epilogue")
 
 
 def run(graph: fx.Graph, settings: Settings) -> list[Site]:
-    """Rewrite the seams of `graph` in place; what became of each."""
+    """Rewrite the seams of `graph` in place, `settings.fuel` of them at most; what became of each."""
     sites: list[Site] = []
+    names: Counter[str] = Counter()
+    taken = 0
     for find in FINDERS:
+        before = taken
         for seam in list(find(graph, settings)):
+            if seam.apply is not None and settings.fuel is not None and taken >= settings.fuel:
+                _refuse_for_fuel(seam, settings.fuel)
             if seam.apply is not None:
                 seam.apply()
+                taken += 1
+            place = f"{seam.site.module or 'graph'}:{seam.site.family}"
+            seam.site.id = f"{place}#{names[place]}"
+            names[place] += 1
             sites.append(seam.site)
+        if taken != before:
+            graph.eliminate_dead_code()
+            graph.lint()
     return sites
+
+
+def _refuse_for_fuel(seam: Seam, fuel: int) -> None:
+    site = seam.site
+    seam.apply = None
+    site.reason = Reason(Stage.KERNEL.value, Code.FUEL.value, f"dkfuse.fuel={fuel} sites are fused already", site.rule)
+    site.status, site.kernel, site.bytes_before, site.bytes_after = Status.REJECTED, None, None, None
+    site.attempts = [site.reason]

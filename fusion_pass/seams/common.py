@@ -1,0 +1,130 @@
+"""What the seams share: who may be rewritten at all, the records, and results put in the place of old ones."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+import dkfuse.kernels.linear_ops  # noqa: F401  (registers the ops, also for compiled code that comes from a cache)
+
+from .. import origin
+from ..choose import resolve_target
+from ..compat import statically_known_true
+from ..report import Site, Status
+from ..rules import Code, Reject, Stage
+from ..settings import Settings
+from ..symbols import arguments as with_symbols
+from ..terms import NARROW, same_shape, short_dtype
+from .linear import KEEP_ROWS, Linear
+
+aten = torch.ops.aten
+
+
+def check_allowed(rule: str, linear: Linear, settings: Settings) -> None:
+    """Raise Reject where a seam of `linear` must not be touched, whatever it looks like."""
+    target = resolve_target(settings.target, linear.device)
+    if not target.startswith("sm"):
+        text = f"target is {target}: the rewrite is for cuBLAS on NVIDIA GPUs"
+        raise Reject(Code.NO_KERNEL, text, Stage.KERNEL, left=True)
+    if not settings.allows(rule):
+        raise Reject(Code.DISABLED, f"rule {rule} is switched off by dkfuse.rules", Stage.KERNEL)
+    if linear.dtype not in NARROW:
+        text = f"dtype is {short_dtype(linear.dtype)}: only bf16 and fp16 are rewritten"
+        raise Reject(Code.DTYPE, text, Stage.KERNEL, left=True)
+
+
+def check_sizes(linear: Linear, *columns: Any) -> None:
+    """Raise Reject unless N and the given column counts are multiples of 8: rows of 16 bytes, as tensor cores ask."""
+    for size in (linear.features[1], *columns):
+        if not isinstance(size, int):
+            raise Reject(Code.SYMBOLIC, f"the width {size} is a symbol: it must be known", Stage.KERNEL, left=True)
+        if size % 8:
+            text = f"a row of {size} elements is no multiple of 16 bytes"
+            raise Reject(Code.LAYOUT, text, Stage.KERNEL, left=True)
+
+
+def record(
+    family: str, op: str, kernel: str, node: fx.Node, linear: Linear, traffic: tuple, reject: Reject | None
+) -> Site:
+    """The site of a seam that starts at `node`: fused where `reject` is None."""
+    values = {"x": linear.x, "weight": linear.weight, "bias": linear.bias}
+    site = Site(
+        id="",  # given by `seams.run`
+        family=family,
+        status=Status.FUSED,
+        rule=family,
+        op=op,
+        source=origin.source(node),
+        module=origin.module(node),
+        dtype=short_dtype(linear.dtype),
+        shapes={
+            name: [s if isinstance(s, int) else str(s) for s in n.meta["val"].shape]
+            for name, n in values.items()
+            if n is not None
+        },
+    )
+    if reject is None:
+        site.kernel = kernel
+        if all(isinstance(t, int) for t in traffic):
+            site.bytes_before, site.bytes_after = traffic
+        return site
+    site.status = Status.LEFT_TO_INDUCTOR if reject.left else Status.REJECTED
+    site.reason = reject.reason(family)
+    site.attempts = [site.reason]
+    return site
+
+
+def reshaped(graph: fx.Graph, result: fx.Node, linear: Linear, old: fx.Node, between: set[fx.Node]) -> fx.Node:
+    """`result` [rows, N] in the shape of `old`, whose views between the product and `old` are in `between`."""
+    if linear.batched:
+        shape = with_symbols(graph, list(linear.product.meta["val"].shape), [linear.x])
+        result = _view(graph, result, shape, linear.product.meta["val"].shape)
+    wanted = old.meta["val"].shape
+    if same_shape(result.meta["val"].shape, wanted):
+        return result
+    views = [n for n in (*linear.views, *between) if n.target in KEEP_ROWS]
+    view = next(v for v in views if same_shape(v.meta["val"].shape, wanted) and len(v.args) > 1)
+    return _view(graph, result, view.args[1], wanted)
+
+
+def _view(graph: fx.Graph, node: fx.Node, shape: Any, sizes: Any) -> fx.Node:
+    view = graph.call_function(aten.reshape.default, (node, list(shape)))
+    view.meta["val"] = node.meta["val"].reshape(list(sizes))
+    return view
+
+
+def is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def read_sizes_elsewhere(graph: fx.Graph, old: Iterable[fx.Node], live: list[fx.Node]) -> None:
+    """Let whoever reads a symbolic size of a node in `old` read it from `live`, so that `old` can go."""
+    for node in old:
+        for user in [u for u in node.users if u.target is aten.sym_size.int]:
+            size = user.meta["val"]
+            with graph.inserting_before(user):
+                same = with_symbols(graph, size, live) if isinstance(size, torch.SymInt) else size
+            if same is not user:
+                user.replace_all_uses_with(same)
+
+
+def rows(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """`node` [..., K] as [rows, K]."""
+    value = node.meta["val"]
+    if value.dim() == 2:
+        return node
+    return _view(graph, node, [-1, value.shape[-1]], [-1, value.shape[-1]])
+
+
+def mergeable(value: torch.Tensor) -> bool:
+    """Whether the rows of [..., K] lie evenly, so that [rows, K] is a view."""
+    if not statically_known_true(value.stride(-1) == 1):
+        return False
+    dims = [d for d in range(value.dim() - 1) if not statically_known_true(value.shape[d] == 1)]
+    return all(
+        statically_known_true(value.stride(a) == value.stride(b) * value.shape[b]) for a, b in itertools.pairwise(dims)
+    )

@@ -1,0 +1,469 @@
+"""Seams to GEMMs: tanh-GELUs that go into the linear before them, and linears of a cat that become two products."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dkfuse
+from dkfuse import Settings, Status, fuse, seams, zoo
+from dkfuse.kernels import linear_ops
+from dkfuse.seams import split
+
+from .harness import BF16, FP16, FP32, check_numerics, compiled, counts, exact, rms, run, spell
+
+GELU_INPUTS = "x:BLI w:QI b:Q"
+C = math.sqrt(2 / math.pi)
+
+# -- tanh-GELU in the epilogue -----------------------------------------------------------------------------------------
+
+
+def functional(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.gelu(F.linear(x, w, b), approximate="tanh")
+
+
+def flat(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.gelu(F.linear(x.flatten(0, 1), w, b), approximate="tanh")
+
+
+def by_hand(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    h = F.linear(x, w, b)
+    return 0.5 * h * (1 + torch.tanh(C * (h + 0.044715 * h**3)))
+
+
+def factored(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    h = F.linear(x, w, b)
+    return h * (torch.tanh((0.044715 * (h * h) + 1.0) * (0.7978845608 * h)) + 1) / 2
+
+
+def distributed(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    h = F.linear(x, w, b)
+    half = 0.5 * h
+    return half + half * torch.tanh(h * C - -0.044715 * C * torch.pow(h, 3))
+
+
+def in_fp32(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.gelu(F.linear(x, w, b).float(), approximate="tanh").to(x.dtype)
+
+
+def heads_between(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    h = F.linear(x, w, b).reshape(-1, w.shape[0])
+    return F.gelu(h, approximate="tanh").reshape(x.shape[0], x.shape[1], -1)
+
+
+def bias_apart(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.gelu(x @ w.mT + b, approximate="tanh")
+
+
+def slice_of_a_sum(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """The slice cuts a batch of two into rows that do not lie together, but it is computed, not read."""
+    return F.gelu(F.linear((x * 2)[:, 1:] + 1, w, b), approximate="tanh")
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize(
+    "function",
+    [functional, flat, by_hand, factored, distributed, in_fp32, heads_between, bias_apart, slice_of_a_sum],
+    ids=lambda f: f.__name__,
+)
+def test_gelu_moves_into_the_linear(function: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    args = spell(GELU_INPUTS, dtype)
+    results, coverage = run(function, args, target="sm90")
+    assert counts(coverage) == {"gelu_epilogue": 1}
+    check_numerics(function, args, results)
+
+
+def test_it_rounds_once_less_than_eager() -> None:
+    x, w, b = spell(GELU_INPUTS)
+    args = [x, w * 0.05, b]  # GELU is a straight line for large values: nothing is lost in rounding its input too
+    results, _ = run(functional, args, target="sm90")
+    (reference,) = exact(functional, args)
+    assert rms(results[0] - reference) < 0.9 * rms(functional(*args) - reference)
+
+
+def erf(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.gelu(F.linear(x, w, b))
+
+
+def quick(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    h = F.linear(x, w, b)
+    return h * torch.sigmoid(1.702 * h)
+
+
+def another_constant(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    h = F.linear(x, w, b)
+    return 0.5 * h * (1 + torch.tanh(C * (h + 0.0448 * h**3)))
+
+
+def another_result(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    h = F.linear(x, w, b)
+    return 0.5 * h * (2 + torch.tanh(C * (h + 0.044715 * h**3)))
+
+
+def of_another_value(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    h, g = F.linear(x, w, b), F.linear(x, w, b + 1)
+    return 0.5 * g * (1 + torch.tanh(C * (h + 0.044715 * h**3)))
+
+
+def half_of_the_linear(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    a, g = F.linear(x, w, b).chunk(2, -1)
+    return a * F.gelu(g, approximate="tanh")
+
+
+def product_of_activations(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.gelu(x @ x.mT, approximate="tanh")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [erf, quick, another_constant, another_result, of_another_value, half_of_the_linear, product_of_activations],
+    ids=lambda f: f.__name__,
+)
+def test_what_is_no_seam(function: Callable[..., Tensor]) -> None:
+    args = spell(GELU_INPUTS)
+    results, coverage = run(function, args, target="sm90")
+    assert coverage.sites == []
+    check_numerics(function, args, results)
+
+
+def read_before(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    h = F.linear(x, w, b)
+    return F.gelu(h, approximate="tanh"), h * 2
+
+
+def no_bias(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.gelu(F.linear(x, w), approximate="tanh")
+
+
+def slice_of_an_input(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.gelu(F.linear(x[:, 1:], w, b), approximate="tanh")
+
+
+def kept_in_fp32(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.gelu(F.linear(x, w, b).float(), approximate="tanh")
+
+
+def strided_bias(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.gelu(F.linear(x, w, b.repeat_interleave(2)[::2]), approximate="tanh")
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "expected"),
+    [
+        (read_before, {}, "rejected:escapes"),
+        (no_bias, {}, "left:no_bias"),
+        (slice_of_an_input, {}, "left:layout"),
+        (kept_in_fp32, {}, "rejected:dtype"),
+        (strided_bias, {}, "left:layout"),
+        (functional, {"roundings": "eager"}, "rejected:rounding"),
+        (functional, {"rules": "-gelu_epilogue"}, "rejected:disabled"),
+        (functional, {"fuel": 0}, "rejected:fuel"),
+        (functional, {"target": "cpu"}, "left:no_kernel"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_what_is_left_and_why(function: Callable[..., Any], options: dict[str, Any], expected: str) -> None:
+    args = spell(GELU_INPUTS)
+    results, coverage = run(function, args, **{"target": "sm90", **options})
+    assert counts(coverage) == {expected: 1}
+    assert coverage.sites[0].reason is not None and coverage.sites[0].reason.message
+    with torch.no_grad():
+        eager = function(*args)
+    for ours, theirs in zip(results, eager if isinstance(eager, tuple) else (eager,), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02 * rms(theirs))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "dtype", "expected"), [(GELU_INPUTS, FP32, "dtype"), ("x:BLD w:QD b:Q", BF16, "layout")]
+)
+def test_dtypes_and_rows_that_tensor_cores_do_not_take(inputs: str, dtype: torch.dtype, expected: str) -> None:
+    _, coverage = run(functional, spell(inputs, dtype), target="sm90")
+    assert counts(coverage) == {f"left:{expected}": 1}
+
+
+def test_symbolic_tokens() -> None:
+    module = nn.Sequential(nn.Linear(64, 192), nn.GELU(approximate="tanh")).to(BF16).requires_grad_(False)
+    torch.compiler.reset()
+    with torch.no_grad(), dkfuse.record() as coverage:
+        function = compiled(module, dynamic=True, target="sm90")
+        for length in (6, 5, 9):
+            x = torch.randn(3, length, 64).to(BF16)
+            check_numerics(module, [x], (function(x),))
+    assert counts(coverage) == {"gelu_epilogue": 1}
+
+
+def test_symbolic_widths_are_left() -> None:
+    _, coverage = run(functional, spell(GELU_INPUTS), target="sm90", dynamic=True)
+    assert counts(coverage) == {"left:symbolic": 1}
+
+
+def test_training_passes_through() -> None:
+    x, w, b = spell(GELU_INPUTS)
+    torch.compiler.reset()
+    with dkfuse.record() as coverage:
+        compiled(functional, target="sm90")(x, w.requires_grad_(), b).sum().backward()
+    assert coverage.sites == [] and "training" in (coverage.graphs[0].note or "")
+    assert w.grad is not None
+
+
+def test_a_chain_of_linears() -> None:
+    """The second linear reads the first one's GELU, which is another node by then."""
+
+    def chain(x: Tensor, w: Tensor, b: Tensor, v: Tensor, c: Tensor) -> Tensor:
+        h = F.gelu(F.linear(x, w, b), approximate="tanh")
+        return F.gelu(F.linear(h, v, c), approximate="tanh")
+
+    for inputs in ("x:LI w:QI b:Q v:JQ c:J", "x:BLI w:QI b:Q v:JQ c:J"):
+        args = spell(inputs)
+        results, coverage = run(chain, args, target="sm90")
+        assert counts(coverage) == {"gelu_epilogue": 2}
+        check_numerics(chain, args, results)
+
+
+# -- a linear of a cat -------------------------------------------------------------------------------------------------
+
+
+def cat_args(
+    *widths: int, n: int = 256, batch: int = 2, dtype: torch.dtype = BF16, weights: bool = True
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(n, sum(widths)), (n,)] * weights + [(batch, 50, k) for k in widths]
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def of_a_cat(w: Tensor, bias: Tensor, *parts: Tensor) -> Tensor:
+    return F.linear(torch.cat(parts, -1), w, bias)
+
+
+class OfACat(nn.Module):
+    def __init__(self, columns: int, bias: bool):
+        super().__init__()
+        self.proj = nn.Linear(columns, 256, bias=bias)
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        return self.proj(torch.cat(parts, 2))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("widths", [(1024, 2048), (8192, 1024, 1024)])
+def test_a_cat_is_not_written(widths: tuple[int, ...], batch: int, bias: bool, dynamic: bool) -> None:
+    torch.manual_seed(0)
+    module = OfACat(sum(widths), bias).to(BF16).requires_grad_(False)
+    parts = cat_args(*widths, batch=batch, weights=False)
+    if dynamic:
+        for part in parts:
+            torch._dynamo.mark_dynamic(part, 1)
+    results, coverage = run(module, parts, target="sm90", dynamic=None if dynamic else False)
+    assert counts(coverage) == {"split_projection": 1}
+    assert dynamic == isinstance(coverage.sites[0].shapes["x"][0], str)
+    (reference,) = exact(module, parts)
+    ratio = rms(results[0] - reference) / rms(module(*parts) - reference)
+    assert ratio <= 1.25
+    assert ratio == pytest.approx(split.expected_error(list(widths)), abs=0.1)
+
+
+def read_twice(w: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    both = torch.cat([a, b], -1)
+    return F.linear(both, w, bias), both + 1
+
+
+def of_computed_parts(w: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return F.linear(torch.cat([torch.sigmoid(a), b * 2], -1), w, bias)
+
+
+def of_slices(w: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """A batch of slices has to be copied, to be matrices."""
+    return F.linear(torch.cat([a[:, 1:], b[:, 1:]], -1), w, bias)
+
+
+@pytest.mark.parametrize(
+    ("function", "sizes", "options", "expected"),
+    [
+        (read_twice, {}, {}, "left:escapes"),
+        (of_a_cat, {"widths": (512, 2048)}, {}, "left:no_gain"),
+        (of_a_cat, {"n": 2048}, {}, "left:no_gain"),
+        (of_a_cat, {"widths": (1024, 1024)}, {}, "left:rounding"),
+        (of_a_cat, {"widths": (2048, 1024, 1024)}, {}, "left:rounding"),
+        (of_computed_parts, {}, {}, "left:no_gain"),
+        (of_slices, {}, {}, "left:no_gain"),
+        (of_a_cat, {"widths": (1028, 2048)}, {}, "left:layout"),
+        (of_a_cat, {"dtype": FP32}, {}, "left:dtype"),
+        (of_a_cat, {}, {"roundings": "eager"}, "rejected:rounding"),
+        (of_a_cat, {}, {"rules": "-split_projection"}, "rejected:disabled"),
+        (of_a_cat, {}, {"target": "cpu"}, "left:no_kernel"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_when_the_cat_stays(function: Any, sizes: dict[str, Any], options: dict[str, Any], expected: str) -> None:
+    widths = sizes.get("widths", (1024, 2048))
+    args = cat_args(*widths, **{k: v for k, v in sizes.items() if k != "widths"})
+    results, coverage = run(function, args, **{"target": "sm90", **options})
+    assert counts(coverage) == {expected: 1}
+    with torch.no_grad():
+        eager = function(*args)
+    for ours, theirs in zip(results, eager if isinstance(eager, tuple) else (eager,), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_a_cat_of_tokens_is_no_seam() -> None:
+    def tokens(w: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return F.linear(torch.cat([a, b], 1), w[:, :1024], bias)
+
+    _, coverage = run(tokens, cat_args(1024, 1024), target="sm90")
+    assert coverage.sites == []
+
+
+class SingleStream(nn.Module):
+    """What attention and the MLP of a single-stream block end in."""
+
+    def __init__(self, width: int = 1024, out: int = 512):
+        super().__init__()
+        self.proj_mlp = nn.Linear(width, 2 * width)
+        self.proj_out = nn.Linear(3 * width, out)
+
+    def forward(self, x: Tensor, attention: Tensor) -> Tensor:
+        mlp = F.gelu(self.proj_mlp(x), approximate="tanh")
+        return self.proj_out(torch.cat([attention, mlp], 2))
+
+
+@pytest.fixture(scope="module")
+def block() -> tuple[nn.Module, list[Tensor]]:
+    torch.manual_seed(0)
+    return SingleStream().to(BF16).requires_grad_(False), [torch.randn(2, 7, 1024).to(BF16) for _ in range(2)]
+
+
+def check_error(module: nn.Module, inputs: list[Tensor], results: tuple[Tensor, ...]) -> None:
+    """At most 1.25 of eager's RMS error: what one site may have."""
+    (reference,) = exact(module, inputs)
+    assert results[0].shape == reference.shape
+    assert rms(results[0] - reference) <= 1.25 * rms(module(*inputs) - reference)
+
+
+def test_cat_and_gelu_vanish_together(block: tuple[nn.Module, list[Tensor]]) -> None:
+    module, inputs = block
+    results, coverage = run(module, inputs, target="sm90")
+    assert counts(coverage) == {"split_projection": 1, "gelu_epilogue": 1}
+    assert {s.module.split(".")[-1]: s.rule for s in coverage.sites if s.module} == {
+        "proj_out": "split_projection",
+        "proj_mlp": "gelu_epilogue",
+    }
+    projection, epilogue = coverage.sites
+    rows, size = 14, 2
+    assert (projection.bytes_before, projection.bytes_after) == (
+        rows * size * (3 * 3072 + 512),
+        rows * size * (3072 + 3 * 512),
+    )
+    assert epilogue.bytes_before - epilogue.bytes_after == 2 * rows * size * 2048  # type: ignore[operator]
+    check_error(module, inputs, results)
+
+
+def test_a_gelu_that_stays_is_written_with_the_cat(block: tuple[nn.Module, list[Tensor]]) -> None:
+    """Without the epilogue Inductor writes the GELU where the cat is; only the attention's copy is saved."""
+    module, inputs = block
+    _, coverage = run(module, inputs, target="sm90", rules="-gelu_epilogue")
+    assert counts(coverage) == {"split_projection": 1, "rejected:disabled": 1}
+    torch.manual_seed(0)
+    wide = SingleStream(out=1024).to(BF16).requires_grad_(False)
+    _, coverage = run(wide, inputs, target="sm90", rules="-gelu_epilogue")
+    assert counts(coverage) == {"left:no_gain": 1, "rejected:disabled": 1}
+
+
+def test_fuel_counts_seams(block: tuple[nn.Module, list[Tensor]]) -> None:
+    module, inputs = block
+    _, coverage = run(module, inputs, target="sm90", fuel=1)
+    assert counts(coverage) == {"split_projection": 1, "rejected:fuel": 1}
+
+    def normed(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return F.gelu(F.linear(x, w, b), approximate="tanh"), F.rms_norm(x, (64,)) @ w.mT
+
+    _, coverage = run(normed, spell(GELU_INPUTS), target="sm90", fuel=1)
+    assert counts(coverage) == {"gelu_epilogue": 1, "rejected:fuel": 1}
+
+
+def test_inductor_compiles_what_is_left(block: tuple[nn.Module, list[Tensor]]) -> None:
+    module, inputs = block
+    results, coverage = run(module, inputs, target="sm90", remainder="inductor")
+    assert counts(coverage) == {"split_projection": 1, "gelu_epilogue": 1}
+    check_error(module, inputs, results)
+
+
+# -- in the pass -------------------------------------------------------------------------------------------------------
+
+ZOO = {
+    "flux": {("gelu_epilogue", "fused"): 6, ("split_projection", "no_gain"): 2},
+}
+
+
+@pytest.mark.parametrize("name", list(ZOO))
+def test_seams_of_real_models(name: str) -> None:
+    pytest.importorskip("diffusers")
+    module, kwargs = zoo.build(name)
+    coverage = dkfuse.coverage(module, settings=Settings(target="sm90"), **kwargs)
+    found = [s for s in coverage.sites if s.family in seams.NAMES]
+    assert Counter((s.family, s.reason.code if s.reason else "fused") for s in found) == ZOO[name], str(coverage)
+    assert len({s.id for s in coverage.sites}) == len(coverage.sites)
+    assert all(s.source and s.module for s in found)
+
+
+def test_planning_alone_changes_nothing() -> None:
+    graphs: list[Any] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        def inner(module: torch.fx.GraphModule, _: Any) -> Any:
+            graphs.append(module)
+            return module.forward
+
+        return dkfuse.compat.lower_with(gm, inputs, inner, {})
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.compile(functional, backend=backend, dynamic=False)(*spell(GELU_INPUTS))
+    graph, settings = graphs[0].graph, Settings(target="sm90")
+    before = str(graph)
+    assert fuse.plan(graph, settings).record.sites == [] and str(graph) == before
+    assert [s.status for s in fuse.decided(graph, settings).record.sites] == [Status.FUSED]
+    assert "dkfuse.linear_gelu" in str(graph) and "tanh" not in str(graph)
+
+
+# -- the ops -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32, torch.float64])
+def test_ops_are_what_they_say(dtype: torch.dtype) -> None:
+    x, w, b = spell("x:LI w:QI b:Q", dtype)
+    wide, narrow = x.repeat(1, 2), torch.randn(192, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
+    calls = [
+        (torch.ops.dkfuse.linear_gelu.default, (x, w, b)),
+        (torch.ops.dkfuse.split_linear.default, ([x, wide[:, 64:]], narrow, b)),
+        (torch.ops.dkfuse.split_linear.default, ([x, x, x], torch.cat([w] * 3, 1), None)),
+    ]
+    for op, args in calls:
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+    rows = F.linear(x.double(), w.double(), b.double())
+    tolerance = {"rtol": 0, "atol": {BF16: 0.15, FP32: 1e-4}.get(dtype, 1e-12)}
+    torch.testing.assert_close(calls[0][0](*calls[0][1]).double(), F.gelu(rows, approximate="tanh"), **tolerance)
+    both = F.linear(wide.double(), narrow.double(), b.double())
+    torch.testing.assert_close(calls[1][0](*calls[1][1]).double(), both, **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([torch.ones(2, 3)], torch.ones(4, 5), None), "parts have 3 columns together, but weight 5"),
+        (([], torch.ones(4, 5), None), "at least one part"),
+        (([torch.ones(2, 3)], torch.ones(4, 3).bfloat16(), None), "one floating dtype"),
+        (([torch.ones(2, 3)], torch.ones(4, 3), torch.ones(5)), r"bias has shape \(5,\), it must be \[4\]"),
+    ],
+)
+def test_calls_without_a_meaning(arguments: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        linear_ops.split_linear(*arguments)
