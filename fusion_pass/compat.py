@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -138,3 +139,45 @@ def environment_fingerprint() -> str:
     if torch.cuda.is_available():
         parts += [torch.cuda.get_device_name(), str(torch.cuda.get_device_capability())]
     return "|".join(parts)
+
+
+# -- inputs of compiled graphs ---------------------------------------------------------------------------------------
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` stands for one without its memory."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is a DTensor."""
+    return any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__)
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is (or, faked, stands for) plain memory, not a class of its own over other tensors."""
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer) or is_fake(tensor)
+    own_data = type(tensor) is not torch.nn.Parameter or is_fake(tensor) or type(tensor.data) is torch.Tensor
+    return plain and own_data and tensor.layout is torch.strided and not tensor.is_quantized
+
+
+def input_names(module: fx.GraphModule) -> list[tuple[str, bool]]:
+    """Of each placeholder of a graph of Dynamo: its name in the model, and whether its memory stays where it is."""
+    found = []
+    for node in module.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        source = getattr(node, "_dynamo_source", None)
+        name = getattr(source, "name", None)
+        text = name() if callable(name) else name
+        static = bool(node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type"))
+        found.append((_model_name(text or node.name), static))
+    return found
+
+
+def _model_name(source: str) -> str:
+    """``L['self']._modules['blocks']._modules['0']._parameters['weight']`` as ``blocks.0.weight``."""
+    parts = re.findall(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", source)
+    return ".".join(parts) or source
