@@ -148,7 +148,10 @@ def planning_backend(settings: Settings) -> Callable:
     """A backend that plans and records, and runs every graph in eager mode unchanged."""
 
     def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        known = memory.Inputs.of(gm, inputs)
+
         def inner(graph_module: fx.GraphModule, _: Any) -> Callable:
+            known.annotate(graph_module.graph)
             publish([fuse.decided(graph_module.graph, settings).record], _target(settings, inputs), settings)
             return graph_module.forward
 

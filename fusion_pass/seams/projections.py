@@ -56,7 +56,6 @@ def find(graph: fx.Graph, settings: Settings) -> Iterator[Seam]:
         target = resolve_target(settings.target, group[0].device)
         if not target.startswith("sm") or group[0].dtype not in DTYPES:
             continue
-        group = [linear for linear in group if linear.product not in epilogues]  # noqa: PLW2901
         packed = _side_by_side(group)
         rest = [linear for linear in group if all(linear not in run for run in packed)]
         for run in packed:
