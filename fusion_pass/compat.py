@@ -163,6 +163,16 @@ def has_memory(tensor: torch.Tensor) -> bool:
     return plain and own_data and tensor.layout is torch.strided and not tensor.is_quantized
 
 
+def same_pointers(tensors: list[Any], pointers: list[int], indices: list[int]) -> bool:
+    """Whether ``tensors[i]`` lies at ``pointers[i]`` for every i of `indices`: in C++ where torch is built for CUDA."""
+    if _pointers_equal is not None:
+        return _pointers_equal(tensors, pointers, indices)
+    return all(tensors[i].data_ptr() == pointers[i] for i in indices)
+
+
+_pointers_equal = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
+
+
 def input_names(module: fx.GraphModule) -> list[tuple[str, bool]]:
     """Of each placeholder of a graph of Dynamo: its name in the model, and whether its memory stays where it is."""
     found = []

@@ -11,8 +11,9 @@ weights side by side that are not read together changes nothing.
 
 What is kept: the Parameter objects, hence the state dict, optimizers, hooks, `requires_grad` and adapters around the
 layers; values, and updates of them in place; saving and loading by torch, safetensors' `save_file` and diffusers
-(safetensors' `save_model` refuses tensors that are parts of one storage: give it ``copy.deepcopy(model)``). What makes parameters lie apart again: `to` another
-device or dtype, `copy.deepcopy`, ``load_state_dict(assign=True)`` and assignments to ``p.data``. Compiled code notices.
+(safetensors' `save_model` refuses tensors that are parts of one storage: give it ``copy.deepcopy(model)``).
+What makes parameters lie apart again: `to` another device or dtype, `copy.deepcopy`, ``load_state_dict(assign=True)``
+and assignments to ``p.data``. Compiled code notices.
 """
 
 from __future__ import annotations
