@@ -2,6 +2,7 @@
 
     dkfuse.coverage(module, *args, **kwargs) -> Coverage     what would be fused, without running the model
     with dkfuse.record() as coverage: ...                    what was fused in the compilations inside the block
+    dkfuse.pack(model) -> Packed                             projections of one input side by side, before compiling
     dkfuse.dkfuse                                            the backend itself, as a function
 
 Everything is loaded on first use: importing this package imports neither torch nor any kernel library.
@@ -17,6 +18,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .backend import dkfuse
+    from .packing import Packed, PackError, pack
     from .recording import coverage, record
     from .report import Coverage, Graph, Reason, Site, Status
     from .settings import Settings
@@ -29,6 +31,9 @@ if not os.path.isdir(os.path.join(_HERE, "kernels")):
 _LAZY = {
     "dkfuse": "backend",
     "coverage": "recording",
+    "pack": "packing",
+    "Packed": "packing",
+    "PackError": "packing",
     "record": "recording",
     "Coverage": "report",
     "Graph": "report",
@@ -41,6 +46,8 @@ _LAZY = {
 __all__ = [
     "Coverage",
     "Graph",
+    "PackError",
+    "Packed",
     "Reason",
     "Settings",
     "Site",
@@ -48,6 +55,7 @@ __all__ = [
     "__version__",
     "coverage",
     "dkfuse",
+    "pack",
     "record",
 ]
 

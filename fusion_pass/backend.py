@@ -17,7 +17,7 @@ from torch import fx
 
 from dkfuse import patterns
 
-from . import compat, fuse, seams
+from . import compat, fuse, memory, seams
 from .choose import PROVIDERS, resolve_target
 from .drift import keep_roundings
 from .recording import publish
@@ -53,15 +53,17 @@ def dkfuse(gm: fx.GraphModule, example_inputs: Any, *, mode: str | None = None, 
 
 
 class _Context:
-    """One compilation: the graphs that the pass saw, and the error it died of."""
+    """One compilation: the graphs that the pass saw, the inputs that it may read as one, and the error it died of."""
 
-    def __init__(self, settings: Settings):
-        self.settings = settings
+    def __init__(self, settings: Settings, inputs: memory.Inputs | None):
+        self.settings, self.inputs = settings, inputs
         self.graphs: list[Graph] = []
         self.error: Exception | None = None
 
     def run(self, graph: fx.Graph) -> None:
         try:
+            if self.inputs is not None:
+                self.inputs.annotate(graph)
             self.graphs.append(fuse.run(graph, self.settings))
             keep_roundings(graph)
         except Exception as error:
@@ -69,9 +71,11 @@ class _Context:
             raise
 
 
-def _compile(gm: fx.GraphModule, inputs: Any, options: dict[str, Any], settings: Settings) -> Any:
-    context = _Context(settings)
-    record = Record(graph_key(gm, inputs, settings), settings.cache_dir)
+def _compile(gm: fx.GraphModule, inputs: Any, options: dict[str, Any], settings: Settings, packed: bool = True) -> Any:
+    known = memory.Inputs.of(gm, inputs) if packed else None
+    runs = known.runs() if known is not None else []
+    context = _Context(settings, known)
+    record = Record(graph_key(gm, inputs, settings, runs), settings.cache_dir)
     users = options.get(HOOK, compat.inductor_config(HOOK))
     users = [p for p in (users if isinstance(users, (list, tuple)) else [users]) if p is not None]
 
@@ -97,7 +101,16 @@ def _compile(gm: fx.GraphModule, inputs: Any, options: dict[str, Any], settings:
         record.save(context.graphs)
     graphs = context.graphs or [_from_cache(g) for g in record.stored or ()]
     publish(graphs, _target(settings, inputs), settings)
-    return compiled
+    if known is None:
+        return compiled
+    # what a cached graph reads as one is not known, but it is among the runs
+    again = _anew(gm, lambda g, i: _compile(g, i, options, settings, packed=False))
+    return memory.guarded(compiled, known, known.taken if context.graphs else runs, again)
+
+
+def _anew(gm: fx.GraphModule, backend: Callable) -> Callable:
+    """A function that gives `gm` to torch.compile once more: for weights that do not lie where they lay."""
+    return lambda: torch.compile(gm, backend=backend)
 
 
 def _from_cache(graph: Graph) -> Graph:
@@ -112,23 +125,33 @@ def _plain(gm: fx.GraphModule, inputs: Any, options: dict[str, Any], settings: S
     return compat.inductor(gm, inputs, options)
 
 
-def _eager(gm: fx.GraphModule, inputs: Any, settings: Settings) -> Any:
+def _eager(gm: fx.GraphModule, inputs: Any, settings: Settings, packed: bool = True) -> Any:
     """Fused ops where rules found sites, ATen in eager mode for the rest."""
+    known = memory.Inputs.of(gm, inputs) if packed else None
 
     def inner(graph_module: fx.GraphModule, _: Any) -> Callable:
+        if known is not None:
+            known.annotate(graph_module.graph)
         record = fuse.run(graph_module.graph, settings, lowered=False)
         graph_module.recompile()
         publish([record], _target(settings, inputs), settings)
         return graph_module.forward
 
-    return compat.lower_with(gm, inputs, inner, {})
+    compiled = compat.lower_with(gm, inputs, inner, {})
+    if known is None:
+        return compiled
+    again = _anew(gm, lambda g, i: _eager(g, i, settings, packed=False))
+    return memory.guarded(compiled, known, known.taken, again)
 
 
 def planning_backend(settings: Settings) -> Callable:
     """A backend that plans and records, and runs every graph in eager mode unchanged."""
 
     def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        known = memory.Inputs.of(gm, inputs)
+
         def inner(graph_module: fx.GraphModule, _: Any) -> Callable:
+            known.annotate(graph_module.graph)
             publish([fuse.decided(graph_module.graph, settings).record], _target(settings, inputs), settings)
             return graph_module.forward
 

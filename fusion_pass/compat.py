@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -216,3 +217,55 @@ def environment_fingerprint() -> str:
     if torch.cuda.is_available():
         parts += [torch.cuda.get_device_name(), str(torch.cuda.get_device_capability())]
     return "|".join(parts)
+
+
+# -- inputs of compiled graphs ---------------------------------------------------------------------------------------
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` stands for one without its memory."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is a DTensor."""
+    return any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__)
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is (or, faked, stands for) plain memory, not a class of its own over other tensors."""
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer) or is_fake(tensor)
+    own_data = type(tensor) is not torch.nn.Parameter or is_fake(tensor) or type(tensor.data) is torch.Tensor
+    return plain and own_data and tensor.layout is torch.strided and not tensor.is_quantized
+
+
+def same_pointers(tensors: list[Any], pointers: list[int], indices: list[int]) -> bool:
+    """Whether ``tensors[i]`` lies at ``pointers[i]`` for every i of `indices`: in C++ where torch is built for CUDA."""
+    if _pointers_equal is not None:
+        return _pointers_equal(tensors, pointers, indices)
+    return all(tensors[i].data_ptr() == pointers[i] for i in indices)
+
+
+_pointers_equal = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
+
+
+def input_names(module: fx.GraphModule) -> list[tuple[str, bool]]:
+    """Of each placeholder of a graph of Dynamo: its name in the model, and whether its memory stays where it is."""
+    found = []
+    for node in module.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        source = getattr(node, "_dynamo_source", None)
+        name = getattr(source, "name", None)
+        text = name() if callable(name) else name
+        static = bool(node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type"))
+        found.append((_model_name(text or node.name), static))
+    return found
+
+
+def _model_name(source: str) -> str:
+    """``L['self']._modules['blocks']._modules['0']._parameters['weight']`` as ``blocks.0.weight``."""
+    parts = re.findall(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", source)
+    return ".".join(parts) or source

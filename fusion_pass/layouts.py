@@ -30,7 +30,7 @@ def settle(graph: fx.Graph, nodes: list[fx.Node]) -> list[fx.Node]:
         copy.meta["val"] = aten.clone.default(source.meta["val"], memory_format=torch.contiguous_format)
         for user in users:
             user.replace_input_with(source, copy)
-        _propagate(graph, copy)
+        propagate(graph, copy)
         copies.append(copy)
     return copies
 
@@ -43,7 +43,7 @@ def undo(graph: fx.Graph, copies: list[fx.Node]) -> None:
         users = list(copy.users)
         copy.replace_all_uses_with(source)
         graph.erase_node(copy)
-        _propagate(graph, source, users)
+        propagate(graph, source, users)
 
 
 def _dense(node: fx.Node) -> bool:
@@ -68,8 +68,8 @@ def _sources(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _propagate(graph: fx.Graph, start: fx.Node, users: list[fx.Node] | None = None) -> None:
-    """Fake values anew from the users of `start` on, as far as they differ."""
+def propagate(graph: fx.Graph, start: fx.Node, users: list[fx.Node] | None = None) -> None:
+    """Fake values anew from the users of `start` on, as far as their layouts differ."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     pending = [(order[user], user) for user in (start.users if users is None else users)]
     heapq.heapify(pending)

@@ -48,12 +48,15 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
-def graph_key(gm: fx.GraphModule, inputs: Iterable[Any], settings: Settings) -> str:
-    """The name of a graph's record: the traced code, what it is called with, the options, and who runs it."""
+def graph_key(gm: fx.GraphModule, inputs: Iterable[Any], settings: Settings, runs: object = ()) -> str:
+    """The name of a graph's record: the traced code, what it is called with, the options, and who runs it.
+
+    `runs` says which inputs lie side by side: the code may read them as one tensor.
+    """
     digest = hashlib.sha256()
     chosen = replace(settings, report=None, log=None, cache_dir=None)  # these change no graph
     packages = attention_kernels.versions()
-    for part in (source_hash(), compat.environment_fingerprint(), packages, repr(chosen), gm.code):
+    for part in (source_hash(), compat.environment_fingerprint(), packages, repr(chosen), repr(runs), gm.code):
         digest.update(part.encode())
     for value in inputs:
         digest.update(_describe(value).encode())

@@ -31,10 +31,10 @@ class Seam:
     apply: Callable[[], None] | None = None
 
 
-from . import epilogue, split  # noqa: E402  (each needs Seam)
+from . import epilogue, projections, split  # noqa: E402  (each needs Seam)
 
 # in this order; each yields what it finds in the graph as the finders before it left it
-FINDERS: tuple[Callable[[fx.Graph, Settings], Iterator[Seam]], ...] = (split.find, epilogue.find)
+FINDERS: tuple[Callable[[fx.Graph, Settings], Iterator[Seam]], ...] = (projections.find, split.find, epilogue.find)
 
 # what `dkfuse.rules` calls them: the families of their sites
 NAMES = ("attention", "packed_projection", "split_projection", "gelu_epilogue")
