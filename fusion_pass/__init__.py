@@ -3,6 +3,7 @@
     dkfuse.coverage(module, *args, **kwargs) -> Coverage     what would be fused, without running the model
     with dkfuse.record() as coverage: ...                    what was fused in the compilations inside the block
     dkfuse.dkfuse                                            the backend itself, as a function
+    dkfuse.register(Implementation(...))                     a kernel of your own for one of the ops
 
 Everything is loaded on first use: importing this package imports neither torch nor any kernel library.
 """
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
+    from dkfuse.kernels.registry import Constraint, Implementation, register
+
     from .backend import dkfuse
     from .recording import coverage, record
     from .report import Coverage, Graph, Reason, Site, Status
@@ -36,11 +39,16 @@ _LAZY = {
     "Site": "report",
     "Status": "report",
     "Settings": "settings",
+    "Constraint": "kernels.registry",
+    "Implementation": "kernels.registry",
+    "register": "kernels.registry",
 }
 
 __all__ = [
+    "Constraint",
     "Coverage",
     "Graph",
+    "Implementation",
     "Reason",
     "Settings",
     "Site",
@@ -49,6 +57,7 @@ __all__ = [
     "coverage",
     "dkfuse",
     "record",
+    "register",
 ]
 
 

@@ -16,9 +16,14 @@ import torch
 from torch import fx
 
 from dkfuse import patterns
+from dkfuse.kernels import disk_cache, failures, registry
+from dkfuse.kernels.failures import Failure
+from dkfuse.kernels.provider_ops import define_all
+from dkfuse.kernels.providers import PROVIDERS
+from dkfuse.kernels.support import OPERANDS
 
-from . import compat, fuse
-from .choose import PROVIDERS, resolve_target
+from . import building, compat, fuse
+from .choose import check_installed, resolve_target
 from .drift import keep_roundings
 from .recording import publish
 from .report import Graph
@@ -38,7 +43,10 @@ def dkfuse(gm: fx.GraphModule, example_inputs: Any, *, mode: str | None = None, 
     Raises SettingsError for an unknown option and UnsupportedTorchError on torch < 2.11.
     """
     settings, mode, own = Settings.parse(mode, options)
-    settings.check_names(patterns.NAMES, PROVIDERS)
+    _check(settings)
+    check_installed(settings)
+    define_all()
+    disk_cache.use(settings.cache_dir)
     _set_log_level(settings)
     check_torch(torch.__version__)
     inductor_options = {**compat.mode_options(mode), **own}
@@ -50,6 +58,11 @@ def dkfuse(gm: fx.GraphModule, example_inputs: Any, *, mode: str | None = None, 
     if settings.remainder == "eager":
         return _eager(gm, example_inputs, settings)
     return _compile(gm, example_inputs, inductor_options, settings)
+
+
+def _check(settings: Settings) -> None:
+    registry.implementations()
+    settings.check_names(patterns.NAMES, PROVIDERS, OPERANDS)
 
 
 class _Context:
@@ -83,12 +96,15 @@ def _compile(gm: fx.GraphModule, inputs: Any, options: dict[str, Any], settings:
     identities = [record.uuid, *map(compat.pass_uuid, users)]
     uuid = None if None in identities else "/".join(map(str, identities))
     try:
-        compiled = compat.inductor(
-            gm, inputs, {**compat.launch_options(), **options, HOOK: compat.graph_pass(passes, uuid)}
-        )
-    except Exception:
-        if context.error is None or os.environ.get("DKFUSE_DEBUG") == "1":
+        with building.collected() as launched:
+            compiled = compat.inductor(
+                gm, inputs, {**compat.launch_options(), **options, HOOK: compat.graph_pass(passes, uuid)}
+            )
+    except Exception as failure:
+        if os.environ.get("DKFUSE_DEBUG") == "1" or (context.error is None and not launched):
             raise
+        if context.error is None:
+            return _without(building.blamed(failure, launched), gm, inputs, options, settings)
         error = context.error
         log.warning("dkfuse: internal error, the graph is left to Inductor: %s: %s", type(error).__name__, error)
         note = f"internal error: {type(error).__name__}: {error} (DKFUSE_DEBUG=1 raises it)"
@@ -97,6 +113,19 @@ def _compile(gm: fx.GraphModule, inputs: Any, options: dict[str, Any], settings:
         record.save(context.graphs)
     graphs = context.graphs or [_from_cache(g) for g in record.stored or ()]
     publish(graphs, _target(settings, inputs), settings)
+    return compiled
+
+
+def _without(
+    failed: list[Failure], gm: fx.GraphModule, inputs: Any, options: dict[str, Any], settings: Settings
+) -> Any:
+    """Compile again without the kernels that may be why it failed; where it fails all the same they are not."""
+    try:
+        compiled = _compile(gm, inputs, options, settings)
+    except Exception:
+        failures.forget(failed)
+        raise
+    failures.warn(failed, building.INSTEAD)
     return compiled
 
 
@@ -126,6 +155,7 @@ def _eager(gm: fx.GraphModule, inputs: Any, settings: Settings) -> Any:
 
 def planning_backend(settings: Settings) -> Callable:
     """A backend that plans and records, and runs every graph in eager mode unchanged."""
+    _check(settings)
 
     def backend(gm: fx.GraphModule, inputs: Any) -> Any:
         def inner(graph_module: fx.GraphModule, _: Any) -> Callable:

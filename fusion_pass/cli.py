@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from .cli_kernels import cache_app, kernels
 from .errors import ReportError
 from .exits import BELOW, ENVIRONMENT, OK, REGRESSION, USAGE, Failure, explain, say
 from .render import format_of, print_report, render, write
@@ -47,6 +48,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Fuse the adaLN, norm, gate and residual code of diffusion transformers under torch.compile.",
 )
+
+
+app.command()(kernels)
+app.add_typer(cache_app, name="cache")
 
 
 @app.callback(invoke_without_command=True)

@@ -132,6 +132,13 @@ def triton_kernel_name(node: fx.Node) -> str:
     return getattr(kernel, "fn", kernel).fn.__name__
 
 
+def real_tensors() -> Any:
+    """A context in which tensors are real, also where torch traces with fake ones."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    return unset_fake_temporarily()
+
+
 def environment_fingerprint() -> str:
     """Torch, Triton and GPU: what a stored record is only valid for."""
     parts = [torch.__version__, str(torch.version.cuda), os.environ.get("TRITON_INTERPRET", "")]

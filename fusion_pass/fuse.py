@@ -20,7 +20,7 @@ from torch import fx
 
 from dkfuse import patterns
 
-from . import anchors, choose, gain, heads, layouts, plan_heads, records
+from . import anchors, building, choose, gain, heads, layouts, plan_heads, records
 from .anchors import Anchor
 from .checks import FULL, base_node, build, build_dual
 from .cycles import Together, check_cycles
@@ -87,15 +87,20 @@ def _fused(decided: Plan) -> int:
 
 
 def run(graph: fx.Graph, settings: Settings, lowered: bool = True) -> Graph:
-    """Fuse `graph` in place and return its record. `lowered=False` leaves the ``dkfuse::`` ops in the graph."""
+    """Fuse `graph` in place and return its record. `lowered=False` leaves ``dkfuse::`` ops in the graph."""
     from .lower import lower
+    from .opaque import lower_opaque
     from .replace import replace
 
     started = time.perf_counter()
     decided = settled(graph, settings)
+    while building.failed(decided.taken):  # remembered: the next plan chooses another kernel
+        decided = settled(graph, settings)
     calls = replace(graph, decided.view, decided.taken)
     if lowered:
         lower(graph, calls)
+    else:
+        lower_opaque(graph, calls)
     decided.record.seconds = time.perf_counter() - started
     return decided.record
 
@@ -199,11 +204,12 @@ class Planner:
     def _choose_and_check(self, site: Candidate) -> None:
         check_cycles(site, self.together)
         try:
-            site.kernel = choose.choose(site, self.settings)
+            choice = choose.choose([site], self.settings)
         except Reject as reject:
             if reject.code == Code.INNER_STRIDE.value:
                 self.refused += [base_node(self.view, site.operands[name]) for name in FULL if name in site.operands]
             raise
+        site.kernel, site.passed_over = choice.provider, choice.passed_over
         if not (self.settings.pointwise or (site.kernel == "native" and not site.rule.has_norm)):
             gain.check(site, self.claimed)
         site.bytes_before, site.bytes_after = gain.traffic(site)

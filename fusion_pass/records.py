@@ -50,6 +50,7 @@ def _site(state: State, names: dict[int, str], view: TermView) -> Site:
             done.kernel,
         )
         values = {name: fake(view, t) for name, t in done.operands.items()}
+        record.passed_over = list(done.passed_over)
         record.dtype = short_dtype(values["x"].dtype)
         record.shapes = {name: _shape(v) for name, v in values.items()}
         if state.absorbed_by is not None:

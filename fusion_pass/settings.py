@@ -48,6 +48,27 @@ def _names(value: Any) -> tuple[str, ...] | None:
     raise ValueError("a list of names, or one string with commas between them")
 
 
+def _kernels(value: Any) -> tuple[str, ...] | None:
+    """`_names`, whose entries "op=a+b" are about one op; or {"op": ["a", "b"], "*": ["a"]}, "*" being all others.
+
+    In what is returned the entries without "=" are those of "*"; "*=" stands for an empty list of them.
+    """
+    if not isinstance(value, Mapping):
+        entries = _names(value)
+    else:
+        orders = {op: _names(names) or () for op, names in value.items() if isinstance(op, str) and "=" not in op}
+        if len(orders) < len(value):
+            raise ValueError("a dict from the name of an op, or '*', to a list of providers")
+        rest = orders.pop("*", None)
+        entries = tuple(f"{op}={'+'.join(names)}" for op, names in orders.items())
+        entries += ("*=",) if rest == () else rest or ()
+    for entry in entries or ():
+        op, equals, names = entry.partition("=")
+        if equals and (not op.strip() or "=" in names):
+            raise ValueError('providers, best first, or "op=a+b" for one op: "norm_rope=cuda+triton,triton"')
+    return entries
+
+
 def _count(value: Any) -> int | None:
     if value is None:
         return None
@@ -102,7 +123,11 @@ class Settings:
     rules: tuple[str, ...] | None = _setting(
         None, _names, 'names of the rules to use; "-name" removes one from all of them'
     )
-    kernels: tuple[str, ...] | None = _setting(None, _names, "kernel providers, best first (triton, native)")
+    kernels: tuple[str, ...] | None = _setting(
+        None,
+        _kernels,
+        'kernel providers, best first; "op=a+b" for one op: "norm_rope=cuda+triton,triton", or a dict with lists',
+    )
     target: str = _setting("current", _choice(*TARGETS), "device to choose kernels for: " + ", ".join(TARGETS))
     report: str | None = _setting(
         None, _optional(_path), "file for the coverage report after each compile (.json, .html, .md or .txt)"
@@ -175,15 +200,32 @@ class Settings:
         only_removals = bool(self.rules) and not listed
         return f"-{rule}" not in self.rules and (rule in listed or only_removals)
 
-    def check_names(self, rules: Iterable[str], providers: Iterable[str]) -> None:
-        """Raise SettingsError for a rule or kernel provider that does not exist. They register outside this module."""
-        for option, given, known in (
-            ("rules", [name.removeprefix("-") for name in self.rules or ()], list(rules)),
-            ("kernels", self.kernels or (), list(providers)),
+    def providers(self, op: str) -> tuple[str, ...] | None:
+        """The providers that were asked for to run `op`, best first; None: none were, choose automatically."""
+        orders = self._orders()
+        return orders.get(op, orders.get("*"))
+
+    def provider_names(self) -> list[str]:
+        """Every provider that was asked for, once."""
+        return list(dict.fromkeys(name for names in self._orders().values() for name in names))
+
+    def _orders(self) -> dict[str, tuple[str, ...]]:
+        if self.kernels is None:
+            return {}
+        listed = [entry.partition("=") for entry in self.kernels if "=" in entry]
+        orders = {op.strip(): tuple(n.strip() for n in names.split("+") if n.strip()) for op, _, names in listed}
+        rest = tuple(entry for entry in self.kernels if "=" not in entry)
+        return {**orders, "*": rest} if rest or not self.kernels else orders
+
+    def check_names(self, rules: Iterable[str], providers: Iterable[str], ops: Iterable[str] = ()) -> None:
+        """Raise SettingsError for a rule, kernel provider or op that does not exist; they register elsewhere."""
+        for option, what, given, known in (
+            ("rules", "rule", [name.removeprefix("-") for name in self.rules or ()], list(rules)),
+            ("kernels", "op", [op for op in self._orders() if op != "*"], list(ops)),
+            ("kernels", "kernel provider", self.provider_names(), list(providers)),
         ):
             for name in given:
                 if name not in known:
-                    what = "rule" if option == "rules" else "kernel provider"
                     raise SettingsError(f"{PREFIX}{option}: there is no {what} {name!r}{did_you_mean(name, known)}")
 
     def table(self) -> list[Row]:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dkfuse.kernels import disk_cache
+from dkfuse.kernels import disk_cache, failures, registry
 
 from . import compat
 from .report import Coverage, Graph
@@ -53,7 +53,8 @@ def graph_key(gm: fx.GraphModule, inputs: Iterable[Any], settings: Settings) -> 
     """The name of a graph's record: the traced code, what it is called with, the options, and who runs it."""
     digest = hashlib.sha256()
     chosen = replace(settings, report=None, log=None, cache_dir=None)  # these change no graph
-    for part in (source_hash(), compat.environment_fingerprint(), repr(chosen), gm.code):
+    kernels = (registry.fingerprint(), failures.fingerprint())
+    for part in (source_hash(), compat.environment_fingerprint(), *kernels, repr(chosen), gm.code):
         digest.update(part.encode())
     for value in inputs:
         digest.update(_describe(value).encode())
