@@ -161,8 +161,8 @@ def _verdict(
         if refused is not None:
             others[name] = {"code": refused.code, "message": refused.message}
         else:
-            text = f"{name} is not tried before others are, unless it is asked for: dkfuse.kernels={name}"
-            others[name] = {"code": "not_asked", "message": text}
+            message = f"{name} takes it, but is not tried unless it is asked for: dkfuse.kernels={name}"
+            others[name] = {"code": "not_asked", "message": message}
     ratio = None if runs is None else crossovers.ratio(runs, op, wanted, [arguments])
     head = {"op": op, "shape": text, "dtype": dtype_name, "target": wanted, "provider": runs, "reason": reason}
     return {**head, "speed_against_triton": ratio, "others": [{"provider": n, **why} for n, why in others.items()]}

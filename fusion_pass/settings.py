@@ -61,7 +61,7 @@ def _kernels(value: Any) -> tuple[str, ...] | None:
             raise ValueError("a dict from the name of an op, or '*', to a list of providers")
         rest = orders.pop("*", None)
         entries = tuple(f"{op}={'+'.join(names)}" for op, names in orders.items())
-        entries += ("*=",) if rest == () else rest or ()
+        entries = (*entries, *(("*=",) if rest == () else rest or ())) or None
     for entry in entries or ():
         op, equals, names = entry.partition("=")
         if equals and (not op.strip() or "=" in names):
