@@ -17,13 +17,17 @@ from .replace import copy_origin, fake_arguments
 INSIDE = ("triton", "native")  # their work is visible to Inductor
 
 
-def is_opaque(call: fx.Node) -> bool:
-    """Whether the call's implementation runs on the device that the call is on, as an op of its own."""
-    provider = call.meta["dkfuse_kernel"]
+def is_opaque(call: fx.Node, eager: bool = False) -> bool:
+    """Whether the call's implementation runs on the device that the call is on, as an op of its own.
+
+    eager: nobody compiles the graph, and ``dkfuse::op`` launches Triton: where that can be, the definition is an op of
+    its own.
+    """
+    provider, device = call.meta["dkfuse_kernel"], call.args[0].meta["val"].device.type  # type: ignore[union-attr]
     if provider in INSIDE:
-        return False
+        return eager and provider == "native" and device != "cpu"
     implementation = registry.find(provider, op_name(call))
-    return implementation is not None and implementation.runs_on(call.args[0].meta["val"].device.type)  # type: ignore[union-attr]
+    return implementation is not None and implementation.runs_on(device)
 
 
 def lower_to_op(graph: fx.Graph, call: fx.Node) -> fx.Node:
@@ -57,11 +61,11 @@ def _item(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
     return item
 
 
-def lower_opaque(graph: fx.Graph, calls: list[fx.Node]) -> list[fx.Node]:
-    """Lower those of `calls` that are opaque; the others are returned."""
+def lower_opaque(graph: fx.Graph, calls: list[fx.Node], eager: bool = False) -> list[fx.Node]:
+    """Lower those of `calls` that are opaque (see `is_opaque`); the others are returned."""
     rest = []
     for call in calls:
-        if is_opaque(call):
+        if is_opaque(call, eager):
             lower_to_op(graph, call)
         else:
             rest.append(call)

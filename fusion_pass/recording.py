@@ -64,7 +64,8 @@ def publish(graphs: list[Graph], target: str, settings: Settings) -> None:
 
 
 def _watch(graphs: list[Graph]) -> None:
-    """Remember the sites whose kernels may fail when they are launched."""
+    """Remember the sites whose kernels may fail when they are launched, as long as somebody holds them."""
+    _watched[:] = [reference for reference in _watched if reference() is not None]
     for site in (s for graph in graphs for s in graph.sites):
         if site.kernel not in (None, "native"):
             _watched.append(weakref.ref(site))
@@ -73,7 +74,6 @@ def _watch(graphs: list[Graph]) -> None:
 def _on_launch_failure(failure: Failure) -> None:
     """Say in every report that is still held, and in the report files, that plain torch computes these sites."""
     with _lock:
-        _watched[:] = [reference for reference in _watched if reference() is not None]
         for site in (reference() for reference in _watched):
             if site is not None and _is_about(failure, site):
                 reason = Reason("kernel", "kernel_failed", failure.message, failure.provider)

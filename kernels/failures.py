@@ -68,7 +68,7 @@ def signature(op: str, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
 def _described(value: Any) -> Any:
     if hasattr(value, "stride") and hasattr(value, "shape"):
         sizes = (*value.shape, "strides", *value.stride())
-        return (*(s if isinstance(s, (int, str)) else str(s) for s in sizes), value.dtype, value.device.type)
+        return (*(s if isinstance(s, (int, str)) else str(s) for s in sizes), value.dtype, value.device)
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -17,6 +17,7 @@ from .registry import Implementation
 
 _MAX_CALLS = 4096
 _libraries: dict[str, torch.library.Library] = {}
+_defined: set[Implementation] = set()
 _calls: dict[tuple[Any, ...], Implementation | None] = {}
 
 
@@ -44,7 +45,9 @@ def define(implementation: Implementation) -> Any:
 def define_all() -> None:
     """Define every op, so that a program from Inductor's cache finds the ones that it calls."""
     for implementation in registry.implementations().values():
-        define(implementation)
+        if implementation not in _defined:
+            define(implementation)
+            _defined.add(implementation)
 
 
 def _tags() -> tuple[torch.Tag, ...]:

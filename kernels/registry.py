@@ -16,6 +16,7 @@ one from outside.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -109,10 +110,10 @@ class Implementation:
             return None
         return getattr(importlib.import_module(self.run.split(":")[0]), "prepare", None)
 
-    @property
+    @functools.cached_property
     def identity(self) -> str:
         """What a cached choice of this implementation depends on beside dkfuse's own sources."""
-        functions = [constraint.problem for constraint in self.constraints]
+        functions: list[Callable[..., Any]] = [constraint.problem for constraint in self.constraints]
         functions += [] if isinstance(self.run, str) else [self.run]
         parts = [self.op, self.provider, str(self.run if isinstance(self.run, str) else ""), *map(_code, functions)]
         parts += [str((self.oldest, self.newest, self.devices)), *(c.code + c.text for c in self.constraints)]

@@ -348,3 +348,26 @@ def test_the_example_runs_its_kernel(root):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "dkfuse::norm_modulate by mine; 1 call, largest difference " in done.stdout
     assert float(done.stdout.split()[-1]) < 1e-4
+
+
+def test_without_a_compiler_the_definition_is_an_op_of_its_own_where_triton_would_run():
+    """With dkfuse.remainder=eager, dkfuse.kernels=native on a GPU must not launch Triton."""
+    from dkfuse.opaque import is_opaque
+
+    for provider, device, eager, opaque in (
+        ("native", "meta", True, True),
+        ("native", "meta", False, False),
+        ("native", "cpu", True, False),
+        ("triton", "meta", True, False),
+    ):
+        graph = torch.fx.Graph()
+        x = graph.placeholder("x")
+        x.meta["val"] = torch.empty(2, 8, device=device)
+        call = graph.call_function(torch.ops.dkfuse.scale_shift.default, (x, None, None), {"out_dtype": torch.float32})
+        call.meta["dkfuse_kernel"] = provider
+        assert is_opaque(call, eager) is opaque
+    x = torch.randn(2, 8)
+    registry.implementations()
+    provider_ops.define_all()
+    out = torch.ops.dkfuse_native.scale_shift(x, x, None, out_dtype=torch.float32)
+    torch.testing.assert_close(out, x * (1 + x))
