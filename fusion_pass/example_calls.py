@@ -36,7 +36,7 @@ def example(
     The adaLN ops get a gate, scale and shift of one row per batch entry; norm_rope, for x [..., tokens, heads, d], a
     weight for its norm and fp32 tables of one row per token. norm: by default "layer", of queries and keys "rms".
     """
-    arguments = defaults(op)
+    arguments = dict(defaults(op))
     norm = norm or ("rms" if op == "norm_rope" else "layer")
     arguments.update(x=_empty(shape, dtype), out_dtype=dtype)
     if "norm" in arguments:

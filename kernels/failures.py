@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -49,11 +50,12 @@ listeners: list[Callable[[Failure], None]] = []  # told about failures at launch
 
 
 @functools.cache
-def defaults(op: str) -> dict[str, Any]:
+def defaults(op: str) -> Mapping[str, Any]:
     """The op's arguments with their defaults, None where there is none."""
     from . import ops  # noqa: F401  (registers torch.ops.dkfuse)
 
-    return {a.name: a.default_value for a in getattr(torch.ops.dkfuse, op).default._schema.arguments}
+    arguments = getattr(torch.ops.dkfuse, op).default._schema.arguments
+    return MappingProxyType({a.name: a.default_value for a in arguments})
 
 
 def signature(op: str, arguments: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -109,7 +109,7 @@ BUILT_IN: dict[str, Provider] = {
         ),
         Provider("cute", "CuTe DSL", "cutlass", ("nvidia-cutlass-dsl",), ("4.5", "4.6"), "dkfuse[cute]"),
         Provider("cuda", "CUDA C++"),
-        Provider("sgl", "sgl-kernel", "sgl_kernel", ("sglang-kernel", "sgl-kernel"), ("0.3", "0.4"), "dkfuse[sgl]"),
+        Provider("sgl", "sgl-kernel", "sgl_kernel", ("sglang-kernel", "sgl-kernel"), ("0.4", "0.4"), "dkfuse[sgl]"),
         Provider(
             "flashinfer", "FlashInfer", "flashinfer", ("flashinfer-python",), ("0.6", "0.6"), "dkfuse[flashinfer]"
         ),
