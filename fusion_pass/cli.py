@@ -15,7 +15,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from .cli_kernels import cache_app, kernels
+from .cli_cache import cache_app
+from .cli_kernels import kernels
 from .errors import ReportError
 from .exits import BELOW, ENVIRONMENT, OK, REGRESSION, USAGE, Failure, explain, say
 from .render import format_of, print_report, render, write

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from .errors import SettingsError, did_you_mean
+from .orders import kernel_orders, names, orders
 
 PREFIX = "dkfuse."
 ENVIRONMENT_PREFIX = "DKFUSE_"
@@ -35,38 +36,6 @@ def _flag(value: Any) -> bool:
     if text in _TRUE or text in _FALSE:
         return text in _TRUE
     raise ValueError("true or false (also 1/0, yes/no, on/off)")
-
-
-def _names(value: Any) -> tuple[str, ...] | None:
-    """`None`, "a,b" or a list of names; an empty list means "none of them", an empty string "not set"."""
-    if value is None:
-        return None
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip()) or None
-    if isinstance(value, (list, tuple)) and all(isinstance(part, str) and part.strip() for part in value):
-        return tuple(part.strip() for part in value)
-    raise ValueError("a list of names, or one string with commas between them")
-
-
-def _kernels(value: Any) -> tuple[str, ...] | None:
-    """`_names`, whose entries "op=a+b" are about one op; or {"op": ["a", "b"], "*": ["a"]}, "*" being all others.
-
-    In what is returned the entries without "=" are those of "*"; "*=" stands for an empty list of them.
-    """
-    if not isinstance(value, Mapping):
-        entries = _names(value)
-    else:
-        orders = {op: _names(names) or () for op, names in value.items() if isinstance(op, str) and "=" not in op}
-        if len(orders) < len(value):
-            raise ValueError("a dict from the name of an op, or '*', to a list of providers")
-        rest = orders.pop("*", None)
-        entries = tuple(f"{op}={'+'.join(names)}" for op, names in orders.items())
-        entries = (*entries, *(("*=",) if rest == () else rest or ())) or None
-    for entry in entries or ():
-        op, equals, names = entry.partition("=")
-        if equals and (not op.strip() or "=" in names):
-            raise ValueError('providers, best first, or "op=a+b" for one op: "norm_rope=cuda+triton,triton"')
-    return entries
 
 
 def _count(value: Any) -> int | None:
@@ -121,11 +90,11 @@ class Settings:
 
     disable: bool = _setting(False, _flag, "hand every graph to Inductor unchanged")
     rules: tuple[str, ...] | None = _setting(
-        None, _names, 'names of the rules to use; "-name" removes one from all of them'
+        None, names, 'names of the rules to use; "-name" removes one from all of them'
     )
     kernels: tuple[str, ...] | None = _setting(
         None,
-        _kernels,
+        kernel_orders,
         'kernel providers, best first; "op=a+b" for one op: "norm_rope=cuda+triton,triton", or a dict with lists',
     )
     target: str = _setting("current", _choice(*TARGETS), "device to choose kernels for: " + ", ".join(TARGETS))
@@ -202,26 +171,18 @@ class Settings:
 
     def providers(self, op: str) -> tuple[str, ...] | None:
         """The providers that were asked for to run `op`, best first; None: none were, choose automatically."""
-        orders = self._orders()
-        return orders.get(op, orders.get("*"))
+        asked = orders(self.kernels)
+        return asked.get(op, asked.get("*"))
 
     def provider_names(self) -> list[str]:
         """Every provider that was asked for, once."""
-        return list(dict.fromkeys(name for names in self._orders().values() for name in names))
-
-    def _orders(self) -> dict[str, tuple[str, ...]]:
-        if self.kernels is None:
-            return {}
-        listed = [entry.partition("=") for entry in self.kernels if "=" in entry]
-        orders = {op.strip(): tuple(n.strip() for n in names.split("+") if n.strip()) for op, _, names in listed}
-        rest = tuple(entry for entry in self.kernels if "=" not in entry)
-        return {**orders, "*": rest} if rest or not self.kernels else orders
+        return list(dict.fromkeys(name for listed in orders(self.kernels).values() for name in listed))
 
     def check_names(self, rules: Iterable[str], providers: Iterable[str], ops: Iterable[str] = ()) -> None:
         """Raise SettingsError for a rule, kernel provider or op that does not exist; they register elsewhere."""
         for option, what, given, known in (
             ("rules", "rule", [name.removeprefix("-") for name in self.rules or ()], list(rules)),
-            ("kernels", "op", [op for op in self._orders() if op != "*"], list(ops)),
+            ("kernels", "op", [op for op in orders(self.kernels) if op != "*"], list(ops)),
             ("kernels", "kernel provider", self.provider_names(), list(providers)),
         ):
             for name in given:

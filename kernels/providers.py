@@ -107,7 +107,7 @@ BUILT_IN: dict[str, Provider] = {
             install="triton",
             bundled=True,
         ),
-        Provider("cute", "CuTe DSL", "cutlass", ("nvidia-cutlass-dsl",), ("4.5", "4.6"), "dkfuse[cute]"),
+        Provider("cute", "CuTe DSL", "cutlass", ("nvidia-cutlass-dsl",), ("4.6", "4.6"), "dkfuse[cute]"),
         Provider("cuda", "CUDA C++"),
         Provider("sgl", "sgl-kernel", "sgl_kernel", ("sglang-kernel", "sgl-kernel"), ("0.4", "0.4"), "dkfuse[sgl]"),
         Provider(

@@ -283,7 +283,9 @@ def test_who_would_run_a_call(run, fake_cute, monkeypatch):
     assert {o["provider"]: o["code"] for o in first["others"]} == {"cute": "not_faster", "native": "not_asked"}
     assert {o["provider"]: o["code"] for o in second["others"]} == {"cute": "width", "native": "not_asked"}
     monkeypatch.setenv("DKFUSE_KERNELS", "cute,triton")
-    assert json.loads(run(*line, "--json")[1])[0]["provider"] == "cute"
+    asked = json.loads(run(*line, "--json")[1])[0]
+    assert asked["provider"] == "cute"
+    assert {o["provider"]: o["code"] for o in asked["others"]} == {"triton": "not_first", "native": "not_asked"}
     (nobody,) = json.loads(run("kernels", "norm_rope", "--shape", "1x8x2x40000", "--target", "sm90", "--json")[1])
     assert nobody["provider"] is None and nobody["reason"]
 
