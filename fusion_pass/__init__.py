@@ -4,6 +4,7 @@
     with dkfuse.record() as coverage: ...                    what was fused in the compilations inside the block
     dkfuse.pack(model) -> Packed                             projections of one input side by side, before compiling
     dkfuse.dkfuse                                            the backend itself, as a function
+    dkfuse.register(Implementation(...))                     a kernel of your own for one of the ops
 
 Everything is loaded on first use: importing this package imports neither torch nor any kernel library.
 """
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
+    from dkfuse.kernels.registry import Constraint, Implementation, register
+
     from .backend import dkfuse
     from .packing import Packed, PackError, pack
     from .recording import coverage, record
@@ -41,11 +44,16 @@ _LAZY = {
     "Site": "report",
     "Status": "report",
     "Settings": "settings",
+    "Constraint": "kernels.registry",
+    "Implementation": "kernels.registry",
+    "register": "kernels.registry",
 }
 
 __all__ = [
+    "Constraint",
     "Coverage",
     "Graph",
+    "Implementation",
     "PackError",
     "Packed",
     "Reason",
@@ -57,6 +65,7 @@ __all__ = [
     "dkfuse",
     "pack",
     "record",
+    "register",
 ]
 
 

@@ -16,9 +16,14 @@ import torch
 from torch import fx
 
 from dkfuse import patterns
+from dkfuse.kernels import disk_cache, failures, registry
+from dkfuse.kernels.failures import Failure
+from dkfuse.kernels.provider_ops import define_all
+from dkfuse.kernels.providers import PROVIDERS
+from dkfuse.kernels.support import OPERANDS
 
-from . import compat, fuse, memory, seams
-from .choose import PROVIDERS, resolve_target
+from . import building, compat, fuse, memory, seams
+from .choose import check_installed, resolve_target
 from .drift import keep_roundings
 from .recording import publish
 from .report import Graph
@@ -38,7 +43,10 @@ def dkfuse(gm: fx.GraphModule, example_inputs: Any, *, mode: str | None = None, 
     Raises SettingsError for an unknown option and UnsupportedTorchError on torch < 2.11.
     """
     settings, mode, own = Settings.parse(mode, options)
-    settings.check_names((*patterns.NAMES, *seams.NAMES), PROVIDERS)
+    _check(settings)
+    check_installed(settings)
+    define_all()
+    disk_cache.use(settings.cache_dir)
     _set_log_level(settings)
     check_torch(torch.__version__)
     inductor_options = {**compat.mode_options(mode), **own}
@@ -50,6 +58,11 @@ def dkfuse(gm: fx.GraphModule, example_inputs: Any, *, mode: str | None = None, 
     if settings.remainder == "eager":
         return _eager(gm, example_inputs, settings)
     return _compile(gm, example_inputs, inductor_options, settings)
+
+
+def _check(settings: Settings) -> None:
+    registry.implementations()
+    settings.check_names((*patterns.NAMES, *seams.NAMES), PROVIDERS, OPERANDS)
 
 
 class _Context:
@@ -87,12 +100,15 @@ def _compile(gm: fx.GraphModule, inputs: Any, options: dict[str, Any], settings:
     identities = [record.uuid, *map(compat.pass_uuid, users)]
     uuid = None if None in identities else "/".join(map(str, identities))
     try:
-        compiled = compat.inductor(
-            gm, inputs, {**compat.launch_options(), **options, HOOK: compat.graph_pass(passes, uuid)}
-        )
-    except Exception:
-        if context.error is None or os.environ.get("DKFUSE_DEBUG") == "1":
+        with building.collected() as launched:
+            compiled = compat.inductor(
+                gm, inputs, {**compat.launch_options(), **options, HOOK: compat.graph_pass(passes, uuid)}
+            )
+    except Exception as failure:
+        if os.environ.get("DKFUSE_DEBUG") == "1" or (context.error is None and not launched):
             raise
+        if context.error is None:
+            return _without(building.blamed(failure, launched), gm, inputs, options, settings, packed)
         error = context.error
         log.warning("dkfuse: internal error, the graph is left to Inductor: %s: %s", type(error).__name__, error)
         note = f"internal error: {type(error).__name__}: {error} (DKFUSE_DEBUG=1 raises it)"
@@ -111,6 +127,19 @@ def _compile(gm: fx.GraphModule, inputs: Any, options: dict[str, Any], settings:
 def _anew(gm: fx.GraphModule, backend: Callable) -> Callable:
     """A function that gives `gm` to torch.compile once more: for weights that do not lie where they lay."""
     return lambda: torch.compile(gm, backend=backend)
+
+
+def _without(
+    failed: list[Failure], gm: fx.GraphModule, inputs: Any, options: dict[str, Any], settings: Settings, packed: bool
+) -> Any:
+    """Compile again without the kernels that may be why it failed; where it fails all the same they are not."""
+    try:
+        compiled = _compile(gm, inputs, options, settings, packed)
+    except Exception:
+        failures.forget(failed)
+        raise
+    failures.warn(failed, building.INSTEAD)
+    return compiled
 
 
 def _from_cache(graph: Graph) -> Graph:
@@ -146,6 +175,7 @@ def _eager(gm: fx.GraphModule, inputs: Any, settings: Settings, packed: bool = T
 
 def planning_backend(settings: Settings) -> Callable:
     """A backend that plans and records, and runs every graph in eager mode unchanged."""
+    _check(settings)
 
     def backend(gm: fx.GraphModule, inputs: Any) -> Any:
         known = memory.Inputs.of(gm, inputs)

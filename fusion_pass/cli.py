@@ -16,6 +16,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from .cli_bench import bench
+from .cli_cache import cache_app
+from .cli_kernels import kernels
 from .cli_options import Dtype, Size
 from .errors import ReportError
 from .exits import BELOW, ENVIRONMENT, OK, REGRESSION, USAGE, Failure, check_writable, explain, say
@@ -39,6 +41,10 @@ app = typer.Typer(
     help="Fuse the adaLN, norm, gate and residual code of diffusion transformers under torch.compile.",
 )
 app.add_typer(bench, name="bench")
+
+
+app.command()(kernels)
+app.add_typer(cache_app, name="cache")
 
 
 @app.callback(invoke_without_command=True)

@@ -76,16 +76,21 @@ def diagnose(environ: Mapping[str, str] = os.environ) -> Diagnosis:
 def _software(has_gpu: bool) -> list[Check]:
     checks = [Check("dkfuse", f"{__version__} in {Path(__file__).parent}"), Check("python", platform.python_version())]
     checks += [_torch(), _registered(), _triton(has_gpu)]
+    from dkfuse.kernels.providers import BUILT_IN, in_range
+
+    tested = {p.title: p.tested for p in BUILT_IN.values() if p.tested is not None}
     for name, distributions, extra in (
-        ("CuTe DSL", ("nvidia-cutlass-dsl",), "cute"),
-        ("sgl-kernel", ("sglang-kernel", "sgl-kernel"), "sgl"),
-        ("FlashInfer", ("flashinfer-python",), "flashinfer"),
+        *((p.title, p.distributions, p.name) for p in BUILT_IN.values() if p.tested is not None),
         ("diffusers", ("diffusers",), "diffusers"),
         ("transformers", ("transformers",), "diffusers"),
         ("accelerate", ("accelerate",), "diffusers"),
     ):
         version = next(filter(None, map(_version, distributions)), None)
-        if version:
+        limits = tested.get(name)
+        if version and limits and not in_range(version, limits):
+            hint = f"{limits[0]} to {limits[1]} are tested, its kernels are not used: pip install 'dkfuse[{extra}]'"
+            checks.append(Check(name, version, "warning", hint))
+        elif version:
             checks.append(Check(name, version))
         else:
             needed = "optional; the zoo needs it" if extra == "diffusers" else "optional"
@@ -188,8 +193,13 @@ def _folders(environ: Mapping[str, str]) -> list[Check]:
         except (ImportError, OSError) as error:
             return [Check("caches", "unknown", "warning", f"Inductor's cache folder cannot be made: {error}")]
     triton = environ.get("TRITON_CACHE_DIR") or str(Path(inductor) / "triton")
-    records = str(Path(environ.get("DKFUSE_CACHE_DIR") or Path(inductor) / "dkfuse") / "records")
-    folders = (("Inductor cache", inductor), ("Triton cache", triton), ("coverage records", records))
+    own = Path(environ.get("DKFUSE_CACHE_DIR") or Path(inductor) / "dkfuse")
+    folders = (
+        ("Inductor cache", inductor),
+        ("Triton cache", triton),
+        ("coverage records", str(own / "records")),
+        ("compiled kernels", str(own / "kernels")),
+    )
     return [_folder(name, Path(path)) for name, path in folders]
 
 

@@ -42,6 +42,10 @@ class UntestedTorchWarning(DkfuseWarning):
     """The installed torch is newer than the newest tested one."""
 
 
+class KernelFailedWarning(DkfuseWarning):
+    """A kernel could not be built or launched; another one, or the code it stood for, runs in its place."""
+
+
 def first_line(error: BaseException) -> str:
     """The first non-empty line of an exception's message, or its type when it has none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

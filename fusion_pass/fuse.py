@@ -21,7 +21,7 @@ from torch import fx
 
 from dkfuse import patterns
 
-from . import anchors, choose, gain, heads, layouts, plan_heads, records, seams
+from . import anchors, building, choose, gain, heads, layouts, plan_heads, records, seams
 from .anchors import Anchor
 from .checks import FULL, base_node, build, build_dual
 from .cycles import Together, check_cycles
@@ -68,11 +68,17 @@ def plan(graph: fx.Graph, settings: Settings, spent: int = 0) -> Plan:
     return planner.finish(started)
 
 
-def decided(graph: fx.Graph, settings: Settings) -> Plan:
-    """Take the seams of `graph`, which changes it, and decide what else to fuse in it; the record has both."""
+def decided(graph: fx.Graph, settings: Settings, built: bool = False) -> Plan:
+    """Take the seams of `graph`, which changes it, and decide what else to fuse in it; the record has both.
+
+    built: build the kernels that can be built ahead; a site whose kernel cannot is planned once more without it.
+    """
     started = time.perf_counter()
     taken = seams.run(graph, settings)
-    result = settled(graph, settings, spent=sum(site.status is Status.FUSED for site in taken))
+    spent = sum(site.status is Status.FUSED for site in taken)
+    result = settled(graph, settings, spent)
+    while built and building.failed(result.taken):  # remembered: the next plan chooses another kernel
+        result = settled(graph, settings, spent)
     result.record.sites[:0] = taken
     result.record.seconds = time.perf_counter() - started
     return result
@@ -98,15 +104,18 @@ def _fused(planned: Plan) -> int:
 
 
 def run(graph: fx.Graph, settings: Settings, lowered: bool = True) -> Graph:
-    """Fuse `graph` in place and return its record. `lowered=False` leaves the ``dkfuse::`` ops in the graph."""
+    """Fuse `graph` in place and return its record. `lowered=False` leaves ``dkfuse::`` ops in the graph."""
     from .lower import lower
+    from .opaque import lower_opaque
     from .replace import replace
 
     started = time.perf_counter()
-    what = decided(graph, settings)
+    what = decided(graph, settings, built=True)
     calls = replace(graph, what.view, what.taken)
     if lowered:
         lower(graph, calls)
+    else:
+        lower_opaque(graph, calls, eager=True)
     what.record.seconds = time.perf_counter() - started
     return what.record
 
@@ -210,11 +219,12 @@ class Planner:
     def _choose_and_check(self, site: Candidate) -> None:
         check_cycles(site, self.together)
         try:
-            site.kernel = choose.choose(site, self.settings)
+            choice = choose.choose([site], self.settings)
         except Reject as reject:
             if reject.code == Code.INNER_STRIDE.value:
                 self.refused += [base_node(self.view, site.operands[name]) for name in FULL if name in site.operands]
             raise
+        site.kernel, site.passed_over = choice.provider, choice.passed_over
         if not (self.settings.pointwise or (site.kernel == "native" and not site.rule.has_norm)):
             gain.check(site, self.claimed)
         site.bytes_before, site.bytes_after = gain.traffic(site)

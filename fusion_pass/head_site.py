@@ -18,6 +18,7 @@ from .checks import check_eps, check_layout, check_mutation, fake, rounding_flag
 from .gain import CASTS, is_view, widens
 from .heads import Heads, Part
 from .pattern import Binding
+from .report import Reason
 from .rules import Code, Reject, Rule
 from .terms import FLOATS, NARROW, Term, TermView, same_shape, same_size, short_dtype
 
@@ -48,6 +49,7 @@ class HeadSite:
     interior: set[fx.Node] = field(default_factory=set)
     outputs: dict[str, Term] = field(default_factory=dict)
     kernel: Any = None
+    passed_over: tuple[Reason, ...] = ()
     bytes_before: int | None = None
     bytes_after: int | None = None
     binding: Binding = field(default_factory=Binding)

@@ -1,7 +1,8 @@
 """From ops to what runs them.
 
 `triton`: the kernel-wrapper node that Inductor launches, caches and exports like its own kernels (an opaque op costs
-tens of us of Python a call). `native`: the op's definition as ATen nodes, which Inductor compiles like any others.
+tens of us of Python a call). `native`: the op's definition as ATen nodes, which Inductor compiles like any others, and
+so is every op on a device that its provider does not run on. Others: an op of their own (`opaque`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from . import compat, joins
 from .calls import bound_arguments, op_name, replace_results, result_names
 from .groups import grouped, in_place
 from .inline import inline
+from .opaque import lower_opaque
 from .replace import copy_origin, fake_arguments
 from .symbols import arguments as with_symbols
 
@@ -25,6 +27,9 @@ aten = torch.ops.aten
 
 def lower(graph: fx.Graph, calls: list[fx.Node]) -> None:
     """Turn each op call into its implementation, by the device that it is on."""
+    if not calls:
+        return
+    calls = lower_opaque(graph, calls)
     order = {node: i for i, node in enumerate(graph.nodes)}
     calls = sorted(calls, key=lambda call: order[call])  # parts of a joint tensor are written in graph order
     kernels = [c for c in calls if c.meta["dkfuse_kernel"] == "triton" and _device(c).type != "cpu"]
@@ -40,10 +45,9 @@ def lower(graph: fx.Graph, calls: list[fx.Node]) -> None:
             lower_to_triton(graph, call, parts)
         else:
             inline(graph, call)
-    if calls:
-        compat.stable_topological_sort(graph)
-        graph.eliminate_dead_code()
-        graph.lint()
+    compat.stable_topological_sort(graph)
+    graph.eliminate_dead_code()
+    graph.lint()
 
 
 def _device(call: fx.Node) -> torch.device:

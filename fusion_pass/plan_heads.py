@@ -137,14 +137,10 @@ def _rotations_below(planner: Planner, node: fx.Node) -> Iterator[State]:
 
 
 def choose_and_check(planner: Planner, site: HeadSite) -> None:
-    """A kernel for every part, and a reason to have one."""
+    """A provider for all parts, and a reason to have it."""
     check_cycles(site, planner.together)
-    kernels = [choose.choose(call, planner.settings) for call in site.calls]
-    if len(set(kernels)) > 1:
-        raise Reject(
-            Code.NO_KERNEL, f"the parts of the site need different kernels: {', '.join(kernels)}", Stage.KERNEL
-        )
-    site.kernel = kernels[0]
+    choice = choose.choose(site.calls, planner.settings)
+    site.kernel, site.passed_over = choice.provider, choice.passed_over
     if not planner.settings.pointwise:
         check_gain(site, planner.claimed)
     site.bytes_before, site.bytes_after = traffic(site)

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from dkfuse.kernels import failures
+from dkfuse.kernels.failures import Failure
+
 from .errors import DkfuseError, TraceError
-from .report import Coverage, Graph
+from .report import Coverage, Graph, Reason, Site
 from .settings import Settings
 
 _lock = threading.Lock()
 _active: list[Coverage] = []
 _files: dict[str, Coverage] = {}
+_watched: list[weakref.ref[Site]] = []
 
 
 @contextlib.contextmanager
@@ -43,6 +48,7 @@ def record(model: str | None = None) -> Iterator[Coverage]:
 def publish(graphs: list[Graph], target: str, settings: Settings) -> None:
     """Hand freshly compiled graphs to every open `record()` and to the report file of `settings`."""
     with _lock:
+        _watch(graphs)
         receivers = list(_active)
         if settings.report is not None:
             fresh = Coverage(torch=torch.__version__)
@@ -55,6 +61,43 @@ def publish(graphs: list[Graph], target: str, settings: Settings) -> None:
         from .render import write
 
         write(_files[settings.report], settings.report)
+
+
+def _watch(graphs: list[Graph]) -> None:
+    """Remember the sites whose kernels may fail when they are launched, as long as somebody holds them."""
+    _watched[:] = [reference for reference in _watched if reference() is not None]
+    for site in (s for graph in graphs for s in graph.sites):
+        if site.kernel not in (None, "native"):
+            _watched.append(weakref.ref(site))
+
+
+def _on_launch_failure(failure: Failure) -> None:
+    """Say in every report that is still held, and in the report files, that plain torch computes these sites."""
+    with _lock:
+        for site in (reference() for reference in _watched):
+            if site is not None and _is_about(failure, site):
+                reason = Reason("kernel", "kernel_failed", failure.message, failure.provider)
+                if reason not in site.passed_over:
+                    site.passed_over.append(reason)
+        files = dict(_files)
+    from .render import write
+
+    for path, collected in files.items():
+        write(collected, path)
+
+
+def _is_about(failure: Failure, site: Site) -> bool:
+    """Whether the failed call may be one of the site's: its kernel and op, and x of one of its calls has that shape."""
+    sizes = [shape for name, shape in site.shapes.items() if name.split(".")[0] == "x"]
+    same = (
+        len(shape) == len(failure.shape)
+        and all(isinstance(a, str) or a == b for a, b in zip(shape, failure.shape, strict=True))
+        for shape in sizes
+    )
+    return (site.kernel, site.op) == (failure.provider, f"dkfuse::{failure.op}") and any(same)
+
+
+failures.listeners.append(_on_launch_failure)
 
 
 def coverage(module: Any, *args: Any, settings: Settings | None = None, **kwargs: Any) -> Coverage:

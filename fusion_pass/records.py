@@ -50,6 +50,7 @@ def _site(state: State, names: dict[int, str], view: TermView) -> Site:
             done.kernel,
         )
         values = {name: fake(view, t) for name, t in done.operands.items()}
+        record.passed_over = list(done.passed_over)
         record.dtype = short_dtype(values["x"].dtype)
         record.shapes = {name: _shape(v) for name, v in values.items()}
         if state.absorbed_by is not None:
@@ -67,8 +68,9 @@ def _site(state: State, names: dict[int, str], view: TermView) -> Site:
 
 
 def _deepest(attempts: list[tuple[Reject, Rule]]) -> tuple[Reject, Rule]:
-    """The attempt to show: a decision to leave the site first, then the widest rule."""
-    return next((a for a in attempts if a[0].left), attempts[0])
+    """The attempt to show: a kernel that failed, a decision to leave the site, then the widest rule."""
+    failed = (a for a in attempts if a[0].code == Code.KERNEL_FAILED.value)
+    return next(failed, next((a for a in attempts if a[0].left), attempts[0]))
 
 
 def _unexplained(state: State, view: TermView) -> tuple[Reason, str]:

@@ -30,8 +30,7 @@ def insert(
 ) -> list[fx.Node]:
     """The op calls; the site's root is replaced by their result. `tables`: the views of tables inserted so far."""
     nodes = site.output_nodes("out")
-    copies = _copies(nodes) if site.heads.dim is None and not site.casts else {}
-    order = _wanted_order(nodes, copies)
+    copies, order = result_order(site)
     calls = []
     with graph.inserting_before(nodes[0]):
         for part in site.calls:
@@ -51,6 +50,13 @@ def insert(
         copy.replace_all_uses_with(source)
         renamed[copy] = source
     return calls
+
+
+def result_order(site: HeadSite) -> tuple[dict[fx.Node, fx.Node], list[int] | None]:
+    """The copies that the result makes needless, and the op's `order`."""
+    nodes = site.output_nodes("out")
+    copies = _copies(nodes) if site.heads.dim is None and not site.casts else {}
+    return copies, _wanted_order(nodes, copies)
 
 
 def _joined(graph: fx.Graph, calls: list[fx.Node], dim: int, root: fx.Node) -> fx.Node:

@@ -2,8 +2,8 @@
 
     {schema, model, torch, target,
      graphs: [{index, nodes, seconds, from_cache, note}],
-     sites:  [{graph, id, family, status, rule, op, kernel, reason, attempts, source, module, shapes, dtype,
-               bytes_before, bytes_after, with_site, term}],
+     sites:  [{graph, id, family, status, rule, op, kernel, reason, attempts, passed_over, source, module, shapes,
+               dtype, bytes_before, bytes_after, with_site, term}],
      totals: {sites, fused, left_to_inductor, rejected, unmatched, coverage, kernels}}
 
 A site is a place that could be fused (a norm, a gated residual), found without asking the rules. Fields that a reader
@@ -74,6 +74,7 @@ class Site:
     kernel: str | None = None  # "triton", "native", ...
     reason: Reason | None = None
     attempts: list[Reason] = field(default_factory=list)
+    passed_over: list[Reason] = field(default_factory=list)  # fused: why other providers' kernels were not chosen
     source: str | None = None  # "transformer_flux.py:123"
     module: str | None = None  # "transformer_blocks.0.norm1"
     shapes: dict[str, list[int | str]] = field(default_factory=dict)
@@ -239,4 +240,5 @@ def _site(data: Mapping[str, Any]) -> Site:
     site.status = Status(data["status"])
     site.reason = _make(Reason, data["reason"]) if data.get("reason") else None
     site.attempts = [_make(Reason, reason) for reason in data.get("attempts", ())]
+    site.passed_over = [_make(Reason, reason) for reason in data.get("passed_over", ())]
     return site

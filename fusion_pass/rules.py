@@ -55,6 +55,10 @@ class Code(str, enum.Enum):
     NO_BIAS = "no_bias"
     NO_GAIN = "no_gain"  # moves no less memory than what Inductor makes of it
     NO_KERNEL = "no_kernel"
+    NOT_INSTALLED = "not_installed"  # the provider's package
+    UNTESTED_VERSION = "untested_version"
+    NOT_FASTER = "not_faster"  # another kernel was measured to be, or this one was not measured
+    KERNEL_FAILED = "kernel_failed"  # to build or to launch, in this process
     INNER_STRIDE = "inner_stride"
     ROW_TOO_LONG = "row_too_long"
     EMPTY = "empty"
@@ -133,7 +137,8 @@ class Candidate:
     outputs: dict[str, Term] = field(default_factory=dict)  # "out", "sum": what the op returns and somebody reads
     attributes: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the op
     dual: bool = False  # a second modulation of the same norm is a result too ("out2")
-    kernel: Any = None  # the implementation, once chosen
+    kernel: Any = None  # the provider of the implementation, once chosen
+    passed_over: tuple[Reason, ...] = ()  # why the providers before it, and those not measured, were not
     family: str = ""
     bytes_before: int | None = None
     bytes_after: int | None = None

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from .errors import SettingsError, did_you_mean
+from .orders import kernel_orders, names, orders
 
 PREFIX = "dkfuse."
 ENVIRONMENT_PREFIX = "DKFUSE_"
@@ -36,17 +37,6 @@ def _flag(value: Any) -> bool:
     if text in _TRUE or text in _FALSE:
         return text in _TRUE
     raise ValueError("true or false (also 1/0, yes/no, on/off)")
-
-
-def _names(value: Any) -> tuple[str, ...] | None:
-    """`None`, "a,b" or a list of names; an empty list means "none of them", an empty string "not set"."""
-    if value is None:
-        return None
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip()) or None
-    if isinstance(value, (list, tuple)) and all(isinstance(part, str) and part.strip() for part in value):
-        return tuple(part.strip() for part in value)
-    raise ValueError("a list of names, or one string with commas between them")
 
 
 def _count(value: Any) -> int | None:
@@ -101,9 +91,13 @@ class Settings:
 
     disable: bool = _setting(False, _flag, "hand every graph to Inductor unchanged")
     rules: tuple[str, ...] | None = _setting(
-        None, _names, 'names of the rules to use; "-name" removes one from all of them'
+        None, names, 'names of the rules to use; "-name" removes one from all of them'
     )
-    kernels: tuple[str, ...] | None = _setting(None, _names, "kernel providers, best first (triton, native)")
+    kernels: tuple[str, ...] | None = _setting(
+        None,
+        kernel_orders,
+        'kernel providers, best first; "op=a+b" for one op: "norm_rope=cuda+triton,triton", or a dict with lists',
+    )
     target: str = _setting("current", _choice(*TARGETS), "device to choose kernels for: " + ", ".join(TARGETS))
     report: str | None = _setting(
         None, _optional(_path), "file for the coverage report after each compile (.json, .html, .md or .txt)"
@@ -182,17 +176,24 @@ class Settings:
         only_removals = bool(self.rules) and not listed
         return f"-{rule}" not in self.rules and (rule in listed or only_removals)
 
-    def check_names(self, rules: Iterable[str], providers: Iterable[str]) -> None:
-        """Raise SettingsError for a rule or kernel provider that does not exist (they register outside this module),
-        and for an attention kernel whose package is not installed.
-        """
-        for option, given, known in (
-            ("rules", [name.removeprefix("-") for name in self.rules or ()], list(rules)),
-            ("kernels", self.kernels or (), list(providers)),
+    def providers(self, op: str) -> tuple[str, ...] | None:
+        """The providers that were asked for to run `op`, best first; None: none were, choose automatically."""
+        asked = orders(self.kernels)
+        return asked.get(op, asked.get("*"))
+
+    def provider_names(self) -> list[str]:
+        """Every provider that was asked for, once."""
+        return list(dict.fromkeys(name for listed in orders(self.kernels).values() for name in listed))
+
+    def check_names(self, rules: Iterable[str], providers: Iterable[str], ops: Iterable[str] = ()) -> None:
+        """Raise SettingsError for a rule, kernel provider or op that does not exist; they register elsewhere."""
+        for option, what, given, known in (
+            ("rules", "rule", [name.removeprefix("-") for name in self.rules or ()], list(rules)),
+            ("kernels", "op", [op for op in orders(self.kernels) if op != "*"], list(ops)),
+            ("kernels", "kernel provider", self.provider_names(), list(providers)),
         ):
             for name in given:
                 if name not in known:
-                    what = "rule" if option == "rules" else "kernel provider"
                     raise SettingsError(f"{PREFIX}{option}: there is no {what} {name!r}{did_you_mean(name, known)}")
         self._check_attention()
 

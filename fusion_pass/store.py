@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dkfuse.kernels import attention_kernels, disk_cache
+from dkfuse.kernels import attention_kernels, disk_cache, failures, registry
 
 from . import compat
 from .report import Coverage, Graph
@@ -55,8 +55,9 @@ def graph_key(gm: fx.GraphModule, inputs: Iterable[Any], settings: Settings, run
     """
     digest = hashlib.sha256()
     chosen = replace(settings, report=None, log=None, cache_dir=None)  # these change no graph
-    packages = attention_kernels.versions()
-    for part in (source_hash(), compat.environment_fingerprint(), packages, repr(chosen), repr(runs), gm.code):
+    kernels = (registry.fingerprint(), failures.fingerprint(), attention_kernels.versions())
+    chosen_by = (compat.environment_fingerprint(), *kernels, repr(chosen), repr(runs))
+    for part in (source_hash(), *chosen_by, gm.code):
         digest.update(part.encode())
     for value in inputs:
         digest.update(_describe(value).encode())

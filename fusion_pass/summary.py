@@ -168,7 +168,8 @@ def notes(coverage: Coverage) -> list[str]:
     for note, found in by_note.items():
         indices = ", ".join(map(str, found[:8])) + (", …" if len(found) > 8 else "")
         lines.append(f"graph{'s' if len(found) > 1 else ''} {indices}: {note}")
-    return lines
+    failed = Counter(r.message for site in coverage.sites for r in site.passed_over if r.code == "kernel_failed")
+    return lines + [f"{count(times, 'site')}: {message}" for message, times in failed.items()]
 
 
 def label(status: Status) -> str:

@@ -24,6 +24,7 @@ import torch
 log = logging.getLogger("dkfuse")
 DIGEST = 32
 MAGIC = b"dkfuse1\n"
+KINDS = ("kernels", "records")
 
 _chosen: list[str] = []  # `dkfuse.cache_dir`, while a compilation that sets it was the last one
 _unwritable: set[Path] = set()
@@ -105,10 +106,10 @@ def _path(parts: tuple[str, ...]) -> Path:
 
 def contents() -> dict[str, list[Path]]:
     """The files of the cache by kind: "kernels" and "records", with what interrupted writers left behind."""
-    folder = root()
+    endings = {"kernels": ".bin", "records": ".json"}
     return {
-        "kernels": sorted((*folder.glob("kernels/*.bin"), *folder.glob("kernels/*.tmp"))),
-        "records": sorted((*folder.glob("records/*.json"), *folder.glob("records/*.tmp"))),
+        kind: sorted(file for end in (endings[kind], ".tmp") for file in root().glob(f"{kind}/*{end}"))
+        for kind in KINDS
     }
 
 

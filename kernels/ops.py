@@ -28,7 +28,7 @@ Errors: ValueError for fp64 or integer tensors, shapes that do not fit, an unkno
 branch_norm, another result dtype.
 
 Implementations: `CompositeExplicitAutograd` is plain torch (`reference.py`), `CUDA` launches Triton and falls back to
-plain torch where `supports` says no or triton is missing.
+plain torch where `supports` says no, triton is missing, or the kernel failed before.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from . import reference, rope_reference, rope_support
+from . import failures, reference, rope_reference, rope_support
 from .axes import Int
 from .launch import Launch, plan, run, supports
 from .picks import first_rows, pick_problem, picked
@@ -229,8 +229,16 @@ def _triton(op: str, arguments: dict[str, Any]) -> Tensor | tuple[Tensor, ...]:
     launch = _planned(op, arguments, outputs)
     if launch is None:
         return _plain(op, arguments)
-    with torch.cuda.device(arguments["x"].device):
-        run(launch, {**arguments, **outputs})
+    try:
+        with torch.cuda.device(arguments["x"].device):
+            run(launch, {**arguments, **outputs})
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        _plans[_signature(op, arguments)] = None
+        result = _plain(op, arguments)  # where that fails too, the error was not the kernel's
+        failures.launch_failed("triton", op, arguments, error)
+        return result
     return _returned(outputs)
 
 

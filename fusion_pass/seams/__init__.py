@@ -13,28 +13,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from torch import fx
 
 from ..report import Reason, Site, Status
 from ..rules import Code, Stage
 from ..settings import Settings
-from . import attention
+from . import attention, epilogue, projections, split
+from .seam import Seam
 
-
-@dataclass
-class Seam:
-    """One seam. `apply` rewrites the graph and is None where the seam is left as it is; `site` says why."""
-
-    site: Site
-    apply: Callable[[], None] | None = None
-
-
-from . import epilogue, projections, split  # noqa: E402  (each needs Seam)
-
+__all__ = ["FINDERS", "NAMES", "Seam", "run"]
 # in this order; each yields what it finds in the graph as the finders before it left it
-FINDERS: tuple[Callable[[fx.Graph, Settings], Iterator[Seam]], ...] = (projections.find, split.find, epilogue.find)
+FINDERS: tuple[Callable[[fx.Graph, Settings], Iterator[Seam]], ...] = (
+    attention.find,
+    projections.find,
+    split.find,
+    epilogue.find,
+)
 
 # what `dkfuse.rules` calls them: the families of their sites
 NAMES = ("attention", "packed_projection", "split_projection", "gelu_epilogue")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
@@ -23,10 +23,8 @@ from ..settings import Settings
 from ..terms import short_dtype
 from .attention_call import Call, calls
 from .attention_choice import RULE, decide
+from .seam import Seam
 from .strides import spread
-
-if TYPE_CHECKING:
-    from . import Seam
 
 aten = torch.ops.aten
 OPAQUE = "dkfuse::attention"
@@ -34,8 +32,6 @@ OPAQUE = "dkfuse::attention"
 
 def find(graph: fx.Graph, settings: Settings) -> Iterator[Seam]:
     """One seam per attention in `graph`."""
-    from . import Seam
-
     counts: Counter[str] = Counter()
     for call in list(calls(graph)):
         where = origin.module(call.node) or "graph"

@@ -22,10 +22,11 @@ from ..replace import copy_origin
 from ..rules import Code, Reject, Stage
 from ..settings import Settings
 from ..terms import short_dtype
-from . import Seam, gelu
+from . import gelu
 from .common import aten, check_allowed, check_sizes, mergeable, read_sizes_elsewhere, record, reshaped, rows
 from .gelu import Gelu
 from .linear import linears, read
+from .seam import Seam
 
 FAMILY = "gelu_epilogue"
 OP = "dkfuse::linear_gelu"

@@ -27,10 +27,10 @@ from ..rules import Code, Stage
 from ..settings import Settings
 from ..symbols import hint
 from ..terms import short_dtype
-from . import Seam
 from .epilogue import problem
 from .gelu import find as gelus
 from .linear import Linear, linears, source
+from .seam import Seam
 
 aten = torch.ops.aten
 FAMILY = "packed_projection"

@@ -32,10 +32,11 @@ from ..gain import is_elementwise, through_views
 from ..replace import copy_origin
 from ..rules import Code, Reject, Stage
 from ..settings import Settings
-from . import Seam, epilogue, gelu
+from . import epilogue, gelu
 from .common import aten, check_allowed, check_sizes, is_tensor, mergeable, read_sizes_elsewhere, record, reshaped, rows
 from .gelu import Gelu
 from .linear import Linear, linears, read, source
+from .seam import Seam
 
 FAMILY = "split_projection"
 OP = "dkfuse::split_linear"
