@@ -4,7 +4,8 @@
 
 Shapes: q `[B, H, S, d]`, k, v `[B, Hk, Sk, d]` (gqa: H a multiple of Hk), mask bool (True: take part) or of q's dtype,
 broadcasting to `[B, H, S, Sk]`; out `[B, H, S, d]`, in memory `[B, S, H, d]` or laid out like q, by kernel
-(`attention_kernels`). Any strides; inner stride 1 and other strides of whole 16 bytes are read in place.
+(`attention_kernels`). Any strides and addresses; inner stride 1 and an address and other strides of whole 16 bytes are
+read in place, others copied.
 Dtypes: fp16, bf16; fp32 and fp64 for "sdpa". Scores and sums are fp32, out is rounded once.
 Errors: ValueError for a kernel that does not exist, or one that takes no mask given a mask; ImportError where its
 package is missing.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attention_kernels import KERNELS
+from .attention_kernels import HALF, KERNELS
 
 # `using` names the kernel: Inductor cannot call an op with an argument `kernel`
 SCHEMA = (
@@ -81,10 +82,12 @@ def _cuda(
     gqa: bool = False,
     using: str = "sdpa",
 ) -> Tensor:
-    from .attention_run import RUN
+    from .attention_run import RUN, readable
 
-    if using not in RUN:
-        return reference(q, k, v, mask, causal=causal, scale=scale, gqa=gqa, using=using)
+    if using not in RUN:  # torch asks none of its kernels whether an address suits it
+        aligned = [readable(t) for t in (q, k, v)] if q.dtype in HALF else [q, k, v]
+        out = reference(*aligned, mask, causal=causal, scale=scale, gqa=gqa, using=using)
+        return _laid_out(out, q, v, using)
     _check_mask(mask, using)
     if q.device.index != torch.cuda.current_device():
         with torch.cuda.device(q.device):

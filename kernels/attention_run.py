@@ -8,6 +8,7 @@ Zhang et al., SageAttention 2 (2411.10958); cuDNN's graph API through torch.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ Run = Callable[[Tensor, Tensor, Tensor, bool, "float | None"], Tensor]
 aten = torch.ops.aten
 
 
-def _readable(tensor: Tensor) -> Tensor:
+def readable(tensor: Tensor) -> Tensor:
     """`tensor`, or a copy where its strides or its address are not whole vectors."""
     *outer, inner = tensor.stride()
     if inner == 1 and not any(s % ALIGNMENT for s in outer) and tensor.data_ptr() % 16 == 0:
@@ -30,13 +31,18 @@ def _readable(tensor: Tensor) -> Tensor:
 
 def _tokens(*tensors: Tensor) -> list[Tensor]:
     """`[B, S, H, d]` views."""
-    return [_readable(t).transpose(1, 2) for t in tensors]
+    return [readable(t).transpose(1, 2) for t in tensors]
+
+
+# what FlashAttention 4.0.0b20 makes the CuTe DSL say at each compilation of a kernel; it works all the same
+HARMLESS = r"Argument aux_data \(position \d+\) cannot be converted to a JitArgument for function 'cutlass___call___flash_attn"
 
 
 @functools.cache
 def _fa4_function() -> Any:
     from flash_attn.cute import flash_attn_func
 
+    warnings.filterwarnings("ignore", HARMLESS, UserWarning, r"cutlass\.base_dsl\.dsl$")
     return flash_attn_func
 
 
@@ -71,14 +77,17 @@ def sage(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> 
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
+    q, k, v = readable(q), readable(k), readable(v)
     return aten._scaled_dot_product_cudnn_attention.default(q, k, v, None, False, 0.0, causal, False, scale=scale)[0]
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
+    q, k, v = readable(q), readable(k), readable(v)
     return aten._scaled_dot_product_flash_attention.default(q, k, v, 0.0, causal, False, scale=scale)[0]
 
 
 def efficient(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
+    q, k, v = readable(q), readable(k), readable(v)
     return aten._scaled_dot_product_efficient_attention.default(q, k, v, None, False, 0.0, causal, scale=scale)[0]
 
 

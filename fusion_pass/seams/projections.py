@@ -70,8 +70,10 @@ def _of_one_input(graph: fx.Graph, without: set[fx.Node]) -> list[list[Linear]]:
         value = linear.x.meta["val"]
         if linear.product in without or value.dim() != 2 or value.dtype != linear.weight.meta["val"].dtype:
             continue
+        if not all(isinstance(size, int) for size in linear.weight.meta["val"].shape):
+            continue  # weights that are no parameters
         with_bias = linear.product.target is aten.addmm.default
-        key = (source(linear.x), tuple(value.shape), value.stride(), with_bias)
+        key = (source(linear.x), str((value.shape, value.stride())), with_bias)  # a SymInt has no hash
         groups.setdefault(key, []).append(linear)
     return [group for group in groups.values() if len(group) > 1]
 
