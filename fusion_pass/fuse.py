@@ -79,7 +79,7 @@ def decided(graph: fx.Graph, settings: Settings, built: bool = False) -> Plan:
     result = settled(graph, settings, spent)
     while built and building.failed(result.taken):  # remembered: the next plan chooses another kernel
         result = settled(graph, settings, spent)
-    result.record.sites[:0] = taken
+    result.record.seams = taken
     result.record.seconds = time.perf_counter() - started
     return result
 

@@ -48,6 +48,7 @@ def print_report(coverage: Coverage, console: Console, regressions: Sequence[Sit
     console.print(Text(summary.headline(coverage), "bold"))
     if coverage.sites:
         console.print(_bar(coverage, min(console.width, 100)))
+    if coverage.sites or coverage.seams:
         console.print()
         console.print(_family_table(coverage) if console.width >= WIDE else _family_list(coverage))
     reasons = summary.by_reason(coverage)
@@ -71,7 +72,7 @@ def to_markdown(coverage: Coverage, regressions: Sequence[Site] = ()) -> str:
     if regressions:
         lines += [f"### {summary.count(len(regressions), 'regression')} against the baseline", ""]
         lines += [f"- {_cell(regression_text(coverage, site))}" for site in regressions] + [""]
-    if coverage.sites:
+    if coverage.sites or coverage.seams:
         lines += ["| family | sites | fused | | kernel | where |", "|---|--:|--:|--:|---|---|"]
         for group in summary.by_family(coverage):
             share = summary.percent(group.share)

@@ -4,9 +4,12 @@
      graphs: [{index, nodes, seconds, from_cache, note}],
      sites:  [{graph, id, family, status, rule, op, kernel, reason, attempts, passed_over, source, module, shapes,
                dtype, bytes_before, bytes_after, with_site, term}],
-     totals: {sites, fused, left_to_inductor, rejected, unmatched, coverage, kernels}}
+     seams:  as sites,
+     totals: {sites, fused, left_to_inductor, rejected, unmatched, coverage, kernels, seams, seams_taken}}
 
-A site is a place that could be fused (a norm, a gated residual), found without asking the rules. Fields that a reader
+A site is a place that could be fused (a norm, a gated residual), found without asking the rules. A seam is a place
+where a GEMM or an attention could take over its neighbour's work or run as another kernel; seams have the fields of
+sites and are counted apart, so that `coverage` stays the share of what fused kernels could do. Fields that a reader
 does not know are ignored, so that a later "/1" writer may add some.
 """
 
@@ -32,11 +35,8 @@ FAMILIES = (
     "qk_norm",
     "sandwich",
     "other_norm",
-    "attention",
-    "packed_projection",
-    "split_projection",
-    "gelu_epilogue",
 )
+SEAMS = ("attention", "packed_projection", "split_projection", "gelu_epilogue")
 STAGES = ("structure", "semantics", "kernel")
 
 
@@ -95,6 +95,7 @@ class Graph:
     from_cache: bool = False
     note: str | None = None
     sites: list[Site] = field(default_factory=list)
+    seams: list[Site] = field(default_factory=list)
 
 
 @dataclass
@@ -112,6 +113,11 @@ class Coverage:
         return [site for graph in self.graphs for site in graph.sites]
 
     @property
+    def seams(self) -> list[Site]:
+        """The seams to GEMMs and attention of all graphs, in order."""
+        return [seam for graph in self.graphs for seam in graph.seams]
+
+    @property
     def totals(self) -> dict[str, Any]:
         """Counts by status; `coverage` = fused / sites (0.0 without sites); `kernels` = fused kernels launched."""
         sites = self.sites
@@ -121,18 +127,16 @@ class Coverage:
             **{status.value: counts[status] for status in Status},
             "coverage": counts[Status.FUSED] / len(sites) if sites else 0.0,
             "kernels": sum(site.status is Status.FUSED and site.with_site is None for site in sites),
+            "seams": len(self.seams),
+            "seams_taken": sum(seam.status is Status.FUSED for seam in self.seams),
         }
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dicts and lists, in the layout of the schema."""
-        graphs = [{f.name: getattr(g, f.name) for f in fields(g) if f.name != "sites"} for g in self.graphs]
-        sites = [
-            {"graph": graph.index, **asdict(site), "status": site.status.value}
-            for graph in self.graphs
-            for site in graph.sites
-        ]
+        graphs = [{f.name: getattr(g, f.name) for f in fields(g) if f.name not in LISTS} for g in self.graphs]
+        lists = {name: [_entry(g, site) for g in self.graphs for site in getattr(g, name)] for name in LISTS}
         head = {"schema": SCHEMA, "model": self.model, "torch": self.torch, "target": self.target}
-        return {**head, "graphs": graphs, "sites": sites, "totals": self.totals}
+        return {**head, "graphs": graphs, **lists, "totals": self.totals}
 
     def to_json(self, indent: int | None = 1) -> str:
         """The report as JSON text."""
@@ -157,26 +161,30 @@ class Coverage:
             graphs = {g["index"]: _make(Graph, g) for g in data["graphs"]}
             for entry in data["sites"]:
                 graphs[entry["graph"]].sites.append(_site(entry))
+            for entry in data.get("seams", ()):
+                graphs[entry["graph"]].seams.append(_site(entry))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ReportError(f"not a valid coverage report: {type(error).__name__}: {error}") from None
         return cls(data.get("model"), data.get("torch", ""), data.get("target", "current"), list(graphs.values()))
 
     def regressions(self, baseline: Coverage) -> list[Site]:
-        """Sites that `baseline` fused and this report does not.
+        """Sites and seams that `baseline` fused and this report does not.
 
         A site that is still there is returned as it is now; one that is gone is returned as the baseline had it.
         """
-        now = {site.id: site for site in self.sites}
+        now = {site.id: site for site in (*self.sites, *self.seams)}
         return [
             now.get(before.id, before)
-            for before in baseline.sites
+            for before in (*baseline.sites, *baseline.seams)
             if before.status is Status.FUSED and (before.id not in now or now[before.id].status is not Status.FUSED)
         ]
 
     def fused(self, family_or_rule: str | None = None) -> list[Site]:
-        """The fused sites, of one family or rule if a name is given (see `assert_fused`)."""
-        chosen = _chooser(family_or_rule) if family_or_rule is not None else lambda _: True
-        return [site for site in self.sites if site.status is Status.FUSED and chosen(site)]
+        """The fused sites, or sites and seams of one family or rule if a name is given (see `assert_fused`)."""
+        if family_or_rule is None:
+            return [site for site in self.sites if site.status is Status.FUSED]
+        chosen = _chooser(family_or_rule)
+        return [site for site in (*self.sites, *self.seams) if site.status is Status.FUSED and chosen(site)]
 
     def assert_fused(self, family_or_rule: str, at_least: int = 1, exactly: int | None = None) -> None:
         """For tests: raise AssertionError unless enough sites were fused.
@@ -189,11 +197,12 @@ class Coverage:
             return
         wanted = f"exactly {exactly}" if exactly is not None else f"at least {at_least}"
         chosen = _chooser(family_or_rule)
-        related = [site for site in self.sites if chosen(site)]
+        every = (*self.sites, *self.seams)
+        related = [site for site in every if chosen(site)]
         lines = [f"{wanted} fused {family_or_rule!r} sites were expected, {count} of {len(related)} are fused"]
         lines += ["  " + describe(site) for site in related]
         if not related:
-            known = {site.family for site in self.sites} | {s.rule for s in self.sites if s.rule}
+            known = {site.family for site in every} | {s.rule for s in every if s.rule}
             lines.append("  no site has this family or rule" + (did_you_mean(family_or_rule, known) if known else ""))
         raise AssertionError("\n".join(lines))
 
@@ -222,16 +231,21 @@ def _chooser(name: str) -> Callable[[Site], bool]:
 
     def chosen(site: Site) -> bool:
         names = [site.family, site.rule or ""]
-        return name in names or (name not in FAMILIES and any(words <= set(n.split("_")) for n in names))
+        return name in names or (name not in (*FAMILIES, *SEAMS) and any(words <= set(n.split("_")) for n in names))
 
     return chosen
 
 
 T = TypeVar("T")
+LISTS = ("sites", "seams")  # of a graph, kept apart from it in JSON
+
+
+def _entry(graph: Graph, site: Site) -> dict[str, Any]:
+    return {"graph": graph.index, **asdict(site), "status": site.status.value}
 
 
 def _make(cls: type[T], data: Mapping[str, Any]) -> T:
-    known = {f.name for f in fields(cls)} - {"sites"}  # type: ignore[arg-type]
+    known = {f.name for f in fields(cls)} - set(LISTS)  # type: ignore[arg-type]
     return cls(**{key: value for key, value in data.items() if key in known})
 
 

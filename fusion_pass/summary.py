@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from .report import FAMILIES, Coverage, Site, Status
+from .report import FAMILIES, SEAMS, Coverage, Site, Status
 
 
 @dataclass
@@ -88,9 +88,9 @@ class Traffic:
 
 
 def by_family(coverage: Coverage) -> list[Group]:
-    """One group per family in the fixed order, each with a row per rule and one per other status."""
+    """One group per family in the fixed order, seams last, each with a row per rule and one per other status."""
     groups: dict[str, Group] = {}
-    for site in coverage.sites:
+    for site in (*coverage.sites, *coverage.seams):
         group = groups.setdefault(site.family, Group(site.family))
         group.sites.append(site)
         name = (site.rule or "fused") if site.status is Status.FUSED else label(site.status)
@@ -98,7 +98,7 @@ def by_family(coverage: Coverage) -> list[Group]:
         if row is None:
             group.rows.append(row := Group(name))
         row.sites.append(site)
-    order = {name: position for position, name in enumerate(FAMILIES)}
+    order = {name: position for position, name in enumerate((*FAMILIES, *SEAMS))}
     statuses = list(Status)
     for group in groups.values():
         group.rows.sort(key=lambda row: (statuses.index(row.sites[0].status), -len(row.sites), row.name))
@@ -106,9 +106,9 @@ def by_family(coverage: Coverage) -> list[Group]:
 
 
 def by_reason(coverage: Coverage) -> list[ReasonGroup]:
-    """The sites that were not fused, by status, stage and code, the most frequent first."""
+    """The sites and seams that were not fused, by status, stage and code, the most frequent first."""
     groups: dict[tuple[Status, str, str], ReasonGroup] = {}
-    for site in coverage.sites:
+    for site in (*coverage.sites, *coverage.seams):
         if site.status is Status.FUSED:
             continue
         reason = site.reason
@@ -140,6 +140,8 @@ def headline(coverage: Coverage) -> str:
     moved = traffic(coverage.sites)
     if moved.before:
         text += f"; their memory traffic: {bytes_text(moved.before)} op by op, {bytes_text(moved.after)} fused"
+    if totals["seams_taken"]:
+        text += f"; {totals['seams_taken']} of {count(totals['seams'], 'seam')} to GEMMs and attention taken"
     return text
 
 

@@ -83,11 +83,24 @@ def test_no_regression_against_itself(coverage: Coverage) -> None:
         assert coverage.regressions(coverage) == []
 
 
+def test_seams_are_counted_apart() -> None:
+    seams = [site("s", family="attention"), site("t", Status.LEFT_TO_INDUCTOR, family="gelu_epilogue")]
+    coverage = Coverage("m", "2.13.0", "sm90", [Graph(0, 10, 0.1, sites=[site("a")], seams=seams)])
+    totals = coverage.totals
+    assert (totals["sites"], totals["coverage"], totals["seams"], totals["seams_taken"]) == (1, 1.0, 2, 1)
+    assert Coverage.from_json(coverage.to_json()) == coverage
+    coverage.assert_fused("attention", exactly=1)
+    assert [s.id for s in Coverage.from_json(coverage.to_json()).regressions(coverage)] == []
+    lost = Coverage("m", "2.13.0", "sm90", [Graph(0, 10, 0.1, sites=[site("a")], seams=seams[1:])])
+    assert [s.id for s in lost.regressions(coverage)] == ["s"]
+    assert "1 of 2 seams to GEMMs and attention taken" in str(coverage)
+
+
 def test_layout_of_the_schema() -> None:
     reason = Reason("kernel", "dtype", "float64 is not supported", "norm")
     coverage = report(site("a", with_site="b"), site("b"), site("c", Status.REJECTED, reason=reason))
     data = json.loads(coverage.to_json())
-    assert list(data) == ["schema", "model", "torch", "target", "graphs", "sites", "totals"]
+    assert list(data) == ["schema", "model", "torch", "target", "graphs", "sites", "seams", "totals"]
     assert data["schema"] == SCHEMA == "dkfuse.coverage/1"
     assert data["graphs"] == [{"index": 0, "nodes": 10, "seconds": 0.1, "from_cache": False, "note": None}]
     assert data["totals"] == {
@@ -98,6 +111,8 @@ def test_layout_of_the_schema() -> None:
         "unmatched": 0,
         "coverage": 2 / 3,
         "kernels": 1,
+        "seams": 0,
+        "seams_taken": 0,
     }
     assert data["sites"][2]["graph"] == 0
     assert data["sites"][2]["status"] == "rejected"

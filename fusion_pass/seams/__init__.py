@@ -14,9 +14,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import fx
 
-from ..report import Reason, Site, Status
+from ..choose import resolve_target
+from ..report import SEAMS, Reason, Site, Status
 from ..rules import Code, Stage
 from ..settings import Settings
 from . import attention, epilogue, projections, split
@@ -31,12 +33,16 @@ FINDERS: tuple[Callable[[fx.Graph, Settings], Iterator[Seam]], ...] = (
     epilogue.find,
 )
 
-# what `dkfuse.rules` calls them: the families of their sites
-NAMES = ("attention", "packed_projection", "split_projection", "gelu_epilogue")
+NAMES = SEAMS  # what `dkfuse.rules` calls them: the families of their sites
 
 
 def run(graph: fx.Graph, settings: Settings) -> list[Site]:
-    """Rewrite the seams of `graph` in place, `settings.fuel` of them at most; what became of each."""
+    """Rewrite the seams of `graph` in place, `settings.fuel` of them at most; what became of each.
+
+    Seams are a matter of GPUs: none is looked for where the graph neither is on one nor planned for one.
+    """
+    if not any(resolve_target(settings.target, device).startswith("sm") for device in _devices(graph)):
+        return []
     sites: list[Site] = []
     names: Counter[str] = Counter()
     taken = 0
@@ -56,6 +62,11 @@ def run(graph: fx.Graph, settings: Settings) -> list[Site]:
             graph.eliminate_dead_code()
             graph.lint()
     return sites
+
+
+def _devices(graph: fx.Graph) -> set[torch.device]:
+    values = (node.meta.get("val") for node in graph.nodes if node.op == "placeholder")
+    return {value.device for value in values if isinstance(value, torch.Tensor)}
 
 
 def _refuse_for_fuel(seam: Seam, fuel: int) -> None:
