@@ -120,8 +120,13 @@ def flat(results: Any) -> tuple[Tensor, ...]:
 
 def counts(coverage: Coverage) -> dict[str, int]:
     """Fused sites by rule ("absorbed" where a wider site does the work), all others by ``status:code``."""
+    return tally(coverage.sites)
+
+
+def tally(sites: Sequence[dkfuse.Site]) -> dict[str, int]:
+    """As `counts`, of some sites or seams."""
     found: Counter[str] = Counter()
-    for site in coverage.sites:
+    for site in sites:
         if site.status is Status.FUSED:
             found["absorbed" if site.with_site else str(site.rule)] += 1
         else:

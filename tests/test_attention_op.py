@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+import types
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -59,17 +64,74 @@ def test_a_kernel_that_does_not_exist():
 
 
 def test_unaligned_tensors_are_copied_before_a_kernel_reads_them():
-    from dkfuse.kernels.attention_run import _readable
+    from dkfuse.kernels.attention_run import readable
 
     fine = torch.randn(1, 8, 4, 64, dtype=torch.bfloat16).transpose(1, 2)
-    assert _readable(fine) is fine
+    assert readable(fine) is fine
     odd = torch.randn(1 * 8 * 4 * 64 + 1, dtype=torch.bfloat16)[1:].view(1, 8, 4, 64).transpose(1, 2)
     strided = torch.randn(1, 8, 4, 65, dtype=torch.bfloat16)[..., :64].transpose(1, 2)
     inner = torch.randn(1, 4, 64, 8, dtype=torch.bfloat16).transpose(2, 3)
     for tensor in (odd, strided, inner):
-        copy = _readable(tensor)
+        copy = readable(tensor)
         assert copy.data_ptr() % 16 == 0 and copy.stride() == (4 * 8 * 64, 64, 4 * 64, 1)
         torch.testing.assert_close(copy, tensor, rtol=0, atol=0)
+
+
+class Recorder:
+    """Stands for `torch.ops.aten`, whose kernels need a GPU: keeps what they are called with."""
+
+    def __init__(self):
+        self.given = []
+
+    def __getattr__(self, name):
+        return self
+
+    def __call__(self, *args, **kwargs):
+        self.given.append(args[:3])
+        return args[:1]
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "cudnn", "flash", "efficient"])
+def test_kernels_of_torch_are_given_aligned_tensors(monkeypatch, kernel):
+    from dkfuse.kernels import attention, attention_run
+
+    recorder = Recorder()
+    monkeypatch.setattr(attention_run, "aten", recorder)
+    if kernel == "sdpa":
+        monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **_: recorder(*a)[0])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    odd = torch.randn(1 * 8 * 4 * 64 + 1, dtype=torch.bfloat16)[1:].view(1, 8, 4, 64).transpose(1, 2)
+    strided = torch.randn(1, 8, 4, 65, dtype=torch.bfloat16)[..., :64].transpose(1, 2)
+    attention._cuda(odd, strided, odd, using=kernel)
+    ((q, k, v),) = recorder.given
+    for given, of in ((q, odd), (k, strided), (v, odd)):
+        assert given.data_ptr() % 16 == 0 and not any(s % 8 for s in given.stride()[:3])
+        assert torch.equal(given, of)
+
+
+def test_one_warning_of_the_compiler_of_fa4_is_silenced(monkeypatch):
+    from dkfuse.kernels import attention_run
+
+    package = types.ModuleType("flash_attn.cute")
+    package.flash_attn_func = lambda q, k, v, **_: (q,)
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", package)
+    monkeypatch.setattr(attention_run, "_fa4_function", functools.cache(attention_run._fa4_function.__wrapped__))
+    said = (
+        "Argument {} (position 17) cannot be converted to a JitArgument for function 'cutlass___call___{}forward'. Its"
+    )
+    place = {"filename": "dsl.py", "lineno": 2214}
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        attention_run.fa4(Q, Q, Q, False, None)
+        for argument, function, module in (
+            ("aux_data", "flash_attncuteflash_fwd", "cutlass.base_dsl.dsl"),  # the one
+            ("mask", "flash_attncuteflash_fwd", "cutlass.base_dsl.dsl"),
+            ("aux_data", "mine", "cutlass.base_dsl.dsl"),
+            ("aux_data", "flash_attncuteflash_fwd", "mine"),
+        ):
+            warnings.warn_explicit(said.format(argument, function), UserWarning, module=module, **place)
+    assert len(seen) == 3
 
 
 def test_inductor_runs_it_on_views_without_copies(monkeypatch):

@@ -149,32 +149,8 @@ PINNED: dict[str, dict[str, int]] = {
     },
     "hidream": {"gated_residual": 6, "norm_modulate": 4, "qk_norm": 6, "residual_norm_modulate": 3, "rotation": 4},
 }
-# sites of these families that are not fused, by the code of the reason
-NOT_FUSED: dict[str, dict[str, int]] = {
-    name: {"no_kernel": seams}  # rewritten for GPUs only, and these models are on the CPU
-    for name, seams in {
-        "flux": 8,
-        "flux2": 2,
-        "chroma": 9,
-        "qwen-image": 3,
-        "qwen-image-edit": 3,
-        "wan21-14b": 4,
-        "wan21-1.3b": 4,
-        "wan22-5b": 4,
-        "hunyuan-video": 8,
-        "hunyuan-video-15": 2,
-        "ltx": 3,
-        "ltx2": 6,
-        "sd3-medium": 3,
-        "sd35-medium": 3,
-        "sd35-large": 3,
-        "dit-xl-2": 2,
-        "pixart-sigma": 3,
-        "sana": 1,
-        "cogvideox-5b": 2,
-        "cogview4": 3,
-    }.items()
-}
+# sites that are not fused, by the code of the reason: none, so far
+NOT_FUSED: dict[str, dict[str, int]] = {}
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
@@ -211,6 +187,7 @@ def test_fusions(name: str) -> None:
     assert all(s.reason is not None for s in others), "a site without a reason"
     explained = Counter(s.reason.code for s in others if s.reason is not None)
     assert dict(explained) == NOT_FUSED.get(name, {})
+    assert coverage.seams == [], "a seam, which only GPUs have"
     assert all(s.source for s in coverage.sites), "a site without a source line"
     rotated = sum(s.family == "rotation" for s in coverage.sites)
     assert name in rotations.REUSED_GRAPHS or rotated == rotations.executed(zoo.build(name)[0], kwargs)

@@ -41,6 +41,7 @@ def operands(layout: str, dim: int, keys: int, groups: int, dtype: torch.dtype) 
 CASES = {
     "d128": ("tokens first", 128, 300, 1, BF16, {}),
     "d64": ("tokens first", 64, 300, 1, BF16, {}),
+    "d96": ("tokens first", 96, 300, 1, BF16, {}),
     "d72": ("tokens first", 72, 300, 1, BF16, {}),
     "fp16": ("tokens first", 128, 300, 1, FP16, {}),
     "text": ("tokens first", 128, 77, 1, BF16, {}),
@@ -73,12 +74,22 @@ def test_as_accurate_as_torch(kernel, case):
     assert out.stride() == fake.stride()
 
 
-@pytest.mark.parametrize("kernel", [name for name in EXACT if KERNELS[name].distributions])
+@pytest.mark.parametrize("kernel", EXACT)
 def test_unaligned_inputs(kernel):
+    """Against fp64: torch's own SDPA was wrong for such inputs, which it gave to cuDNN."""
     q = random(2 * 300 * 4 * 64 + 1)[1:].view(2, 300, 4, 64).transpose(1, 2)
     k = random(2, 300, 4, 65, seed=1)[..., :64].transpose(1, 2)
     out = torch.ops.dkfuse.attention(q, k, k, None, using=kernel)
-    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, k), atol=2e-2, rtol=2e-2)
+    aligned = [t.clone(memory_format=torch.contiguous_format) for t in (q, k, k)]
+    exact = F.scaled_dot_product_attention(*(t.double() for t in aligned))
+    error, theirs = (
+        (t.double() - exact).square().mean().sqrt().item() for t in (out, F.scaled_dot_product_attention(*aligned))
+    )
+    assert error <= 1.25 * theirs, f"error {error:.3g}, torch's of aligned inputs {theirs:.3g}"
+    mode = FakeTensorMode()
+    with mode:
+        fake = torch.ops.dkfuse.attention(*map(mode.from_tensor, (q, k, k)), None, using=kernel)
+    assert out.stride() == fake.stride()
 
 
 # -- compiled ----------------------------------------------------------------------------------------------------------
