@@ -44,7 +44,7 @@ def run(model: nn.Module, inputs: Any = None, **options: Any) -> tuple[Tensor, d
 
 
 def packed(coverage: dkfuse.Coverage) -> list[dkfuse.Site]:
-    return [site for site in coverage.sites if site.family == FAMILY]
+    return [site for site in coverage.seams if site.family == FAMILY]
 
 
 def codes(coverage: dkfuse.Coverage) -> set[str]:
@@ -238,7 +238,7 @@ def test_packed_projections_are_one_gemm(kind: Any, sites: int, graphs: list[fx.
     assert [site.status for site in packed(after)] == [Status.FUSED] * sites
     removed = sum(len(site.shapes) - 2 for site in packed(after))
     assert gemms(graphs[1]) == gemms(graphs[0]) - removed
-    others = [[(s.family, s.status) for s in c.sites if s.family != FAMILY] for c in (before, after)]
+    others = [[(s.family, s.status) for s in (*c.sites, *c.seams) if s.family != FAMILY] for c in (before, after)]
     assert others[0] == others[1], "a site was lost"
     near(out, model)
 
