@@ -85,10 +85,8 @@ def _linear_gelu_cuda(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _split_linear_cuda(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    if (
-        tiles(parts[0].shape[0], weight.shape[0])
-        < torch.cuda.get_device_properties(weight.device).multi_processor_count
-    ):
+    sms = torch.cuda.get_device_properties(weight.device).multi_processor_count
+    if tiles(parts[0].shape[0], weight.shape[0]) < sms:
         return F.linear(torch.cat(parts, 1), weight, bias)
     (first, columns), *rest = _pairs(parts, weight)
     total = torch.mm(first, columns.t()) if bias is None else torch.addmm(bias, first, columns.t())

@@ -89,7 +89,7 @@ def test_what_a_kernel_computes_faster_than_it_is_called_stays(monkeypatch, toke
     install(monkeypatch, fa4=FA4)
     site = rewritten(on_gpu((1, 24, tokens, 128)))
     assert (site.reason and site.reason.code) == code
-    assert code is None or "fa4 takes 90 us" in site.reason.message and "up to 160 us" in site.reason.message
+    assert code is None or ("fa4 takes 90 us" in site.reason.message and "up to 160 us" in site.reason.message)
 
 
 @pytest.mark.parametrize(

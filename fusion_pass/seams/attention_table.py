@@ -3,7 +3,7 @@
 One H100 80GB SXM, torch 2.11 with CUDA 13, cuDNN 9.19, flash-attn-4 4.0.0b20, by `python -m dkfuse.bench.attention`.
 `flash` is torch's copy of FlashAttention 2. `cudnn` is the better of its two runs there, as torch's SDPA, which chooses
 it, and by name: they differ by up to 11 %, and what another kernel gains within that is no gain. The rows of 300 and
-256 keys are as short as a call: they measure how fast kernels are called, `attention_choice.LAUNCH_BOUND` keeps them out.
+256 keys are about as short as a call: fa4 is bound by calls there, at 256 keys all are.
 """
 
 from __future__ import annotations

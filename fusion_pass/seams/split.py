@@ -17,7 +17,7 @@ columns has a rounding error of sqrt(k/K) of the result's own, so that the RMS e
 times eager's (3072 + 12288: 1.16 measured on an H100). A site may have 1.25; to be sure of it, 1.2 is the limit here.
 That holds where cuBLAS sums each product in fp32 throughout. With fewer tiles than SMs it splits the columns among SMs
 and rounds partial results (1.47 measured at 1000 rows), so such a linear is left; where rows are symbolic, the example
-inputs decide, and the op writes the cat after all when it is called with too few. ``dkfuse.roundings=eager`` takes none.
+inputs decide, and the op writes the cat after all when it is called with too few. ``roundings=eager`` takes none.
 """
 
 from __future__ import annotations
