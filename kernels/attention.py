@@ -85,9 +85,11 @@ def _cuda(
     from .attention_run import RUN, readable
 
     if using not in RUN:  # torch asks none of its kernels whether an address suits it
-        aligned = [readable(t) for t in (q, k, v)] if q.dtype in HALF else [q, k, v]
-        out = reference(*aligned, mask, causal=causal, scale=scale, gqa=gqa, using=using)
-        return _laid_out(out, q, v, using)
+        like = q
+        if q.dtype in HALF:
+            q, k, v = readable(q), readable(k), readable(v)
+        out = reference(q, k, v, mask, causal=causal, scale=scale, gqa=gqa, using=using)
+        return _laid_out(out, like, v, using)
     _check_mask(mask, using)
     if q.device.index != torch.cuda.current_device():
         with torch.cuda.device(q.device):
