@@ -43,7 +43,7 @@ def model(
         str,
         typer.Option(
             metavar="SIDE,...",
-            help="inductor, max-autotune (no CUDA graphs), plain (dkfuse with weights read as not packed and torch's own "
+            help="inductor, max-autotune (no CUDA graphs), plain (dkfuse without packed weights, torch's own "
             "attention), eager; main one first.",
         ),
     ] = "inductor",
