@@ -41,7 +41,11 @@ def model(
     ],
     against: Annotated[
         str,
-        typer.Option(metavar="SIDE,...", help="inductor, max-autotune (no CUDA graphs), eager; main one first."),
+        typer.Option(
+            metavar="SIDE,...",
+            help="inductor, max-autotune (no CUDA graphs), plain (dkfuse without packed weights, torch's own "
+            "attention), eager; main one first.",
+        ),
     ] = "inductor",
     layers: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Blocks per stack.  [default: 8 for the zoo]")

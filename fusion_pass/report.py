@@ -33,6 +33,7 @@ FAMILIES = (
     "gated_residual",
     "scale_shift",
     "qk_norm",
+    "rotation",
     "sandwich",
     "other_norm",
 )

@@ -214,7 +214,11 @@ def is_view_of_input(node: fx.Node) -> fx.Node | None:
     while seen.op == "call_function":
         if (source := getitem_source(seen)) is not None:
             seen = source[0]
-        elif seen.target in VIEW_READERS or seen.target is aten.as_strided.default or str(seen.target).startswith("aten.split"):
+        elif (
+            seen.target in VIEW_READERS
+            or seen.target is aten.as_strided.default
+            or str(seen.target).startswith("aten.split")
+        ):
             seen = seen.args[0]
         else:
             return None

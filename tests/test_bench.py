@@ -138,6 +138,14 @@ def test_the_gain_adds_up(ours: dict[str, float], theirs: dict[str, float]) -> N
         assert gain["speedup"] == pytest.approx(1 / ratio)
 
 
+def test_the_gain_of_a_plain_install_is_told_apart() -> None:
+    names = {name: Side(split={"gemm": ms}) for name, ms in ((OURS, 2.0), ("inductor", 4.0), ("plain", 3.0))}
+    result = ModelResult("m", names)
+    assert result.rivals == ["inductor"]
+    assert result.to_dict()["plain"]["gain"]["speedup"] == pytest.approx(4 / 3)
+    assert result.gain("inductor")["speedup"] == pytest.approx(2.0)
+
+
 def test_the_better_of_inductors_modes() -> None:
     def gpu(ms: float) -> Side:
         return Side(split={"gemm": ms})

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from dkfuse import loading
+from dkfuse import loading, seams
 from dkfuse.bench import measure, reference, sides, targets
 from dkfuse.bench.device import Launched, Timed
 from dkfuse.bench.others import OTHERS
 from dkfuse.bench.results import OURS, ModelResult
 from dkfuse.bench.sides import Options
 from dkfuse.errors import ModelError
+from dkfuse.settings import Settings
 
 
 class FakeDevice:
@@ -129,6 +130,9 @@ def test_arguments_of_the_sides() -> None:
     assert sides.arguments("inductor", options)["mode"] == "reduce-overhead"
     assert sides.arguments("max-autotune", options)["mode"] == "max-autotune-no-cudagraphs"
     assert sides.arguments(OURS, Options()) == {"backend": "dkfuse", "dynamic": False}
+    plain = sides.arguments("plain", Options(attention="fa4"))
+    assert plain == {"backend": "dkfuse", "dynamic": False, "options": sides.PLAIN}
+    Settings.parse(None, sides.PLAIN)[0].check_names(seams.NAMES, ())
     assert options.graphs(OURS)
     assert not options.graphs("max-autotune")
 

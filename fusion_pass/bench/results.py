@@ -7,12 +7,14 @@
                               compile_cold, compile_warm, peak_gib, error, kernels: {NAME: ms}}},
                ratios: {RIVAL: {gemm, attention, glue, gpu, wall, cpu, compile_cold, compile_warm, peak_gib, error}},
                gains: {RIVAL: {glue, gemm, attention, total, speedup}},
+               plain: {ratios: {...}, gain: {...}},
                sites: [{op, kernel, shapes, sites, microseconds, bytes, of_copy, shared}]}]}
 
 Sides are "dkfuse" and its rivals. Times are medians: `split`, `gpu`, `glue`, `wall` and `cpu` in ms per forward,
 `compile_*` in s. `cpu` is null where the launch queue may have been full. `error` is ||out - ref|| / ||ref|| against
 `reference`, "fp32" or "eager". A ratio is dkfuse / rival, less is better; a gain is the share of the rival's GPU time
-that dkfuse saves, by where it is saved; the three add up to `total`. `of_copy` is the time of a copy of the same bytes
+that dkfuse saves, by where it is saved; the three add up to `total`. `plain`, where that side ran, is the same of it
+against the first rival. `of_copy` is the time of a copy of the same bytes
 by the site's time.
 """
 
@@ -29,6 +31,7 @@ from .classify import ATTENTION, GEMM, GLUE, KINDS
 
 SCHEMA = "dkfuse.bench.model/1"
 OURS = "dkfuse"
+PLAIN = "plain"
 INDUCTOR = ("inductor", "max-autotune")
 COMPARED = ("gemm", "attention", "glue", "gpu", "wall", "cpu", "compile_cold", "compile_warm", "peak_gib", "error")
 
@@ -113,14 +116,14 @@ class ModelResult:
             shown += [best] if best not in shown else []
         return shown
 
-    def ratios(self, rival: str) -> dict[str, float | None]:
+    def ratios(self, rival: str, side: str = OURS) -> dict[str, float | None]:
         """dkfuse / rival, less is better."""
-        ours, theirs = self.sides[OURS], self.sides[rival]
+        ours, theirs = self.sides[side], self.sides[rival]
         return {name: ratio(getattr(ours, name), getattr(theirs, name)) for name in COMPARED}
 
-    def gain(self, rival: str) -> dict[str, float]:
+    def gain(self, rival: str, side: str = OURS) -> dict[str, float]:
         """The share of the rival's GPU time that dkfuse saves, by where, and rival / dkfuse as `speedup`."""
-        ours, theirs = self.sides[OURS], self.sides[rival]
+        ours, theirs = self.sides[side], self.sides[rival]
         parts = {part: (getattr(theirs, part) - getattr(ours, part)) for part in ("glue", "gemm", "attention")}
         gain = {part: saved / theirs.gpu if theirs.gpu else 0.0 for part, saved in parts.items()}
         return {**gain, "total": math.fsum(gain.values()), "speedup": ratio(theirs.gpu, ours.gpu) or 0.0}
@@ -131,6 +134,8 @@ class ModelResult:
         others = [name for name in self.sides if name != OURS]
         data["ratios"] = {name: self.ratios(name) for name in others}
         data["gains"] = {name: self.gain(name) for name in others}
+        if PLAIN in self.sides and self.rivals[0] != PLAIN:
+            data["plain"] = {"ratios": self.ratios(self.rivals[0], PLAIN), "gain": self.gain(self.rivals[0], PLAIN)}
         return data
 
 

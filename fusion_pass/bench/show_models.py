@@ -11,7 +11,7 @@ from rich.text import Text
 
 from .. import summary
 from .classify import KINDS
-from .results import OURS, ModelResult, Side
+from .results import OURS, PLAIN, ModelResult, Side
 from .svg import Bar, chart
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ def print_result(result: ModelResult, console: Console) -> None:
     console.print(_table(result))
     for rival in result.rivals:
         console.print(Text(gain_text(result, rival), "bold" if rival == result.rivals[0] else ""))
+    if PLAIN in result.sides and PLAIN not in result.rivals:
+        console.print(Text(f"plain: {gain_text(result, result.rivals[0], PLAIN)}"))
     if all(side.cpu is None for side in result.sides.values()):
         console.print(Text("CPU per forward: not shown, the launch queue may be full", "dim"))
     if result.note:
@@ -53,9 +55,9 @@ def print_result(result: ModelResult, console: Console) -> None:
     console.print()
 
 
-def gain_text(result: ModelResult, rival: str) -> str:
+def gain_text(result: ModelResult, rival: str, side: str = OURS) -> str:
     """Where the gain over one rival comes from, in one line."""
-    gain = result.gain(rival)
+    gain = result.gain(rival, side)
     parts = ", ".join(
         f"{name} {gain[key] * 100:+.1f} %"
         for name, key in (("glue", "glue"), ("GEMM", "gemm"), ("attention", "attention"))

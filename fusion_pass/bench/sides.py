@@ -3,6 +3,7 @@
 dkfuse        backend "dkfuse", with --mode and --attention
 inductor      backend "inductor" with --mode, and its own choice of attention
 max-autotune  mode "max-autotune-no-cudagraphs"
+plain         dkfuse as installed alone: weights read as not packed, torch's own attention
 eager         not compiled
 """
 
@@ -19,7 +20,8 @@ import torch
 
 from .results import OURS
 
-RIVALS = ("inductor", "max-autotune", "eager")
+RIVALS = ("inductor", "max-autotune", "plain", "eager")
+PLAIN = {"dkfuse.attention": "sdpa", "dkfuse.rules": "-packed_projection"}
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
 WITH_GRAPHS = ("reduce-overhead", "max-autotune")
 CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "DKFUSE_CACHE_DIR": "dkfuse"}
@@ -48,7 +50,7 @@ class Options:
 
     def graphs(self, side: str) -> bool:
         """Whether a side runs as a CUDA graph."""
-        return side in (OURS, "inductor") and self.mode in WITH_GRAPHS
+        return side in (OURS, "inductor", "plain") and self.mode in WITH_GRAPHS
 
 
 def arguments(side: str, options: Options) -> dict[str, Any]:
@@ -58,7 +60,9 @@ def arguments(side: str, options: Options) -> dict[str, Any]:
         return {"backend": "inductor", "mode": "max-autotune-no-cudagraphs", "dynamic": False}
     if side == "inductor":
         return {"backend": "inductor", "dynamic": False, **({"mode": mode} if mode else {})}
-    own = {"dkfuse.attention": options.attention} if options.attention is not None else {}
+    own = dict(PLAIN) if side == "plain" else {}
+    if side == OURS and options.attention is not None:
+        own = {"dkfuse.attention": options.attention}
     extra = {"options": {**own, **({"mode": mode} if mode else {})}} if own or mode else {}
     return {"backend": OURS, "dynamic": False, **extra}
 
