@@ -220,6 +220,25 @@ def test_symbolic_widths_are_left() -> None:
     assert counts(coverage) == {"left:symbolic": 1}
 
 
+@pytest.mark.parametrize("expected", [1, 0], ids=["parameters", "symbolic widths"])
+def test_projections_of_symbolic_rows_are_siblings(expected: int) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q(x) * self.k(x)
+
+    def functions(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        return F.linear(x, w) * F.linear(x, v)
+
+    module = Two().to(BF16).requires_grad_(False)
+    args = spell("x:BLI") if expected else spell("x:BLI w:QI v:QI")
+    _, coverage = run(module if expected else functions, args, target="sm90", dynamic=True)
+    assert [s.family for s in coverage.seams] == ["packed_projection"] * expected
+
+
 def test_training_passes_through() -> None:
     x, w, b = spell(GELU_INPUTS)
     torch.compiler.reset()
