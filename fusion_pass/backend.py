@@ -156,7 +156,12 @@ def _compile(gm: fx.GraphModule, inputs: Any, way: _Way) -> Any:
 
 def _anew(gm: fx.GraphModule, backend: Callable) -> Callable:
     """A function that gives `gm` to torch.compile once more: for weights that do not lie where they lay."""
-    return lambda: torch.compile(gm, backend=backend)
+
+    def make() -> Callable:
+        gm.recompile()  # Dynamo runs the forward that it gave to its backend without looking, in eager mode
+        return torch.compile(gm, backend=backend)
+
+    return make
 
 
 def _relaunched(failed: list[Failure], gm: fx.GraphModule, way: _Way) -> Callable:
@@ -167,8 +172,8 @@ def _relaunched(failed: list[Failure], gm: fx.GraphModule, way: _Way) -> Callabl
     failures.warn(failed, building.INSTEAD)
     keys = {(failure.provider, failure.op) for failure in failed}
     if keys & way.refused:  # of symbolic sizes, which are other symbols in every trace
-        note = f"{failed[0].message}; so did it after another compilation"
-        return _anew(gm, lambda g, i: _plain(g, i, way.options, way.settings, note))()
+        again = f"{failed[0].message}; so did it after another compilation"
+        return _anew(gm, lambda g, i: _plain(g, i, way.options, way.settings, again))()
     return _anew(gm, lambda g, i: _compile(g, i, replace(way, refused=way.refused | keys)))()
 
 

@@ -28,8 +28,8 @@ def print_table(rows: list[dict[str, Any]], constraints: bool) -> None:
             for line in _provider(start, row, width):
                 console.print(line)
             for text in (c["text"] for c in row["constraints"]) if constraints else ():
-                for line in _wrapped(text, width, " " * (names + 4) + "- "):
-                    console.print(Text(line, "dim"))
+                for bullet in _wrapped(text, width, " " * (names + 4) + "- "):
+                    console.print(Text(bullet, "dim"))
     if not constraints:
         console.print(Text("\nWhat each asks of a call: dkfuse kernels OP, or --constraints", "dim"))
 

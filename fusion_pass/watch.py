@@ -32,6 +32,7 @@ def watched(compiled: Callable, recover: Callable[[Exception], Callable | None],
     call runs what `recover` made. The result takes its arguments as `compiled` does, boxed or not, and has its
     attributes.
     """
+    run: Callable = compiled
 
     def first(*args: Any) -> Any:
         nonlocal run

@@ -209,7 +209,7 @@ def test_a_graph_from_the_cache_is_compiled_anew(monkeypatch):
         monkeypatch.setattr(compat, "inductor", inductor)
         inductor.fails = fails
         launch = wrapper(LINE, REFUSED)
-        return compat.lower_with(gm, values, lambda *_: lambda *args: launch(args), {})
+        return lambda *args: launch(args)
 
     monkeypatch.setattr(compat, "inductor", cached)
     with torch.no_grad(), pytest.warns(KernelFailedWarning), dkfuse.record() as coverage:
