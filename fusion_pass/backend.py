@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,10 +23,10 @@ from dkfuse.kernels.provider_ops import define_all
 from dkfuse.kernels.providers import PROVIDERS
 from dkfuse.kernels.support import OPERANDS
 
-from . import building, compat, fuse, memory, seams
+from . import building, compat, fuse, memory, seams, watch
 from .choose import check_installed, resolve_target
 from .drift import keep_roundings
-from .recording import publish
+from .recording import publish, withdraw
 from .report import Graph
 from .settings import Settings
 from .store import Record, graph_key
@@ -57,12 +58,25 @@ def dkfuse(gm: fx.GraphModule, example_inputs: Any, *, mode: str | None = None, 
         return _plain(gm, example_inputs, inductor_options, settings, note)
     if settings.remainder == "eager":
         return _eager(gm, example_inputs, settings)
-    return _compile(gm, example_inputs, inductor_options, settings)
+    return _compile(gm, example_inputs, _Way(inductor_options, settings))
 
 
 def _check(settings: Settings) -> None:
     registry.implementations()
     settings.check_names((*patterns.NAMES, *seams.NAMES), PROVIDERS, OPERANDS)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a graph is compiled.
+
+    packed: weights that lie side by side may be read as one. refused: kernels that failed when they were launched.
+    """
+
+    options: dict[str, Any]
+    settings: Settings
+    packed: bool = True
+    refused: frozenset[tuple[str, str]] = frozenset()  # provider, op
 
 
 class _Context:
@@ -71,6 +85,7 @@ class _Context:
     def __init__(self, settings: Settings, inputs: memory.Inputs | None):
         self.settings, self.inputs = settings, inputs
         self.graphs: list[Graph] = []
+        self.once: str | None = None
         self.error: Exception | None = None
 
     def run(self, graph: fx.Graph) -> None:
@@ -79,13 +94,15 @@ class _Context:
                 self.inputs.annotate(graph)
             self.graphs.append(fuse.run(graph, self.settings))
             keep_roundings(graph)
+            self.once = self.once or watch.unrepeatable(graph)
         except Exception as error:
             self.error = error
             raise
 
 
-def _compile(gm: fx.GraphModule, inputs: Any, options: dict[str, Any], settings: Settings, packed: bool = True) -> Any:
-    known = memory.Inputs.of(gm, inputs) if packed else None
+def _compile(gm: fx.GraphModule, inputs: Any, way: _Way) -> Any:
+    options, settings = way.options, way.settings
+    known = memory.Inputs.of(gm, inputs) if way.packed else None
     runs = known.runs() if known is not None else []
     context = _Context(settings, known)
     record = Record(graph_key(gm, inputs, settings, runs), settings.cache_dir)
@@ -108,33 +125,62 @@ def _compile(gm: fx.GraphModule, inputs: Any, options: dict[str, Any], settings:
         if os.environ.get("DKFUSE_DEBUG") == "1" or (context.error is None and not launched):
             raise
         if context.error is None:
-            return _without(building.blamed(failure, launched), gm, inputs, options, settings, packed)
+            return _without(building.blamed(failure, launched), gm, inputs, way)
         error = context.error
         log.warning("dkfuse: internal error, the graph is left to Inductor: %s: %s", type(error).__name__, error)
         note = f"internal error: {type(error).__name__}: {error} (DKFUSE_DEBUG=1 raises it)"
         return _plain(gm, inputs, options, settings, note)
     if context.graphs:
-        record.save(context.graphs)
+        record.save(context.graphs, context.once)
     graphs = context.graphs or [_from_cache(g) for g in record.stored or ()]
     publish(graphs, _target(settings, inputs), settings)
+    if launched or any(graph.from_cache for graph in graphs):
+
+        def recover(error: Exception) -> Callable | None:
+            if os.environ.get("DKFUSE_DEBUG") == "1":
+                return None
+            failed = building.refused(error, launched)
+            if launched and not failed:
+                return None
+            record.forget()
+            withdraw(graphs)
+            return _relaunched(failed, gm, way)
+
+        compiled = watch.watched(compiled, recover, record.once)
     if known is None:
         return compiled
     # what a cached graph reads as one is not known, but it is among the runs
-    again = _anew(gm, lambda g, i: _compile(g, i, options, settings, packed=False))
+    again = _anew(gm, lambda g, i: _compile(g, i, replace(way, packed=False)))
     return memory.guarded(compiled, known, known.taken if context.graphs else runs, again)
 
 
 def _anew(gm: fx.GraphModule, backend: Callable) -> Callable:
     """A function that gives `gm` to torch.compile once more: for weights that do not lie where they lay."""
-    return lambda: torch.compile(gm, backend=backend)
+
+    def make() -> Callable:
+        gm.recompile()  # Dynamo runs the forward that it gave to its backend without looking, in eager mode
+        return torch.compile(gm, backend=backend)
+
+    return make
 
 
-def _without(
-    failed: list[Failure], gm: fx.GraphModule, inputs: Any, options: dict[str, Any], settings: Settings, packed: bool
-) -> Any:
+def _relaunched(failed: list[Failure], gm: fx.GraphModule, way: _Way) -> Callable:
+    """`gm`, compiled when it is called, without the kernels that failed in its first call.
+
+    Of a graph from the cache they are not known: it is compiled anew, and its first call will name them.
+    """
+    failures.warn(failed, building.INSTEAD)
+    keys = {(failure.provider, failure.op) for failure in failed}
+    if keys & way.refused:  # of symbolic sizes, which are other symbols in every trace
+        again = f"{failed[0].message}; so did it after another compilation"
+        return _anew(gm, lambda g, i: _plain(g, i, way.options, way.settings, again))()
+    return _anew(gm, lambda g, i: _compile(g, i, replace(way, refused=way.refused | keys)))()
+
+
+def _without(failed: list[Failure], gm: fx.GraphModule, inputs: Any, way: _Way) -> Any:
     """Compile again without the kernels that may be why it failed; where it fails all the same they are not."""
     try:
-        compiled = _compile(gm, inputs, options, settings, packed)
+        compiled = _compile(gm, inputs, way)
     except Exception:
         failures.forget(failed)
         raise

@@ -1,16 +1,16 @@
 """Kernels that are built while a program is compiled, and what is done when one cannot be.
 
 A provider that compiles by itself is asked to before its op enters the graph, and what Inductor compiles may fail
-there. Either way the failure is remembered (`dkfuse.kernels.failures`), the graph is planned again without that kernel,
-and one warning names the site, the provider and the cause. An error that comes back without any kernel of dkfuse's is
-not ours and is raised.
+there, or when it is launched for the first time (`watch`). Each time the failure is remembered
+(`dkfuse.kernels.failures`), the graph is planned again without that kernel, and one warning names the site, the
+provider and the cause. An error that comes back without any kernel of dkfuse's is not ours and is raised.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from dkfuse.kernels import failures, registry
 from dkfuse.kernels.failures import Failure
 
-from . import choose, compat, origin
+from . import choose, compat, origin, watch
 from .head_site import HeadSite
 from .opaque import INSIDE
 from .rules import Candidate, OpCall
@@ -109,11 +109,26 @@ def _where(site: Candidate | HeadSite) -> str:
 
 def blamed(error: BaseException, launched: Sequence[Launched]) -> list[Failure]:
     """Remember the kernels that may be why a program with `launched` did not compile: those named, else all."""
-    text = "\n".join(_chain(error))
-    named = [used for used in launched if re.search(rf"dkfuse_({used.provider}\W+)?{used.op}(?![a-z])", text)]
-    return [
-        failures.note(used.provider, used.op, used.arguments, error, "build", used.where) for used in named or launched
-    ]
+    return _noted(error, _named("\n".join(_chain(error)), launched) or launched, "build")
+
+
+def refused(error: BaseException, launched: Sequence[Launched]) -> list[Failure]:
+    """Remember the kernels that an exception of a program's first call names in the code that it went through."""
+    return _noted(error, _named(watch.launch_lines(error), launched), "launch")
+
+
+def _named(text: str, launched: Sequence[Launched]) -> list[Launched]:
+    """Triton's kernels are called after their op, ``dkfuse_norm_modulate_0``; others are ``dkfuse_cute::...``."""
+
+    def names(used: Launched) -> bool:
+        prefix = r"(triton\W+)?" if used.provider == "triton" else rf"{used.provider}\W+"
+        return re.search(rf"dkfuse_{prefix}{used.op}(?!_dual|[a-z])", text) is not None
+
+    return [used for used in launched if names(used)]
+
+
+def _noted(error: BaseException, used: Iterable[Launched], stage: str) -> list[Failure]:
+    return [failures.note(u.provider, u.op, u.arguments, error, stage, u.where) for u in used]
 
 
 def _chain(error: BaseException | None) -> Iterator[str]:
@@ -122,4 +137,4 @@ def _chain(error: BaseException | None) -> Iterator[str]:
         error = error.__cause__ or error.__context__
 
 
-__all__ = ["INSTEAD", "Launched", "blamed", "collected", "failed"]
+__all__ = ["INSTEAD", "Launched", "blamed", "collected", "failed", "refused"]

@@ -25,6 +25,9 @@ def kernels(
         str | None, typer.Option(help="Of norm_rope: interleaved, half or none.  [default: interleaved]")
     ] = None,
     tables: Annotated[str, typer.Option(help="Of norm_rope: half, full, complex or matrix.")] = "half",
+    constraints: Annotated[
+        bool, typer.Option("--constraints", help="Of every op: what each asks of a call. With OP they are shown.")
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """List ops, providers, what each asks of a call, and what is available here.
@@ -52,15 +55,21 @@ def kernels(
             raise Failure(USAGE, f"--{name} {value} is not allowed: give one of {', '.join(allowed)}")
     if norm == "none" and op != "norm_rope":
         raise Failure(USAGE, "--norm none is for norm_rope: the other ops have a norm or take none")
+    from .cli_kernels_text import print_table, print_verdicts
+
     if not shape:
-        _print_table(_rows(op), json_)
+        rows = _rows(op)
+        if json_:
+            print(json.dumps(rows, indent=1))
+        else:
+            print_table(rows, constraints or op is not None)
         return
     assert op is not None
     found = [_verdict(op, text, DTYPES[dtype], dtype, target, norm, rotation, tables) for text in shape]
     if json_:
         print(json.dumps(found, indent=1))
     else:
-        _print_verdicts(found)
+        print_verdicts(found)
 
 
 def _here() -> str:
@@ -167,47 +176,3 @@ def _verdict(
     ratio = None if runs is None else crossovers.ratio(runs, op, wanted, [arguments])
     head = {"op": op, "shape": text, "dtype": dtype_name, "target": wanted, "provider": runs, "reason": reason}
     return {**head, "speed_against_triton": ratio, "others": [{"provider": n, **why} for n, why in others.items()]}
-
-
-def _print_table(rows: list[dict[str, Any]], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(rows, indent=1))
-        return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("Op, provider", no_wrap=True)
-    table.add_column("Runs on", overflow="fold", max_width=24)
-    table.add_column("Asks for", overflow="fold", ratio=1)
-    table.add_column("Here", overflow="fold", max_width=30)
-    previous = None
-    for row in rows:
-        if row["op"] != previous:
-            if previous is not None:
-                table.add_section()
-            table.add_row(Text(row["op"], "bold"), "", "", "")
-            previous = row["op"]
-        here = Text(f"✓ {row['version'] or ''}".strip(), "green") if row["available"] else Text(row["reason"], "dim")
-        asks = "; ".join(constraint["text"] for constraint in row["constraints"]) or "nothing"
-        table.add_row(f"  {row['provider']}", ", ".join(row["devices"]), asks, here)
-    Console(highlight=False).print(table)
-
-
-def _print_verdicts(found: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False, soft_wrap=True)
-    for verdict in found:
-        title = Text(f"{verdict['op']} {verdict['shape']} {verdict['dtype']} on {verdict['target']}: ", "bold")
-        title.append(verdict["provider"] or "left to Inductor", "bold green" if verdict["provider"] else "bold yellow")
-        if verdict["reason"]:
-            title.append(f" ({verdict['reason']})", "yellow")
-        if verdict["speed_against_triton"]:
-            title.append(f" ({verdict['speed_against_triton']:.2f} of Triton's speed)", "dim")
-        console.print(title)
-        for other in verdict["others"]:
-            console.print(Text(f"  {other['provider']:11} {other['code']}: {other['message']}", "dim"))

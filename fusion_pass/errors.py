@@ -34,6 +34,10 @@ class TraceError(DkfuseError):
         super().__init__(f"the model could not be traced: {type(original).__name__}: {first_line(original)}")
 
 
+class KernelLaunchError(DkfuseError, RuntimeError):
+    """A kernel failed when it was launched, in a graph that must not be run twice on the same inputs."""
+
+
 class DkfuseWarning(UserWarning):
     """Base of every warning that dkfuse emits."""
 

@@ -63,6 +63,16 @@ def publish(graphs: list[Graph], target: str, settings: Settings) -> None:
         write(_files[settings.report], settings.report)
 
 
+def withdraw(graphs: list[Graph]) -> None:
+    """Take back graphs that were published and never ran: they are compiled again."""
+    gone = {id(graph.sites) for graph in graphs}
+    with _lock:
+        for receiver in (*_active, *_files.values()):
+            receiver.graphs[:] = [graph for graph in receiver.graphs if id(graph.sites) not in gone]
+            for index, graph in enumerate(receiver.graphs):
+                graph.index = index
+
+
 def _watch(graphs: list[Graph]) -> None:
     """Remember the sites whose kernels may fail when they are launched, as long as somebody holds them."""
     _watched[:] = [reference for reference in _watched if reference() is not None]

@@ -8,6 +8,7 @@ so that processes may share the folder; on a read-only or full disk the graph is
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -79,11 +80,13 @@ class Record:
         self.path = (pathlib.Path(folder) if folder else disk_cache.root()) / "records" / f"{key}.json"
         self.token: str = secrets.token_hex(8)
         self.stored: list[Graph] | None = None
+        self.once: str | None = None  # why a call of the graph must not be repeated
         self.writable = True
         try:
             data = json.loads(self.path.read_text())
             self.token, stored = data["token"], data["coverage"]
             self.stored = Coverage.from_dict(stored).graphs if stored is not None else None
+            self.once = data.get("once")
         except FileNotFoundError:
             self._write(None)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -97,15 +100,21 @@ class Record:
         """Identity of the pass in Inductor's cache; None (not cached) when no record can be kept."""
         return f"dkfuse-{self.path.stem}-{self.token}" if self.writable else None
 
-    def save(self, graphs: list[Graph]) -> None:
+    def save(self, graphs: list[Graph], once: str | None = None) -> None:
         """Keep what the pass found, for a warm start."""
+        self.once = once
         self._write(Coverage(torch=torch.__version__, graphs=graphs).to_dict())
+
+    def forget(self) -> None:
+        """Have the graph compiled anew the next time: its code does not run."""
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
 
     def _write(self, coverage: dict | None) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
-                json.dump({"token": self.token, "coverage": coverage}, file)
+                json.dump({"token": self.token, "coverage": coverage, "once": self.once}, file)
             os.replace(file.name, self.path)
         except OSError as error:
             self.writable = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import sys
@@ -20,6 +19,7 @@ from dkfuse import cli_bench
 from dkfuse.bench import kernels, peers, providers, show_kernels
 from dkfuse.bench.cases import Case
 from dkfuse.bench.rope_cases import RopeCase
+from dkfuse.kernels import registry
 from dkfuse.kernels.ops import reference_outputs
 from dkfuse.kernels.registry import Constraint, Implementation
 
@@ -47,10 +47,9 @@ def listed(monkeypatch: pytest.MonkeyPatch) -> None:
         Implementation("norm_modulate", "sgl", (), "_no_such_package:run"),
         Implementation("norm_modulate", "triton", (), "_bench_provider:run"),
     ]
-    table = {(i.provider, i.op): types.SimpleNamespace(**vars(i), devices=("cuda",)) for i in made}
-    for found, i in zip(table.values(), made, strict=True):
-        found.problem, found.load = i.problem, i.load
-    monkeypatch.setattr(providers.registry, "implementations", lambda: table, raising=False)
+    made.append(Implementation("norm_modulate", "native", (), "_bench_provider:run", devices=("cuda", "cpu")))
+    table = {(i.provider, i.op): i for i in made}
+    monkeypatch.setattr(providers.registry, "implementations", lambda: table)
 
 
 def operands(width: int = 64) -> dict[str, torch.Tensor | None]:
@@ -94,16 +93,18 @@ def test_defaults_are_filled_in() -> None:
     assert {"x", "weight", "cos", "sin", "rotation", "tables"} <= set(rope)
 
 
-def test_provider_modules_are_read_where_there_is_no_registry_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(providers.registry, "implementations", raising=False)
-    module = types.ModuleType("dkfuse.kernels.provider_made_up")
-    made = Implementation("scale_shift", "made_up", (), "m:run")
-    module.IMPLEMENTATIONS = (made, Implementation("norm_rope", "made_up", (), "m:run"))  # type: ignore[attr-defined]
-    entry = types.SimpleNamespace(name="provider_made_up")
-    monkeypatch.setattr(providers.pkgutil, "iter_modules", lambda _: [entry, types.SimpleNamespace(name="ops")])
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    assert importlib.import_module(module.__name__) is module
-    assert providers.implementations("scale_shift") == [made]
+def test_the_providers_are_those_of_the_registry() -> None:
+    made = registry.register(Implementation("scale_shift", "made_up", (), _run))
+    elsewhere = registry.register(Implementation("scale_shift", "other_chip", (), _run, devices=("xpu",)))
+    try:
+        assert made in providers.implementations("scale_shift")
+        assert elsewhere not in providers.implementations("scale_shift")
+        assert made not in providers.implementations("norm_rope")
+        assert providers.names("scale_shift")[0] == "triton" and "native" not in providers.names("scale_shift")
+    finally:
+        registry.unregister("made_up")
+        registry.unregister("other_chip")
+    assert {"cute", "sgl", "flashinfer"} <= set(providers.names("norm_modulate"))
 
 
 def test_a_failure_is_a_problem_of_its_column() -> None:

@@ -274,6 +274,29 @@ def test_list_of_kernels(run, fake_cute):
     assert {row["op"] for row in rows} == {"norm_modulate"}
 
 
+@pytest.mark.parametrize("width", [80, 140])
+def test_the_list_keeps_brackets_and_fits(run, monkeypatch, width):
+    """Constraints have brackets, which rich would take for markup."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    constraint = Constraint(
+        "operands", "weight [D] and bias [..., r] or [1|B,1,D]; " + "dense rows, " * 12, lambda _: "x"
+    )
+    registry.register(Implementation("norm_modulate", "mine", (constraint,), print, devices=("cpu",)))
+    try:
+        code, out, _ = run("kernels", "norm_modulate")
+        _, brief, _ = run("kernels")
+        _, full, _ = run("kernels", "--constraints")
+        line = ("kernels", "norm_modulate", "--shape", "1x64x512", "--target", "cpu")
+        _, verdict, _ = run(*line)
+    finally:
+        registry.unregister("mine")
+    assert code == 0 and "- weight [D] and bias [..., r] or [1|B,1,D]; dense" in out
+    assert "[D]" in full and "[D]" not in brief and "norm_rope" in full
+    assert "pip install 'dkfuse[flashinfer]'" in brief, "in one piece"
+    assert all(len(line) <= width for text in (out, brief, full, verdict) for line in text.splitlines())
+    assert verdict.startswith("norm_modulate 1x64x512 bf16 on cpu: native\n") and "  mine " in verdict
+
+
 def test_who_would_run_a_call(run, fake_cute, monkeypatch):
     line = ("kernels", "norm_modulate", "--shape", "1x4096x3072", "--shape", "1x64x8192", "--target", "sm90")
     code, out, _ = run(*line)

@@ -6,8 +6,6 @@ other provider's kernel is called with the op's arguments once per call of the o
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,17 +22,8 @@ class Refused(Exception):
 
 
 def implementations(op: str) -> list[registry.Implementation]:
-    """What the provider modules list for `op`, Triton's left out."""
-    import dkfuse.kernels as kernels
-
-    listed = getattr(registry, "implementations", None)
-    if listed is not None:
-        found = [i for i in listed().values() if i.op == op and "cuda" in i.devices]
-    else:
-        names = [m.name for m in pkgutil.iter_modules(kernels.__path__) if m.name.startswith("provider_")]
-        modules = [importlib.import_module(f"dkfuse.kernels.{name}") for name in sorted(names)]
-        found = [i for module in modules for i in getattr(module, "IMPLEMENTATIONS", ()) if i.op == op]
-    return [i for i in found if i.provider not in (TRITON, "native")]
+    """The implementations of `op` for NVIDIA GPUs beside Triton's and the definition."""
+    return [i for i in registry.of(op) if "cuda" in i.devices and i.provider not in (TRITON, "native")]
 
 
 def names(op: str) -> list[str]:
@@ -78,7 +67,7 @@ def _chosen(op: str, provider: str, arguments: Mapping[str, Any], capability: in
     for implementation in implementations(op):
         if implementation.provider != provider:
             continue
-        if capability < implementation.oldest or capability > (implementation.newest or capability):
+        if not implementation.serves(f"sm{capability}"):
             reasons.append(f"not for sm{capability}")
         elif (problem := implementation.problem(arguments)) is not None:
             reasons.append(problem.message)

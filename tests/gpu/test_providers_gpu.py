@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import dkfuse
 from dkfuse import lower
-from dkfuse.errors import KernelFailedWarning
+from dkfuse.errors import KernelFailedWarning, KernelLaunchError
 from dkfuse.example_calls import example
 from dkfuse.kernels import failures, ops, provider_ops, registry
 from dkfuse.kernels.registry import Implementation
@@ -82,24 +82,50 @@ def test_opcheck(op, provider):
     torch.library.opcheck(getattr(getattr(torch.ops, f"dkfuse_{provider}"), op).default, args, call)
 
 
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize("kernels", [None, "triton,mine"])
-def test_a_triton_kernel_that_does_not_compile(monkeypatch, kernels):
-    """2048 threads: ptxas refuses. The next provider takes the site, or Inductor."""
+@pytest.mark.parametrize(
+    ("warps", "stage"),
+    [(64, "failed when it was launched: .*invalid argument"), (3, "(could not be built|failed when it was launched)")],
+)
+def test_a_triton_kernel_that_fails_at_launch_or_does_not_compile(monkeypatch, warps, stage, kernels, mode):
+    """64 warps are compiled and refused by the driver, 3 are refused by Triton. The next provider runs, or Inductor."""
     configured = lower._configured
-    monkeypatch.setattr(lower, "_configured", lambda kernel, warps, stages: configured(kernel, 64, stages))
+    monkeypatch.setattr(lower, "_configured", lambda kernel, _, stages: configured(kernel, warps, stages))
     if kernels:
         Kernel("norm_modulate")
-    with pytest.warns(KernelFailedWarning, match="triton's kernel for norm_modulate could not be built"):
-        values = inputs()
-        options = {"dkfuse.kernels": kernels} if kernels else {}
-        with torch.no_grad(), dkfuse.record() as coverage:
-            result = torch.compile(block, backend="dkfuse", options=options, dynamic=False)(*values)
-    torch.testing.assert_close(result, block(*values), atol=0.3, rtol=0.05)
+    values = inputs()
+    options = {**({"dkfuse.kernels": kernels} if kernels else {}), **({"mode": mode} if mode else {})}
+    with torch.no_grad(), dkfuse.record() as coverage:
+        program = torch.compile(block, backend="dkfuse", options=options, dynamic=False)
+        with pytest.warns(KernelFailedWarning, match=f"triton's kernel for norm_modulate {stage}"):
+            result = program(*values).clone()
+        torch.testing.assert_close(result, block(*values), atol=0.3, rtol=0.05)
+        for _ in range(3):
+            torch.testing.assert_close(program(*values), block(*values), atol=0.3, rtol=0.05)
     (site,) = coverage.sites
     if kernels:
         assert site.kernel == "mine" and site.passed_over[0].code == "kernel_failed"
     else:
         assert site.reason.code == "kernel_failed"
+
+
+def test_inputs_are_not_written_twice_where_a_kernel_fails_at_launch(monkeypatch):
+    configured = lower._configured
+    monkeypatch.setattr(lower, "_configured", lambda kernel, _, stages: configured(kernel, 64, stages))
+
+    def step(state, *values):
+        state.add_(1)
+        return block(*values)
+
+    values, state = inputs(), torch.zeros(3, device="cuda")
+    program = torch.compile(step, backend="dkfuse", dynamic=False)
+    with torch.no_grad(), pytest.warns(KernelFailedWarning):
+        with pytest.raises(KernelLaunchError, match="writes into its inputs"):
+            program(state, *values)
+        before = state.clone()
+        torch.testing.assert_close(program(state, *values), block(*values), atol=0.3, rtol=0.05)
+    assert before.max() <= 1 and torch.equal(state, before + 1)
 
 
 def test_an_eager_triton_launch_that_fails(monkeypatch):
