@@ -165,11 +165,13 @@ def _anew(gm: fx.GraphModule, backend: Callable) -> Callable:
 
 
 def _relaunched(failed: list[Failure], gm: fx.GraphModule, way: _Way) -> Callable:
-    """`gm`, compiled when it is called, without the kernels that failed in its first call.
+    """`gm`, compiled when it is called, without the kernels that failed in its first call, and not as a CUDA graph.
 
-    Of a graph from the cache they are not known: it is compiled anew, and its first call will name them.
+    Of a graph from the cache they are not known: it is compiled anew, and its first call will name them. torch's pool
+    of CUDA graphs keeps the half-finished warm-up of the call that failed and refuses the next graph.
     """
     failures.warn(failed, building.INSTEAD)
+    way = replace(way, options={**way.options, "triton.cudagraphs": False})
     keys = {(failure.provider, failure.op) for failure in failed}
     if keys & way.refused:  # of symbolic sizes, which are other symbols in every trace
         again = f"{failed[0].message}; so did it after another compilation"

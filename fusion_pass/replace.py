@@ -21,7 +21,7 @@ TABLES = ("cos", "sin")
 
 
 def replace(graph: fx.Graph, view: TermView, sites: list[Candidate | HeadSite]) -> list[fx.Node]:
-    """Put one op call in the place of each site; returns the calls. Dead code is dropped, order restored."""
+    """Put one op call in the place of each site; returns those that are read. Dead code is dropped, order restored."""
     if not sites:
         return []
     renamed: dict[fx.Node, fx.Node] = {}
@@ -30,7 +30,8 @@ def replace(graph: fx.Graph, view: TermView, sites: list[Candidate | HeadSite]) 
     compat.stable_topological_sort(graph)
     graph.eliminate_dead_code()
     graph.lint()
-    return calls
+    live = set(graph.nodes)
+    return [call for call in calls if call in live]
 
 
 def _inserted(

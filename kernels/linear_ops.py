@@ -11,9 +11,8 @@ Dtypes: all of one floating dtype. linear_gelu rounds once; split_linear rounds 
 
 On CUDA linear_gelu is cublasLt's GELU epilogue, which PyTorch offers as `aten._addmm_activation(use_gelu=True)`: the
 tanh form there, but the erf form on CPU, hence an op of its own. split_linear adds each further product into the result
-in place (a GEMM with beta = 1 that reads and writes one matrix). A result of fewer tiles than the GPU has SMs is one
-product of the cat: cuBLAS splits the columns of such products among SMs and rounds their sums too, which made the error
-of 1000 rows of 3072 + 12288 columns 1.47x of one product's on an H100, instead of 1.16x at 4608 and 25000 rows.
+in place (a GEMM with beta = 1 that reads and writes one matrix); cuBLAS's kernel for that rounds the product before it
+adds, see `dkfuse.seams.split`.
 Errors: ValueError where shapes or dtypes do not fit.
 """
 
@@ -85,9 +84,6 @@ def _linear_gelu_cuda(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _split_linear_cuda(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    sms = torch.cuda.get_device_properties(weight.device).multi_processor_count
-    if tiles(parts[0].shape[0], weight.shape[0]) < sms:
-        return F.linear(torch.cat(parts, 1), weight, bias)
     (first, columns), *rest = _pairs(parts, weight)
     total = torch.mm(first, columns.t()) if bias is None else torch.addmm(bias, first, columns.t())
     for part, columns in rest:

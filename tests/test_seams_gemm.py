@@ -283,38 +283,49 @@ def of_a_cat(w: Tensor, bias: Tensor, *parts: Tensor) -> Tensor:
     return F.linear(torch.cat(parts, -1), w, bias)
 
 
-class OfACat(nn.Module):
-    def __init__(self, columns: int, bias: bool):
-        super().__init__()
-        self.proj = nn.Linear(columns, 256, bias=bias)
+class SingleStream(nn.Module):
+    """What attention and the MLP of a single-stream block end in."""
 
-    def forward(self, *parts: Tensor) -> Tensor:
-        return self.proj(torch.cat(parts, 2))
+    def __init__(self, width: int = 1024, out: int = 512, bias: bool = True):
+        super().__init__()
+        self.proj_mlp = nn.Linear(width, 2 * width)
+        self.proj_out = nn.Linear(3 * width, out, bias=bias)
+
+    def forward(self, x: Tensor, attention: Tensor) -> Tensor:
+        mlp = F.gelu(self.proj_mlp(x), approximate="tanh")
+        return self.proj_out(torch.cat([attention, mlp], 2))
 
 
 @pytest.mark.usefixtures("one_sm")
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("widths", [(1024, 2048), (8192, 1024, 1024)])
-def test_a_cat_is_not_written(widths: tuple[int, ...], batch: int, bias: bool, dynamic: bool) -> None:
+def test_a_cat_is_not_written(batch: int, bias: bool, dynamic: bool) -> None:
     torch.manual_seed(0)
-    module = OfACat(sum(widths), bias).to(BF16).requires_grad_(False)
-    parts = cat_args(*widths, batch=batch, weights=False)
+    module = SingleStream(bias=bias).to(BF16).requires_grad_(False)
+    parts = cat_args(1024, 1024, batch=batch, weights=False)
     if dynamic:
         for part in parts:
             torch._dynamo.mark_dynamic(part, 1)
     results, coverage = run(module, parts, target="sm90", dynamic=None if dynamic else False)
-    assert counts(coverage) == {"split_projection": 1}
+    assert counts(coverage) == {"split_projection": 1, "gelu_epilogue": 1}
     assert dynamic == isinstance(of_gemms(coverage)[0].shapes["x"][0], str)
     (reference,) = exact(module, parts)
-    ratio = rms(results[0] - reference) / rms(module(*parts) - reference)
-    assert ratio <= 1.25
-    assert ratio == pytest.approx(split.expected_error(list(widths)), abs=0.1)
+    assert rms(results[0] - reference) <= 1.25 * rms(module(*parts) - reference)
+
+
+@pytest.mark.parametrize(
+    ("columns", "through_epilogue", "error"),
+    [([3072, 12288], 12288, 1.157), ([3072, 12288], 0, 1.476), ([1024, 1024], 1024, 1.243)],
+)
+def test_the_error_that_a_split_may_have(columns: list[int], through_epilogue: int, error: float) -> None:
+    """The first two were measured on an H100."""
+    assert split.expected_error(columns, through_epilogue) == pytest.approx(error, abs=2e-3)
+    assert split.MAX_ERROR <= 1.25
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize(("sms", "expected"), [(4, "split_projection"), (5, "left:no_gain")])
+@pytest.mark.parametrize(("sms", "expected"), [(4, "left:rounding"), (5, "left:no_gain")])
 def test_a_result_that_does_not_fill_the_gpu_keeps_the_cat(
     sms: int, expected: str, dynamic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,13 +338,12 @@ def test_a_result_that_does_not_fill_the_gpu_keeps_the_cat(
     _, coverage = run(of_a_cat, args, target="sm90", dynamic=None if dynamic else False)
     assert counts(coverage) == {expected: 1}
     (seam,) = of_gemms(coverage)
-    assert seam.reason is None or "4 tiles of 128 x 256 for 5 SMs" in seam.reason.message
+    assert ("4 tiles of 128 x 256 for 5 SMs" in seam.reason.message) == (sms == 5)
 
 
 def test_the_limit_of_an_h100() -> None:
     assert split.SMS["sm90"] == 132
     assert linear_ops.tiles(1280, 3072) == 120 and linear_ops.tiles(1281, 3072) == 132
-    assert linear_ops.tiles(1000, 3072) < 132 < linear_ops.tiles(4608, 3072)  # measured: 1.47x, 1.16x
     _, coverage = run(of_a_cat, cat_args(1024, 2048), target="sm90")
     assert counts(coverage) == {"left:no_gain": 1}
 
@@ -358,11 +368,11 @@ def of_slices(w: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
     [
         (read_twice, {}, {}, "left:escapes"),
         (of_a_cat, {"widths": (512, 2048)}, {}, "left:no_gain"),
-        (of_a_cat, {"n": 2048}, {}, "left:no_gain"),
+        (of_a_cat, {}, {}, "left:rounding"),
         (of_a_cat, {"widths": (1024, 1024)}, {}, "left:rounding"),
         (of_a_cat, {"widths": (2048, 1024, 1024)}, {}, "left:rounding"),
-        (of_computed_parts, {}, {}, "left:no_gain"),
-        (of_slices, {}, {}, "left:no_gain"),
+        (of_computed_parts, {}, {}, "left:rounding"),
+        (of_slices, {}, {}, "left:rounding"),
         (of_a_cat, {"widths": (1028, 2048)}, {}, "left:layout"),
         (of_a_cat, {"dtype": FP32}, {}, "left:dtype"),
         (of_a_cat, {}, {"roundings": "eager"}, "rejected:rounding"),
@@ -387,19 +397,6 @@ def test_a_cat_of_tokens_is_no_seam() -> None:
 
     _, coverage = run(tokens, cat_args(1024, 1024), target="sm90")
     assert counts(coverage) == {}
-
-
-class SingleStream(nn.Module):
-    """What attention and the MLP of a single-stream block end in."""
-
-    def __init__(self, width: int = 1024, out: int = 512):
-        super().__init__()
-        self.proj_mlp = nn.Linear(width, 2 * width)
-        self.proj_out = nn.Linear(3 * width, out)
-
-    def forward(self, x: Tensor, attention: Tensor) -> Tensor:
-        mlp = F.gelu(self.proj_mlp(x), approximate="tanh")
-        return self.proj_out(torch.cat([attention, mlp], 2))
 
 
 @pytest.fixture(scope="module")
@@ -435,15 +432,15 @@ def test_cat_and_gelu_vanish_together(block: tuple[nn.Module, list[Tensor]]) -> 
 
 
 @pytest.mark.usefixtures("one_sm")
-def test_a_gelu_that_stays_is_written_with_the_cat(block: tuple[nn.Module, list[Tensor]]) -> None:
-    """Without the epilogue Inductor writes the GELU where the cat is; only the attention's copy is saved."""
+def test_a_cat_stays_without_the_epilogue_or_with_a_wide_result(block: tuple[nn.Module, list[Tensor]]) -> None:
+    """Without the epilogue the sum rounds too often; a wide result costs more to add up than the cat."""
     module, inputs = block
     _, coverage = run(module, inputs, target="sm90", rules="-gelu_epilogue")
-    assert counts(coverage) == {"split_projection": 1, "rejected:disabled": 1}
+    assert counts(coverage) == {"left:rounding": 1, "rejected:disabled": 1}
     torch.manual_seed(0)
-    wide = SingleStream(out=1024).to(BF16).requires_grad_(False)
-    _, coverage = run(wide, inputs, target="sm90", rules="-gelu_epilogue")
-    assert counts(coverage) == {"left:no_gain": 1, "rejected:disabled": 1}
+    wide = SingleStream(out=2048).to(BF16).requires_grad_(False)
+    _, coverage = run(wide, inputs, target="sm90")
+    assert counts(coverage) == {"left:no_gain": 1, "gelu_epilogue": 1}
 
 
 @pytest.mark.usefixtures("one_sm")

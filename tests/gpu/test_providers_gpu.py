@@ -99,10 +99,11 @@ def test_a_triton_kernel_that_fails_at_launch_or_does_not_compile(monkeypatch, w
     with torch.no_grad(), dkfuse.record() as coverage:
         program = torch.compile(block, backend="dkfuse", options=options, dynamic=False)
         with pytest.warns(KernelFailedWarning, match=f"triton's kernel for norm_modulate {stage}"):
-            result = program(*values).clone()
-        torch.testing.assert_close(result, block(*values), atol=0.3, rtol=0.05)
-        for _ in range(3):
-            torch.testing.assert_close(program(*values), block(*values), atol=0.3, rtol=0.05)
+            results = [program(*values).clone()]
+        results += [program(*values).clone() for _ in range(3)]
+    exact = block(*(v.double() for v in values))
+    eager = (block(*values).double() - exact).norm()
+    assert all((result.double() - exact).norm() <= 1.05 * eager for result in results)
     (site,) = coverage.sites
     if kernels:
         assert site.kernel == "mine" and site.passed_over[0].code == "kernel_failed"
@@ -124,7 +125,8 @@ def test_inputs_are_not_written_twice_where_a_kernel_fails_at_launch(monkeypatch
         with pytest.raises(KernelLaunchError, match="writes into its inputs"):
             program(state, *values)
         before = state.clone()
-        torch.testing.assert_close(program(state, *values), block(*values), atol=0.3, rtol=0.05)
+        result, eager = program(state, *values), block(*values)
+    assert (result - eager).double().norm() <= 0.02 * eager.double().norm()
     assert before.max() <= 1 and torch.equal(state, before + 1)
 
 
