@@ -49,7 +49,27 @@ class Crossover:
         )
 
 
-CROSSOVERS: tuple[Crossover, ...] = ()
+_CUTE = "H100, torch 2.11, nvidia-cutlass-dsl 4.6.0: dkfuse bench kernels --provider triton,cute"
+# q and k are two launches of this kernel and one of Triton's
+_CUDA = "H100, torch 2.11, NVRTC 13.0: dkfuse bench kernels --op norm_rope --provider triton,cuda"
+_SGL = "H100, torch 2.11, sglang-kernel 0.4.5: dkfuse bench kernels --provider triton,sgl"
+_FLASHINFER = "H100, torch 2.11, flashinfer-python 0.6.14: dkfuse bench kernels --provider triton,flashinfer"
+_LONG = (4096, 32760)
+
+# The worst ratio measured in each region: no provider is ahead of Triton by the margin in all of one.
+CROSSOVERS: tuple[Crossover, ...] = (
+    Crossover("norm_modulate", "cute", 0.97, _CUTE, widths=(1536, 5120), rows=_LONG),
+    Crossover("norm_modulate", "cute", 0.68, _CUTE, widths=(1152, 1152), rows=(256, 256)),
+    Crossover("residual_norm_modulate", "cute", 0.99, _CUTE, widths=(1536, 5120), rows=_LONG),
+    Crossover("residual_norm_modulate", "cute", 0.91, _CUTE, widths=(1152, 1152), rows=(256, 256)),
+    Crossover("norm_rope", "cute", 1.00, _CUTE, widths=(1536, 5120), rows=(4096 * 12, 32760 * 40)),
+    Crossover("norm_rope", "cuda", 0.94, _CUDA, widths=(64, 128), rows=(4096 * 24, 32760 * 40)),
+    Crossover("norm_modulate", "sgl", 0.90, _SGL, widths=(3072, 5120), rows=_LONG),
+    Crossover("residual_norm_modulate", "sgl", 0.50, _SGL, widths=(3072, 5120), rows=_LONG),
+    Crossover("norm_modulate", "flashinfer", 0.96, _FLASHINFER, widths=(3072, 5120), rows=_LONG),
+    Crossover("residual_norm_modulate", "flashinfer", 0.50, _FLASHINFER, widths=(3072, 5120), rows=_LONG),
+    Crossover("norm_rope", "flashinfer", 0.68, _FLASHINFER, widths=(128, 128), rows=(4096 * 24, 32760 * 40)),
+)
 
 
 def ratio(provider: str, op: str, target: str, calls: Iterable[Mapping[str, Any]]) -> float | None:

@@ -151,7 +151,9 @@ def test_asking_for_what_is_not_installed_is_an_error_with_the_command(monkeypat
         compiled()
 
 
-def test_triton_is_the_choice_where_nothing_was_measured(fake_cute):
+def test_triton_is_the_choice_where_nothing_was_measured(fake_cute, monkeypatch):
+    assert decide().provider == "triton"
+    monkeypatch.setattr(crossovers, "CROSSOVERS", ())
     choice = decide()
     assert choice.provider == "triton"
     assert [(r.rule, r.code) for r in choice.passed_over] == [("cute", "not_faster")]

@@ -7,7 +7,9 @@ side, seen from the first of them (``as_strided``). The y_i are columns of y, re
 
 When it pays. A GEMM takes time for its waves of tiles and about one wave more to fill and drain the machine; one GEMM
 instead of n saves n - 1 times that. On an H100, bf16, q, k and v: 429 -> 349 us at 4096 x 3072 -> 3072, 60 -> 50 at
-512 x 3072, nothing at 32760 x 5120, where the ramps are 2 % of the time.
+512 x 3072, nothing at 32760 x 5120, where the ramps are 2 % of the time. In whole models, whose power is bound, less
+was left of that: 2.3 % of the GEMM time of SD3.5-Large, 0.7 % of Qwen-Image's, none of FLUX.1's. What remains is one
+launch in the place of three.
 """
 
 from __future__ import annotations
