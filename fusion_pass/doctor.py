@@ -95,7 +95,18 @@ def _software(has_gpu: bool) -> list[Check]:
         else:
             needed = "optional; the zoo needs it" if extra == "diffusers" else "optional"
             checks.append(Check(name, "not installed", "optional", f"pip install 'dkfuse[{extra}]' ({needed})"))
-    return checks
+    return [*checks, _attention()]
+
+
+def _attention() -> Check:
+    from dkfuse.kernels.attention_kernels import untested, version_of
+
+    name, version = "FlashAttention 4", version_of("fa4")
+    if version is None:
+        return Check(name, "not installed", "optional", "pip install 'dkfuse[attention]' (optional)")
+    if (problem := untested("fa4")) is not None:
+        return Check(name, version, "warning", problem)
+    return Check(name, version)
 
 
 def _torch() -> Check:

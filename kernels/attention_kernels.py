@@ -197,7 +197,7 @@ KERNELS: dict[str, AttentionKernel] = {
             order="tokens",
             distributions=("flash-attn-4", "fa4"),
             tested=("4.0.0b20", "4.0.0b20"),
-            install="pip install flash-attn-4==4.0.0b20",
+            install="pip install 'dkfuse[attention]'",
         ),
         AttentionKernel(
             "fa3",

@@ -46,7 +46,7 @@ def test_a_kernel_that_is_missing_is_named_with_its_gain():
     before = targets(module)
     site = rewritten(module)
     assert (site.status, site.kernel, site.reason.code) == (Status.LEFT_TO_INDUCTOR, None, "not_installed")
-    assert "1.10x cudnn" in site.reason.message and "pip install flash-attn-4==4.0.0b20" in site.reason.message
+    assert "1.10x cudnn" in site.reason.message and "pip install 'dkfuse[attention]'" in site.reason.message
     assert [t for t in targets(module) if "getitem" not in t] == [t for t in before if "getitem" not in t]
 
 

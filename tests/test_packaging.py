@@ -169,7 +169,7 @@ def test_console_script_and_metadata(wheel: Path) -> None:
     installed = metadata.PathDistribution(info)
     scripts = {point.name: point.value for point in installed.entry_points.select(group="console_scripts")}
     assert scripts == {"dkfuse": "dkfuse.cli:main"}
-    assert {"cute", "sgl", "flashinfer", "diffusers", "all", "test"} <= set(
+    assert {"cute", "sgl", "flashinfer", "attention", "diffusers", "all", "test"} <= set(
         installed.metadata.get_all("Provides-Extra")
     )
     assert installed.metadata["License-Expression"] == "Apache-2.0"
