@@ -12,30 +12,14 @@ import torch
 from dkfuse.kernels import cuda_compile, cuda_rope
 from dkfuse.kernels.ops import reference_outputs
 from dkfuse.kernels.provider_cuda import HEAD_DIMS, IMPLEMENTATIONS
-from dkfuse.kernels.rope_support import TABLES, with_defaults
 from dkfuse.kernels.rounding import Rounding
 
 from . import cuda_emulation as emulation
+from .rope_calls import call_of, random, tables
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 LIMIT = {BF16: 2.4e-3, FP16: 3e-4, FP32: 1e-6}
 (ROPE,) = IMPLEMENTATIONS
-
-
-def random(*size: int, dtype: torch.dtype = BF16, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(size))
-    return torch.randn(size, generator=generator, dtype=FP64).to(dtype)
-
-
-def tables(kind: str, r: int, *outer: int, dtype: torch.dtype = FP32, rotation: str = "interleaved") -> dict[str, Any]:
-    times, per = TABLES[kind]
-    cos, sin = (random(*outer, r * times // per, dtype=dtype, seed=i) for i in (1, 2))
-    return {"rotation": rotation, "tables": kind, "cos": cos, "sin": sin if kind in ("half", "full") else None}
-
-
-def call_of(x: torch.Tensor, **more: Any) -> dict[str, Any]:
-    return with_defaults({"x": x, "out_dtype": x.dtype, **more})
-
 
 X = random(2, 3, 5, 128)
 HALF = tables("half", 128, 3, 1)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from typing import Any
 
 import pytest
 import torch
+
+from .. import rope_calls
+from ..rope_calls import call_of
 
 pytestmark = pytest.mark.gpu
 
@@ -18,23 +22,8 @@ HEAD_DIMS = (64, 128, 256, 512, 1024)
 ROTATIONS = ("interleaved", "half")
 
 
-def random(*size: int, dtype: torch.dtype = BF16, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator(DEVICE).manual_seed(seed + sum(size))
-    return torch.randn(size, device=DEVICE, generator=generator, dtype=FP64).to(dtype)
-
-
-def tables(kind: str, r: int, *outer: int, dtype: torch.dtype = FP32, rotation: str = "interleaved") -> dict[str, Any]:
-    from dkfuse.kernels.rope_support import TABLES
-
-    times, per = TABLES[kind]
-    cos, sin = (random(*outer, r * times // per, dtype=dtype, seed=i) for i in (1, 2))
-    return {"rotation": rotation, "tables": kind, "cos": cos, "sin": sin if kind in ("half", "full") else None}
-
-
-def call_of(x: torch.Tensor, **more: Any) -> dict[str, Any]:
-    from dkfuse.kernels.rope_support import with_defaults
-
-    return with_defaults({"x": x, "out_dtype": x.dtype, **more})
+random = functools.partial(rope_calls.random, device=DEVICE)
+tables = functools.partial(rope_calls.tables, device=DEVICE)
 
 
 def launched(arguments: dict[str, Any], out: torch.Tensor | None = None) -> torch.Tensor:
