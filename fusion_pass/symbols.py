@@ -56,14 +56,6 @@ def node_for(graph: fx.Graph, expression: sympy.Expr, value: Any, tensors: list[
     raise UnknownSymbol(str(expression))
 
 
-def hint(size: Any) -> int | None:
-    """The value that a size had in the example inputs, without a guard; None where it depends on data."""
-    if isinstance(size, int):
-        return size
-    value = getattr(size.node, "hint", None)
-    return value if isinstance(value, int) else None
-
-
 def _binary(graph: fx.Graph, op: Any, a: Any, b: Any) -> fx.Node:
     node = graph.call_function(op, (a, b))
     values = [x.meta["val"] if isinstance(x, fx.Node) else x for x in (a, b)]

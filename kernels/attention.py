@@ -38,17 +38,7 @@ def _empty(q: Tensor, v: Tensor, kernel: str) -> Tensor:
     return torch.empty_like(q) if v.shape[-1] == q.shape[-1] else q.new_empty(shape)
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    *,
-    causal: bool = False,
-    scale: float | None = None,
-    gqa: bool = False,
-    using: str = "sdpa",
-) -> Tensor:
+def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, using: str = "sdpa", **_: object) -> Tensor:
     return _empty(q, v, using)
 
 

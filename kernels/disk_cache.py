@@ -24,7 +24,7 @@ import torch
 log = logging.getLogger("dkfuse")
 DIGEST = 32
 MAGIC = b"dkfuse1\n"
-KINDS = ("kernels", "records")
+KINDS = {"kernels": ".bin", "records": ".json", "attention": ".json"}
 
 _chosen: list[str] = []  # `dkfuse.cache_dir`, while a compilation that sets it was the last one
 _unwritable: set[Path] = set()
@@ -105,11 +105,10 @@ def _path(parts: tuple[str, ...]) -> Path:
 
 
 def contents() -> dict[str, list[Path]]:
-    """The files of the cache by kind: "kernels" and "records", with what interrupted writers left behind."""
-    endings = {"kernels": ".bin", "records": ".json"}
+    """The files of the cache by kind: kernels, records and attention times, with what interrupted writers left."""
     return {
-        kind: sorted(file for end in (endings[kind], ".tmp") for file in root().glob(f"{kind}/*{end}"))
-        for kind in KINDS
+        kind: sorted(file for end in (ending, ".tmp") for file in root().glob(f"{kind}/*{end}"))
+        for kind, ending in KINDS.items()
     }
 
 

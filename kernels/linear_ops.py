@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 aten = torch.ops.aten
-TILE = 128, 256  # rows and columns of a result that one SM computes at a time
 SCHEMAS = {
     "linear_gelu": "(Tensor x, Tensor weight, Tensor bias) -> Tensor",
     "split_linear": "(Tensor[] parts, Tensor weight, Tensor? bias) -> Tensor",
@@ -45,11 +44,6 @@ def check(op: str, parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None)
         raise ValueError(f"dkfuse::{op}: parts have {columns} columns together, but weight {weight.shape[1]}.")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
         raise ValueError(f"dkfuse::{op}: bias has shape {tuple(bias.shape)}, it must be [{weight.shape[0]}].")
-
-
-def tiles(rows: int, columns: int) -> int:
-    """Tiles of a result ``[rows, columns]``."""
-    return -(-rows // TILE[0]) * -(-columns // TILE[1])
 
 
 def _compute(tensor: Tensor) -> Tensor:

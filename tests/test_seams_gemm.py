@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import dkfuse
 from dkfuse import Settings, Status, fuse, zoo
 from dkfuse.kernels import linear_ops
-from dkfuse.seams import split
+from dkfuse.seams import common, split
 
 from .harness import BF16, FP16, FP32, check_numerics, compiled, exact, rms, run, spell, tally
 
@@ -265,7 +265,7 @@ def test_a_chain_of_linears() -> None:
 @pytest.fixture
 def one_sm(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that the results of small tests fill."""
-    monkeypatch.setattr(split, "SMS", {"sm90": 1})
+    monkeypatch.setattr(common, "SMS", {"sm90": 1})
 
 
 # -- a linear of a cat -------------------------------------------------------------------------------------------------
@@ -330,7 +330,7 @@ def test_a_result_that_does_not_fill_the_gpu_keeps_the_cat(
     sms: int, expected: str, dynamic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """[130, 384]: two tiles of 128 rows by two of 256 columns, for symbolic rows as in the example."""
-    monkeypatch.setattr(split, "SMS", {"sm90": sms})
+    monkeypatch.setattr(common, "SMS", {"sm90": sms})
     args = cat_args(1024, 2048, n=384, batch=1, rows=130)
     if dynamic:
         for part in args[2:]:
@@ -342,8 +342,8 @@ def test_a_result_that_does_not_fill_the_gpu_keeps_the_cat(
 
 
 def test_the_limit_of_an_h100() -> None:
-    assert split.SMS["sm90"] == 132
-    assert linear_ops.tiles(1280, 3072) == 120 and linear_ops.tiles(1281, 3072) == 132
+    assert common.SMS["sm90"] == 132
+    assert common.tiles(1280, 3072) == 120 and common.tiles(1281, 3072) == 132
     _, coverage = run(of_a_cat, cat_args(1024, 2048), target="sm90")
     assert counts(coverage) == {"left:no_gain": 1}
 

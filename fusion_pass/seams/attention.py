@@ -8,21 +8,19 @@ carried on, and a transposing copy behind it goes where the kernel already write
 from __future__ import annotations
 
 import operator
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
-from .. import origin
 from ..choose import resolve_target
 from ..replace import copy_origin
-from ..report import Site, Status
+from ..report import Status
 from ..settings import Settings
-from ..terms import short_dtype
 from .attention_call import Call, calls
 from .attention_choice import RULE, decide
+from .common import described
 from .seam import Seam
 from .strides import spread
 
@@ -32,31 +30,18 @@ OPAQUE = "dkfuse::attention"
 
 def find(graph: fx.Graph, settings: Settings) -> Iterator[Seam]:
     """One seam per attention in `graph`."""
-    counts: Counter[str] = Counter()
     for call in list(calls(graph)):
-        where = origin.module(call.node) or "graph"
         decision = decide(call, resolve_target(settings.target, call.device), settings)
-        site = Site(
-            id=f"{where}:attention#{counts[where]}",
-            family="attention",
-            status=Status.LEFT_TO_INDUCTOR,
-            rule=RULE,
-            op=OPAQUE,
-            reason=decision.reason,
-            attempts=decision.attempts,
-            source=origin.source(call.node),
-            module=origin.module(call.node),
-            shapes={n: [_size(s) for s in t.shape] for n, t in _tensors(call).items()},
-            dtype=short_dtype(call.q.meta["val"].dtype),
-        )
-        counts[where] += 1
+        shown = {"q": call.q, "k": call.k, "v": call.v, "mask": call.mask}
+        site = described(RULE, call.node, shown, Status.LEFT_TO_INDUCTOR)
+        site.op, site.reason, site.attempts = OPAQUE, decision.reason, decision.attempts
         if decision.kernel is None:
             site.status = Status.REJECTED if decision.forbidden else site.status
             yield Seam(site)
             continue
         site.status, site.kernel = Status.FUSED, decision.kernel
-        if _native(call, decision.kernel) is not None:
-            site.op = _native(call, decision.kernel)[0]._schema.name  # type: ignore[index]
+        if (native := _native(call, decision.kernel)) is not None:
+            site.op = native[0]._schema.name
         yield Seam(site, _Rewrite(graph, call, decision.kernel))
 
 
@@ -110,11 +95,3 @@ def _native(call: Call, kernel: str) -> tuple[Any, tuple[Any, ...], dict[str, An
     if kernel == "efficient":
         return aten._scaled_dot_product_efficient_attention.default, (None, False, 0.0, call.causal), scale
     return None
-
-
-def _tensors(call: Call) -> dict[str, torch.Tensor]:
-    return {n: t for n, t in call.values.items() if isinstance(t, torch.Tensor)}
-
-
-def _size(size: Any) -> int | str:
-    return size if isinstance(size, int) else str(size)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dkfuse.errors import first_line
-from dkfuse.kernels import attention_kernels
+from dkfuse.kernels import attention_kernels, disk_cache
 
 from .. import compat
 
@@ -112,7 +112,7 @@ def _time(tensors: list[torch.Tensor], causal: bool, kernel: str) -> float:
 
 
 def _path(key: str, folder: str | None) -> pathlib.Path:
-    return pathlib.Path(folder or os.path.join(compat.cache_folder(), "dkfuse")) / "attention" / f"{key}.json"
+    return (pathlib.Path(folder) if folder else disk_cache.root()) / "attention" / f"{key}.json"
 
 
 def _read(path: pathlib.Path) -> dict[str, float]:

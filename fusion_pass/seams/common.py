@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,18 @@ from ..terms import NARROW, same_shape, short_dtype
 from .linear import KEEP_ROWS, Linear
 
 aten = torch.ops.aten
+TILE = 128, 256  # rows and columns of a result that one SM computes at a time
+SMS = {"sm80": 108, "sm89": 128, "sm90": 132, "sm100": 148}
+
+
+def sms(target: str) -> int:
+    """Multiprocessors of a target; of an unknown one as many as an H100 has."""
+    return SMS.get(target, SMS["sm90"])
+
+
+def tiles(rows: int, columns: int) -> int:
+    """Tiles of a result ``[rows, columns]``."""
+    return -(-rows // TILE[0]) * -(-columns // TILE[1])
 
 
 def check_allowed(rule: str, linear: Linear, settings: Settings) -> None:
@@ -47,26 +59,28 @@ def check_sizes(linear: Linear, *columns: Any) -> None:
             raise Reject(Code.LAYOUT, text, Stage.KERNEL, left=True)
 
 
+def described(family: str, node: fx.Node, shown: Mapping[str, fx.Node | None], status: Status) -> Site:
+    """The site of a seam that starts at `node`, with the shapes of what it reads; its dtype is that of the first."""
+    values = {name: n.meta["val"] for name, n in shown.items() if n is not None}
+    return Site(
+        id="",  # given by `seams.run`
+        family=family,
+        status=status,
+        rule=family,
+        source=origin.source(node),
+        module=origin.module(node),
+        dtype=short_dtype(next(iter(values.values())).dtype),
+        shapes={name: [s if isinstance(s, int) else str(s) for s in value.shape] for name, value in values.items()},
+    )
+
+
 def record(
     family: str, op: str, kernel: str, node: fx.Node, linear: Linear, traffic: tuple, reject: Reject | None
 ) -> Site:
-    """The site of a seam that starts at `node`: fused where `reject` is None."""
-    values = {"x": linear.x, "weight": linear.weight, "bias": linear.bias}
-    site = Site(
-        id="",  # given by `seams.run`
-        family=family,
-        status=Status.FUSED,
-        rule=family,
-        op=op,
-        source=origin.source(node),
-        module=origin.module(node),
-        dtype=short_dtype(linear.dtype),
-        shapes={
-            name: [s if isinstance(s, int) else str(s) for s in n.meta["val"].shape]
-            for name, n in values.items()
-            if n is not None
-        },
-    )
+    """The site of a seam of a linear that starts at `node`: fused where `reject` is None."""
+    shown = {"x": linear.x, "weight": linear.weight, "bias": linear.bias}
+    site = described(family, node, shown, Status.FUSED)
+    site.op = op
     if reject is None:
         site.kernel = kernel
         if all(isinstance(t, int) for t in traffic):

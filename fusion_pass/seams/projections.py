@@ -15,20 +15,20 @@ launch in the place of three.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import fx
 
-from .. import memory, origin
+from .. import compat, memory, origin
 from ..choose import resolve_target
 from ..layouts import propagate
 from ..replace import copy_origin, fake_arguments
 from ..report import Reason, Site, Status
 from ..rules import Code, Stage
 from ..settings import Settings
-from ..symbols import hint
-from ..terms import short_dtype
+from .common import TILE, described, sms
 from .epilogue import problem
 from .gelu import find as gelus
 from .linear import Linear, linears, source
@@ -36,8 +36,6 @@ from .seam import Seam
 
 aten = torch.ops.aten
 FAMILY = "packed_projection"
-TILE = 128 * 256  # elements of a result per tile
-SMS = {"sm80": 108, "sm89": 128, "sm90": 132, "sm100": 148}
 RAMP = 1.16  # waves: (429 - 349) / 2 us of 34 us each
 WORTH = 0.04  # of the time of the separate GEMMs
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -112,13 +110,13 @@ def _weights(linear: Linear) -> list[fx.Node]:
 
 def saved(rows: int, columns: list[int], target: str) -> float:
     """The fraction of the time of n GEMMs ``[rows, K] @ [K, N_i]`` that one GEMM of all columns is expected to save."""
-    waves = rows * sum(columns) / (TILE * SMS.get(target, SMS["sm90"]))
+    waves = rows * sum(columns) / (math.prod(TILE) * sms(target))
     separate = waves + len(columns) * RAMP
     return (len(columns) - 1) * RAMP / separate
 
 
 def _gain(group: list[Linear], target: str) -> float:
-    rows = hint(group[0].x.meta["val"].shape[0])
+    rows = compat.hint(group[0].x.meta["val"].shape[0])
     return saved(rows, [linear.features[1] for linear in group], target) if rows is not None else 1.0
 
 
@@ -244,22 +242,7 @@ def _left(group: list[Linear], code: str, message: str) -> Site:
 
 
 def _site(group: list[Linear]) -> Site:
-    node = group[0].product
-    module = (origin.module(node) or "").rpartition(".")[0] or None
-    shapes = {"x": group[0].x, **{f"weight{i}": linear.weight for i, linear in enumerate(group)}}
-    return Site(
-        id="",  # given by `seams.run`
-        family=FAMILY,
-        status=Status.LEFT_TO_INDUCTOR,
-        rule=FAMILY,
-        source=origin.source(node),
-        module=module,
-        dtype=short_dtype(group[0].dtype),
-        shapes={
-            name: [s if isinstance(s, int) else str(s) for s in shown.meta["val"].shape]
-            for name, shown in shapes.items()
-        },
-    )
-
-
-__all__ = ["FAMILY", "find", "saved"]
+    shown = {"x": group[0].x, **{f"weight{i}": linear.weight for i, linear in enumerate(group)}}
+    site = described(FAMILY, group[0].product, shown, Status.LEFT_TO_INDUCTOR)
+    site.module = (site.module or "").rpartition(".")[0] or None  # the one that has the linears
+    return site

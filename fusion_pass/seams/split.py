@@ -29,19 +29,16 @@ from functools import partial
 import torch
 from torch import fx
 
-from dkfuse.kernels import linear_ops
-
 from .. import compat
 from ..choose import resolve_target
 from ..gain import is_elementwise, through_views
 from ..replace import copy_origin
 from ..rules import Code, Reject, Stage
 from ..settings import Settings
-from . import epilogue, gelu
+from . import common, epilogue, gelu
 from .common import aten, check_allowed, check_sizes, is_tensor, mergeable, read_sizes_elsewhere, record, reshaped, rows
 from .gelu import Gelu
 from .linear import Linear, linears, read, source
-from .projections import SMS
 from .seam import Seam
 
 FAMILY = "split_projection"
@@ -115,7 +112,7 @@ def _check(split: Split, gelus: dict[fx.Node, Gelu], settings: Settings) -> None
         if columns < MIN_COLUMNS:
             text = f"a part of the cat has {columns} columns: products of less than {MIN_COLUMNS} gain nothing"
             raise Reject(Code.NO_GAIN, text, Stage.KERNEL, left=True)
-    _check_tiles(split, SMS.get(resolve_target(settings.target, split.linear.device), SMS["sm90"]))
+    _check_tiles(split, common.sms(resolve_target(settings.target, split.linear.device)))
     if len(split.parts) > 2:
         text = f"the cat has {len(split.parts)} parts: only the error of two products was measured"
         raise Reject(Code.ROUNDING, text, left=True)
@@ -136,7 +133,7 @@ def _check_tiles(split: Split, sms: int) -> None:
     known = [size for size in sizes if size is not None]
     if len(known) < len(sizes):
         raise Reject(Code.SYMBOLIC, "the number of rows depends on data: it may be small", Stage.KERNEL, left=True)
-    count = linear_ops.tiles(math.prod(known), split.linear.features[1])
+    count = common.tiles(math.prod(known), split.linear.features[1])
     if count < sms:
         text = f"the result has {count} tiles of 128 x 256 for {sms} SMs: two products would leave SMs idle twice"
         raise Reject(Code.NO_GAIN, text, Stage.KERNEL, left=True)
