@@ -230,6 +230,7 @@ def flashinfer_calls(case: RopeCase, sets: list[dict[str, Tensor]]) -> list[Call
 ROPE_CASES: tuple[RopeCase, ...] = (
     RopeCase("Flux image", (4096,), 24, 128),
     RopeCase("40 heads, video", (32760,), 40, 128),
+    RopeCase("q and k", (4096,), 24, 128, projections=2),
     RopeCase("Flux joint q and k", (512, 4096), 24, 128, projections=2),
     RopeCase("RoPE alone, q and k", (4096,), 24, 128, norm="none", projections=2),
     RopeCase("RoPE alone, q and k, video", (32760,), 40, 128, norm="none", tables="half", projections=2),
