@@ -40,7 +40,7 @@ def _site(state: State, names: dict[int, str], view: TermView) -> Site:
     )
     value = node.meta["val"] if isinstance(node.meta.get("val"), torch.Tensor) else node.args[0].meta["val"]
     record.dtype = short_dtype(value.dtype)
-    record.shapes = {"x": _shape(value)}
+    record.shapes = {"x": shape_of(value)}
     done = state.absorbed_by.site if state.absorbed_by is not None else state.site
     if done is not None:
         record.status, record.rule, record.op, record.kernel = (
@@ -52,7 +52,7 @@ def _site(state: State, names: dict[int, str], view: TermView) -> Site:
         values = {name: fake(view, t) for name, t in done.operands.items()}
         record.passed_over = list(done.passed_over)
         record.dtype = short_dtype(values["x"].dtype)
-        record.shapes = {name: _shape(v) for name, v in values.items()}
+        record.shapes = {name: shape_of(v) for name, v in values.items()}
         if state.absorbed_by is not None:
             record.with_site = names[id(state.absorbed_by)]
         else:
@@ -100,5 +100,6 @@ def _family(state: State) -> str:
     return "other_norm"
 
 
-def _shape(value: torch.Tensor) -> list[int | str]:
+def shape_of(value: torch.Tensor) -> list[int | str]:
+    """A shape as records keep it: symbols by name."""
     return [s if isinstance(s, int) else str(s) for s in value.shape]

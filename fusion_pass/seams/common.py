@@ -14,6 +14,7 @@ import dkfuse.kernels.linear_ops  # noqa: F401  (registers the ops, also for com
 from .. import origin
 from ..choose import resolve_target
 from ..compat import statically_known_true
+from ..records import shape_of
 from ..report import Site, Status
 from ..rules import Code, Reject, Stage
 from ..settings import Settings
@@ -70,7 +71,7 @@ def described(family: str, node: fx.Node, shown: Mapping[str, fx.Node | None], s
         source=origin.source(node),
         module=origin.module(node),
         dtype=short_dtype(next(iter(values.values())).dtype),
-        shapes={name: [s if isinstance(s, int) else str(s) for s in value.shape] for name, value in values.items()},
+        shapes={name: shape_of(value) for name, value in values.items()},
     )
 
 
