@@ -6,9 +6,11 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import dkfuse
 from dkfuse.bench import averages
 from dkfuse.bench.classify import GLUE, KINDS, kind, op_of
 from dkfuse.bench.device import Launched
@@ -174,6 +176,19 @@ def test_launches_belong_to_sites_by_size() -> None:
         ("norm_modulate", 2, 3.0, 1 / 3, False),
         ("residual_norm_modulate", 1, 5.0, 0.4, False),
     ]
+
+
+def test_every_fused_site_of_a_real_plan_has_a_row() -> None:
+    class Block(torch.nn.Module):
+        def forward(self, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+            x = torch.nn.functional.layer_norm(x, (256,)) * (1 + scale) + shift
+            return torch.nn.functional.layer_norm(x @ x.mT @ x, (256,)) * (1 + shift) + scale
+
+    values = {name: torch.zeros(1, n, 256, dtype=torch.bfloat16) for name, n in (("x", 64), ("scale", 1), ("shift", 1))}
+    coverage = dkfuse.coverage(Block(), settings=dkfuse.Settings(target="sm90"), **values)
+    launches = [Launched(f"dkfuse_{site.op.removeprefix('dkfuse::')}", 2.0) for site in coverage.sites if site.op]
+    (row,) = site_times(coverage.sites, [launches], lambda traffic: 1.0)
+    assert (row.op, row.sites, row.microseconds, row.shared) == ("norm_modulate", 2, 2.0, False)
 
 
 def test_launches_that_serve_several_sites_are_shared_out() -> None:

@@ -32,8 +32,8 @@ def site_times(
     """The table, the most time first. `copy`: microseconds of a copy that moves so many bytes."""
     chosen = launched_sites(sites)
     found: list[SiteTime] = []
-    for op in dict.fromkeys(str(site.op) for site in chosen):
-        of_op = sorted((s for s in chosen if s.op == op), key=lambda s: -(s.bytes_after or 0))
+    for op in dict.fromkeys(map(_name, chosen)):
+        of_op = sorted((s for s in chosen if _name(s) == op), key=lambda s: -(s.bytes_after or 0))
         durations = _durations(op, profiles)
         if not durations:
             continue
@@ -53,6 +53,11 @@ def site_times(
             shapes = members[0][0].shapes
             found.append(SiteTime(op, str(kernel), shapes, len(members), each, traffic, of_copy, shared))
     return sorted(found, key=lambda row: -row.microseconds * row.sites)
+
+
+def _name(site: Site) -> str:
+    """The site's op without its namespace: "norm_modulate" of "dkfuse::norm_modulate"."""
+    return str(site.op).rpartition("::")[2]
 
 
 def _durations(op: str, profiles: Sequence[Sequence[Launched]]) -> list[float]:
