@@ -73,7 +73,9 @@ def coverage(
     dtype: Annotated[Dtype | None, typer.Option(help="Of weights and activations.  [default: bf16]")] = None,
     target: Annotated[
         str | None,
-        typer.Option(metavar="TARGET", help="Device to choose kernels for: sm80, sm89, sm90, sm100, cpu or current."),
+        typer.Option(
+            "--target", metavar="TARGET", help="Device to choose kernels for: sm80, sm89, sm90, sm100, cpu or current."
+        ),
     ] = None,
     format: Annotated[
         Format | None, typer.Option("--format", "-f", help="[default: by the extension of FILE, else text]")

@@ -54,7 +54,8 @@ def model(
     dtype: Annotated[Dtype, typer.Option(help="Of weights and activations, of models that have a name.")] = Dtype.bf16,
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Timed calls of each side, alternating.")] = 15,
     mode: Annotated[
-        str | None, typer.Option(metavar="MODE", help="Mode of torch.compile, of the sides dkfuse and inductor.")
+        str | None,
+        typer.Option("--mode", metavar="MODE", help="Mode of torch.compile for dkfuse and inductor."),
     ] = None,
     pack: Annotated[bool, typer.Option("--pack", help="Pack the weights of parallel projections first.")] = False,
     attention: Annotated[
@@ -112,7 +113,7 @@ def _check_extras(options: Any) -> None:
 
 @bench.command()
 def kernels(
-    op: Annotated[list[str] | None, typer.Option(metavar="OP", help="Only this op; may be given again.")] = None,
+    op: Annotated[list[str] | None, typer.Option("--op", metavar="OP", help="Only this op; may be repeated.")] = None,
     case: Annotated[str | None, typer.Option(metavar="TEXT", help="Only cases whose name contains this.")] = None,
     provider: Annotated[str | None, typer.Option(metavar="NAME,...", help="Only these providers.")] = None,
     against: Annotated[

@@ -16,9 +16,9 @@ def kernels(
     shape: Annotated[
         list[str] | None, typer.Option(metavar="SIZES", help="Of x, like 1x4096x3072; may be repeated.")
     ] = None,
-    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="bf16, fp16 or fp32.")] = "bf16",
+    dtype: Annotated[str, typer.Option("--dtype", metavar="DTYPE", help="bf16, fp16 or fp32.")] = "bf16",
     target: Annotated[
-        str | None, typer.Option(metavar="TARGET", help="sm80, sm89, sm90, sm100, cpu or current.")
+        str | None, typer.Option("--target", metavar="TARGET", help="sm80, sm89, sm90, sm100, cpu or current.")
     ] = None,
     norm: Annotated[str | None, typer.Option(help="layer, rms or none.  [default: layer, of norm_rope rms]")] = None,
     rotation: Annotated[

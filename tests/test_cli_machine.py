@@ -8,16 +8,37 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
+import typer
 from rich.console import Console
+from typer.models import OptionInfo
 
 from dkfuse import doctor, zoo
+from dkfuse.cli import app
 from dkfuse.progress import progress
 from dkfuse.report import Coverage, Graph, Site, Status
 
 Run = Callable[..., tuple[int, str, str]]
+
+
+def commands(app: typer.Typer) -> list[Callable[..., None]]:
+    inner = [c for group in app.registered_groups if group.typer_instance for c in commands(group.typer_instance)]
+    return inner + [c.callback for c in app.registered_commands if c.callback is not None]
+
+
+def test_options_are_named_as_written() -> None:
+    """typer 0.27 takes an option's name from its metavar where the two differ only in case, so that is spelled out."""
+    found = {}
+    for command in commands(app):
+        for name, hint in get_type_hints(command, include_extras=True).items():
+            for info in getattr(hint, "__metadata__", ()):
+                if isinstance(info, OptionInfo) and (info.metavar or "").lower() == name:
+                    found[command.__module__, name] = info.param_decls
+    assert {("dkfuse.cli_bench", "mode"), ("dkfuse.cli_bench", "op"), ("dkfuse.cli", "target")} <= set(found)
+    assert all(declared for declared in found.values()), found
 
 
 def test_zoo_list(run: Run) -> None:
