@@ -36,9 +36,9 @@ def test_options_are_named_as_written() -> None:
         for name, hint in get_type_hints(command, include_extras=True).items():
             for info in getattr(hint, "__metadata__", ()):
                 if isinstance(info, OptionInfo) and (info.metavar or "").lower() == name:
-                    found[command.__module__, name] = info.param_decls
+                    found[command.__module__, name] = (info.default, *info.param_decls)
     assert {("dkfuse.cli_bench", "mode"), ("dkfuse.cli_bench", "op"), ("dkfuse.cli", "target")} <= set(found)
-    assert all(declared for declared in found.values()), found
+    assert all(f"--{name}" in declared for (_, name), declared in found.items()), found
 
 
 def test_zoo_list(run: Run) -> None:
