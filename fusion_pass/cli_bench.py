@@ -36,7 +36,8 @@ def model(
         list[str],
         typer.Argument(
             metavar="MODEL[@BATCH]...",
-            help="Models of the zoo, path/to/file.py:function, vit, bert, llama, convnet, or others for these four.",
+            help="Models of the zoo (NAME or NAME:SIZE), path/to/file.py:function, vit, bert, llama, convnet; zoo for "
+            "the whole zoo, headline for six of it, others for these four.",
         ),
     ],
     against: Annotated[
@@ -61,6 +62,9 @@ def model(
         str | None, typer.Option(metavar="KERNEL", help="The option dkfuse.attention of the side dkfuse.")
     ] = None,
     fp32: Annotated[bool, typer.Option(help="Take errors against fp32 where it fits, else against eager.")] = True,
+    warm: Annotated[
+        bool, typer.Option(help="Measure the warm compile too; without, each side is compiled once.")
+    ] = True,
     top: Annotated[int, typer.Option(min=0, metavar="N", help="List the N slowest kernels of each side.")] = 0,
     json_: JsonFile = None,
     picture: Picture = None,
@@ -70,22 +74,24 @@ def model(
     Sides run alternately in this process, dynamic=False; results are medians, ratios are dkfuse / other.
     """
     from .bench import targets
-    from .bench.sides import MODES, RIVALS, Options
+    from .bench.sides import MODES, PROFILES, RIVALS, Options
 
     names = _listed("--against", against, RIVALS)
     if mode is not None and mode not in MODES:
         raise Failure(USAGE, f"--mode {mode} is not allowed: give one of {', '.join(MODES)}")
-    found = [target for name in models for target in targets.find(name)]
+    found = list(dict.fromkeys(target for name in models for target in targets.find(name)))
     options = Options(
         names,
         layers,
         rounds,
+        min(rounds, PROFILES),
         mode=mode,
         pack=pack,
         attention=attention,
         size=size.value,
         dtype=dtype.value,
         fp32=fp32,
+        warm=warm,
     )
     _check_extras(options)
     _prepare((json_, picture))

@@ -2,7 +2,7 @@
 
 As JSON under schema "dkfuse.bench.kernels/2":
 
-    {schema, device, torch, date, copy_tb_per_s,
+    {schema, device, torch, date, versions: {PACKAGE: version}, copy_tb_per_s,
      rows: [{op, case, shape, rows, width, bytes, copy_microseconds,
              providers: {NAME: {microseconds, of_copy, of_peak, error} or {problem}},
              rivals: {"eager", "inductor", "max-autotune": {microseconds, of_copy, of_peak, error} or {problem}},
@@ -29,7 +29,7 @@ from . import providers
 from .averages import geometric_mean
 from .cases import CASES, Case
 from .peers import peers_of
-from .results import today
+from .results import today, versions
 from .rope_cases import ROPE_CASES, RopeCase
 
 SCHEMA = "dkfuse.bench.kernels/2"
@@ -128,7 +128,7 @@ def speedups(rows: Sequence[dict[str, Any]], rival: str) -> dict[str, float]:
 
 def report(rows: Sequence[dict[str, Any]], device: str, peak: float) -> dict[str, Any]:
     """Everything, in the layout of the schema."""
-    head = {"schema": SCHEMA, "device": device, "torch": torch.__version__, "date": today()}
+    head = {"schema": SCHEMA, "device": device, "torch": torch.__version__, "date": today(), "versions": versions()}
     return {**head, "copy_tb_per_s": peak / 1e6, "rows": list(rows)}
 
 

@@ -43,14 +43,17 @@ def models(
     with steps(Console(stderr=True)) as step:
         step("compiling a small model")
         measure.prime(device)
-        for target in found:
+        for i, target in enumerate(found):
+            at = f"{i + 1} of {len(found)}, " if len(found) > 1 else ""
             try:
-                result = measure.measure(target, options, device, say=step)
-            except ImportError as error:
-                raise Failure(ENVIRONMENT, f"{first_line(error)}; pip install 'dkfuse[diffusers]'") from error
-            except (ModelError, SettingsError):
+                result = measure.measure(target, options, device, say=lambda text, at=at: step(at + text))  # type: ignore[misc]
+            except SettingsError:
                 raise
             except Exception as error:
+                if isinstance(error, ModuleNotFoundError) or (isinstance(error, ImportError) and len(found) == 1):
+                    raise Failure(ENVIRONMENT, f"{first_line(error)}; pip install 'dkfuse[diffusers]'") from error
+                if isinstance(error, ModelError) and len(found) == 1:
+                    raise
                 if os.environ.get("DKFUSE_DEBUG") == "1":
                     traceback.print_exception(error)
                 failed.append(f"{target.label}: {type(error).__name__}: {first_line(error)}")
