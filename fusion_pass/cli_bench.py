@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_options import Dtype, Size
+from .cli_options import Dtype, Size, TableFormat
 from .errors import did_you_mean
 from .exits import ENVIRONMENT, NOT_TRACED, USAGE, Failure, check_writable
 
@@ -156,6 +156,28 @@ def kernels(
     from .bench import session
 
     session.kernels(chosen, wanted, rivals, peers, device, json_, picture, write_crossovers)
+
+
+@bench.command()
+def show(
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE.json...", help="What `bench model` or `bench kernels` wrote by --json."),
+    ],
+    format: Annotated[TableFormat, typer.Option("--format", "-f")] = TableFormat.text,
+) -> None:
+    """Print saved measurements as tables: models with their gains, kernels against copies, Inductor and peers."""
+    from .bench import kernels, results, saved, sections, sections_kernels, sections_models
+
+    makers = {results.SCHEMA: sections_models.sections, kernels.SCHEMA: sections_kernels.sections}
+    found = [saved.read(file) for file in files]
+    made = [section for one in found for section in makers[one.schema](one)]
+    if format is TableFormat.markdown:
+        print(sections.to_markdown(made), end="")
+    else:
+        from .bench.session import console
+
+        sections.print_text(made, console())
 
 
 def _listed(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:

@@ -34,10 +34,10 @@ def models(
 
     The results, and a sentence for each model that could not be measured.
     """
-    console = _console()
+    out = console()
     compat.quiet_autotuning()
-    console.print(f"{device.name}, torch {torch.__version__}", style="bold")
-    console.print()
+    out.print(f"{device.name}, torch {torch.__version__}", style="bold")
+    out.print()
     results: list[ModelResult] = []
     failed: list[str] = []
     with steps(Console(stderr=True)) as step:
@@ -60,8 +60,8 @@ def models(
                 say(failed[-1])
                 continue
             results.append(result)
-            show_models.print_result(result, console)
-            _print_top(result, console, top)
+            show_models.print_result(result, out)
+            _print_top(result, out, top)
             _save(json_, json.dumps(report(results, device.name), indent=1))
             _save(picture, show_models.picture(results, device.name))
     return results, failed
@@ -99,12 +99,12 @@ def kernels(
     if write_crossovers:
         as_json = write_crossovers.suffix == ".json"
         _save(write_crossovers, show_kernels.crossovers_text(rows, device.name, torch.__version__, as_json))
-    console = _console()
+    out = console()
     title = f"{device.name}, torch {torch.__version__}, large copy {peak / 1e6:.2f} TB/s"
-    show_kernels.print_rows(rows, console, title)
+    show_kernels.print_rows(rows, out, title)
 
 
-def _console() -> Console:
+def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
 
 
