@@ -177,7 +177,7 @@ def show(
     else:
         from .bench.session import console
 
-        sections.print_text(made, console())
+        sections.print_text(made, console(sections.WIDEST))
 
 
 def _listed(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:

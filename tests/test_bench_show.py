@@ -113,6 +113,7 @@ def test_kernels_as_markdown(files: tuple[Path, Path], run: Run) -> None:
     assert "x max-autotune" not in flux
     means = {row["op"]: row for row in table(out, "Geometric means")}
     assert means["norm_modulate"]["x Inductor"] == f"{8**0.5:.2f}x"
+    assert "x max-autotune" not in means["norm_modulate"]
     assert (means["gated_residual"]["cases"], means["gated_residual"]["of copy"]) == ("1", "1.00")
 
 
@@ -134,6 +135,9 @@ def test_text(files: tuple[Path, Path], run: Run) -> None:
     for part in ("Models: a <GPU>", "sd35|large", "note: sd35|large: does not fit", "Geometric means", "quack 1.25"):
         assert part in out
     assert "##" not in out and "| " not in out
+    assert "…" not in out  # nothing is cut off
+    head = next(line for line in out.splitlines() if line.startswith("model"))
+    assert "saved of it: glue, GEMM, attention" in head and len(head) > 150
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from .averages import geometric_mean
 if TYPE_CHECKING:
     from rich.console import Console
 
+WIDEST = 1000  # columns of text that goes to no terminal: more than any table has
+
 
 @dataclass(frozen=True)
 class Column:
@@ -52,8 +54,13 @@ def tabulated(columns: Sequence[Column], rows: Sequence[Any], mean: str = "") ->
     cells = [[column.cell(row) for column in columns] for row in rows]
     if mean and len(rows) > 1:
         cells.append([mean, *(column.mean(rows) for column in columns[1:])])
-    kept = [i for i in range(len(columns)) if any(line[i] for line in cells)]
-    return [columns[i].title for i in kept], [[line[i] for i in kept] for line in cells]
+    return without_empty([column.title for column in columns], cells)
+
+
+def without_empty(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """Titles and cells of the columns that are not empty in every row."""
+    kept = [i for i in range(len(titles)) if any(line[i] for line in cells)]
+    return [titles[i] for i in kept], [[line[i] for i in kept] for line in cells]
 
 
 def to_markdown(sections: Sequence[Section]) -> str:
@@ -77,7 +84,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def print_text(sections: Sequence[Section], console: Console) -> None:
-    """The same on a terminal."""
+    """The same as text."""
     for section in sections:
         console.print(Text(section.heading, "bold" if section.level == 2 else "italic"))
         if section.caption:
@@ -85,7 +92,7 @@ def print_text(sections: Sequence[Section], console: Console) -> None:
         if section.rows:
             table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
             for i, title in enumerate(section.titles):
-                table.add_column(Text(title), justify="right" if i else "left")
+                table.add_column(Text(title), justify="right" if i else "left", overflow="fold")
             for row in section.rows:
                 table.add_row(*map(Text, row))
             console.print(table)

@@ -11,7 +11,7 @@ from typing import Any
 
 from .providers import TRITON
 from .saved import Saved
-from .sections import Column, Section, tabulated
+from .sections import Column, Section, tabulated, without_empty
 from .show_kernels import TITLES
 
 CAPTION = (
@@ -31,13 +31,14 @@ def sections(saved: Saved) -> list[Section]:
         titles, cells = tabulated(_columns(rows), [row for row in rows if ours(row) is not None])
         missing = [f"{row['case']}: no kernel was timed ({_problem(row)})" for row in rows if ours(row) is None]
         found.append(Section(op, "", titles, cells, missing, level=3))
-    means = []
+    means: list[list[str]] = []
     rivals = list(dict.fromkeys(name for row in saved.rows for name in row["rivals"]))
-    columns = [Column("", lambda _: None), *_speeds(rivals)]
+    columns = _speeds(rivals)
     for op in ops:
         rows = [row for row in saved.rows if row["op"] == op and ours(row) is not None]
-        means.append([op, str(len(rows)), *(column.mean(rows) for column in columns[1:])])
-    found.append(Section("Geometric means", "", ["op", "cases", *(c.title for c in columns[1:])], means, level=3))
+        means.append([op, str(len(rows)), *(column.mean(rows) for column in columns)])
+    titles, means = without_empty(["op", "cases", *(column.title for column in columns)], means)
+    found.append(Section("Geometric means", "", titles, means, level=3))
     return found
 
 

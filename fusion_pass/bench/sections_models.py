@@ -45,8 +45,8 @@ def _section(saved: Saved, results: Sequence[ModelResult]) -> Section:
     ]
     caption = (
         f"{', '.join(filter(None, how))}. Gain: GPU time of {rival} / dkfuse's. Saved: parts of {rival}'s GPU time. "
-        "Glue (GPU time that is neither GEMM nor attention) and what stands behind the gains: dkfuse's / "
-        f"{rival}'s, less is better."
+        "Glue (GPU time that is neither GEMM nor attention), wall time, CPU time, compile time, memory and error: "
+        f"dkfuse's / {rival}'s, less is better."
     )
     titles, rows = tabulated(_columns(one, rival), results, f"geometric mean of {len(results)}")
     return Section(f"Models: {saved.about}", caption, titles, rows, _notes(results))

@@ -104,8 +104,9 @@ def kernels(
     show_kernels.print_rows(rows, out, title)
 
 
-def console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+def console(width: int = WIDTH) -> Console:
+    """Stdout; `width` columns wide where that is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else width, highlight=False)
 
 
 def _save(path: Path | None, text: str) -> None:
