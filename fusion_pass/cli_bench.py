@@ -166,11 +166,14 @@ def show(
     ],
     format: Annotated[TableFormat, typer.Option("--format", "-f")] = TableFormat.text,
 ) -> None:
-    """Print saved measurements as tables: models with their gains, kernels against copies, Inductor and peers."""
+    """Print saved measurements as tables: models with their gains, kernels against copies, Inductor and peers.
+
+    Files of one device, day and set of versions make one table for each way of measuring.
+    """
     from .bench import kernels, results, saved, sections, sections_kernels, sections_models
 
     makers = {results.SCHEMA: sections_models.sections, kernels.SCHEMA: sections_kernels.sections}
-    found = [saved.read(file) for file in files]
+    found = saved.merged([saved.read(file) for file in files])
     made = [section for one in found for section in makers[one.schema](one)]
     if format is TableFormat.markdown:
         print(sections.to_markdown(made), end="")

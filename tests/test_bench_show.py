@@ -101,6 +101,19 @@ def test_ways_of_measuring_have_tables_of_their_own(tmp_path: Path) -> None:
     assert sections_models.sections(saved.read(path))[0].caption == "No model was measured."
 
 
+def test_parts_of_a_bench_make_one_table(tmp_path: Path, run: Run) -> None:
+    paths = []
+    for name in ("flux", "ltx", "mochi"):
+        paths.append(tmp_path / f"{name}.json")
+        device = "another" if name == "mochi" else "g"
+        paths[-1].write_text(json.dumps(results.report([model(name, 0.5)], device)))
+    first, second = saved.merged([saved.read(path) for path in paths])
+    assert ([r.model for r in first.models], [r.model for r in second.models]) == (["flux", "ltx"], ["mochi"])
+    out = run("bench", "show", *paths, "-f", "markdown")[1]
+    assert [line[:14] for line in out.splitlines() if line.startswith("#")] == ["## Models: g, ", "## Models: ano"]
+    assert "geometric mean of 2" in out
+
+
 def test_kernels_as_markdown(files: tuple[Path, Path], run: Run) -> None:
     code, out, _ = run("bench", "show", *files, "-f", "markdown")
     assert code == 0

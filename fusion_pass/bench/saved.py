@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,16 @@ def read(path: Path) -> Saved:
     except (KeyError, TypeError, AttributeError) as error:
         raise ReportError(f"{path} is damaged ({type(error).__name__}: {error}); measure again") from error
     return found
+
+
+def merged(files: Sequence[Saved]) -> list[Saved]:
+    """Files of one schema, device, day and set of versions as one: a long bench may be run in parts."""
+    found: dict[tuple[str, str], Saved] = {}
+    for one in files:
+        first = found.setdefault((one.schema, one.about), replace(one, models=[], rows=[]))
+        first.models += one.models
+        first.rows += one.rows
+    return list(found.values())
 
 
 _WANTED = (
