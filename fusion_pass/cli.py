@@ -66,7 +66,7 @@ def coverage(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A model of the zoo (see `dkfuse zoo`) or path/to/file.py:function.")
     ],
-    size: Annotated[Size | None, typer.Option(help="Size of a zoo model.  [default: tiny]")] = None,
+    size: Annotated[Size | None, typer.Option(help="Size of a zoo model.  [default: tiny; full for NAME:SIZE]")] = None,
     layers: Annotated[
         int | None, typer.Option(min=0, metavar="N", help="Blocks per stack, instead of the size's own.")
     ] = None,
@@ -129,7 +129,16 @@ def zoo(
     from .zoo import MODELS
 
     if json_:
-        rows = [{"name": m.name, "repo": m.repo, "layers": list(m.depth), "tokens": m.tokens} for m in MODELS.values()]
+        rows = [
+            {
+                "name": m.name,
+                "repo": m.repo,
+                "layers": list(m.depth),
+                "tokens": m.tokens,
+                "variants": {name: v.tokens for name, v in m.variants.items()},
+            }
+            for m in MODELS.values()
+        ]
         print(json.dumps(rows, indent=1))
         return
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
@@ -137,6 +146,8 @@ def zoo(
         table.add_column(title, no_wrap=title == "Name")
     for entry in MODELS.values():
         table.add_row(entry.name, entry.repo, " + ".join(map(str, entry.depth)), entry.tokens)
+        for name, variant in entry.variants.items():
+            table.add_row(f"{entry.name}:{name}", "", "", variant.tokens)
     Console().print(table)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_options import Dtype, Size
+from .cli_options import Dtype, Size, TableFormat
 from .errors import did_you_mean
 from .exits import ENVIRONMENT, NOT_TRACED, USAGE, Failure, check_writable
 
@@ -36,7 +36,8 @@ def model(
         list[str],
         typer.Argument(
             metavar="MODEL[@BATCH]...",
-            help="Models of the zoo, path/to/file.py:function, vit, bert, llama, convnet, or others for these four.",
+            help="Models of the zoo (NAME or NAME:SIZE), path/to/file.py:function, vit, bert, llama, convnet; zoo for "
+            "the whole zoo, headline for six of it, others for these four.",
         ),
     ],
     against: Annotated[
@@ -62,6 +63,9 @@ def model(
         str | None, typer.Option(metavar="KERNEL", help="The option dkfuse.attention of the side dkfuse.")
     ] = None,
     fp32: Annotated[bool, typer.Option(help="Take errors against fp32 where it fits, else against eager.")] = True,
+    warm: Annotated[
+        bool, typer.Option(help="Measure the warm compile too; without, each side is compiled once.")
+    ] = True,
     top: Annotated[int, typer.Option(min=0, metavar="N", help="List the N slowest kernels of each side.")] = 0,
     json_: JsonFile = None,
     picture: Picture = None,
@@ -71,22 +75,24 @@ def model(
     Sides run alternately in this process, dynamic=False; results are medians, ratios are dkfuse / other.
     """
     from .bench import targets
-    from .bench.sides import MODES, RIVALS, Options
+    from .bench.sides import MODES, PROFILES, RIVALS, Options
 
     names = _listed("--against", against, RIVALS)
     if mode is not None and mode not in MODES:
         raise Failure(USAGE, f"--mode {mode} is not allowed: give one of {', '.join(MODES)}")
-    found = [target for name in models for target in targets.find(name)]
+    found = list(dict.fromkeys(target for name in models for target in targets.find(name)))
     options = Options(
         names,
         layers,
         rounds,
+        min(rounds, PROFILES),
         mode=mode,
         pack=pack,
         attention=attention,
         size=size.value,
         dtype=dtype.value,
         fp32=fp32,
+        warm=warm,
     )
     _check_extras(options)
     _prepare((json_, picture))
@@ -151,6 +157,31 @@ def kernels(
     from .bench import session
 
     session.kernels(chosen, wanted, rivals, peers, device, json_, picture, write_crossovers)
+
+
+@bench.command()
+def show(
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE.json...", help="What `bench model` or `bench kernels` wrote by --json."),
+    ],
+    format: Annotated[TableFormat, typer.Option("--format", "-f")] = TableFormat.text,
+) -> None:
+    """Print saved measurements as tables: models with their gains, kernels against copies, Inductor and peers.
+
+    Files of one device, day and set of versions make one table for each way of measuring.
+    """
+    from .bench import kernels, results, saved, sections, sections_kernels, sections_models
+
+    makers = {results.SCHEMA: sections_models.sections, kernels.SCHEMA: sections_kernels.sections}
+    found = saved.merged([saved.read(file) for file in files])
+    made = [section for one in found for section in makers[one.schema](one)]
+    if format is TableFormat.markdown:
+        print(sections.to_markdown(made), end="")
+    else:
+        from .bench.session import console
+
+        sections.print_text(made, console(sections.WIDEST))
 
 
 def _listed(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:

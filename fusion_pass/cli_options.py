@@ -14,3 +14,8 @@ class Dtype(str, enum.Enum):
     bf16 = "bf16"
     fp16 = "fp16"
     fp32 = "fp32"
+
+
+class TableFormat(str, enum.Enum):
+    text = "text"
+    markdown = "markdown"

@@ -102,9 +102,14 @@ def inductor_config(name: str) -> Any:
 
 def forget_compilations() -> None:
     """Forget every compiled function and all that Inductor holds in memory: what is compiled next comes from disk."""
+    torch._dynamo.reset()
+    forget_kernels()
+
+
+def forget_kernels() -> None:
+    """Forget what Inductor holds in memory of the kernels it compiled; compiled functions go on as they are."""
     from torch._inductor.utils import clear_caches
 
-    torch._dynamo.reset()
     clear_caches()
 
 

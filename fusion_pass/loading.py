@@ -1,9 +1,10 @@
-"""The MODEL argument of the command line: a name of the zoo, or `path/to/file.py:function`."""
+"""The MODEL argument of the command line: NAME or NAME:SIZE of the zoo, or `path/to/file.py:function`."""
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import traceback
@@ -33,18 +34,24 @@ def load(model: str, size: str | None, layers: int | None, dtype: str | None) ->
     if not separator and (model.endswith(".py") or "/" in model):
         found = f": {model} defines {_listed(_factories(_imported(Path(model))))}" if Path(model).is_file() else ""
         raise ModelError(f"{model!r} names no function; give path/to/file.py:function{found}")
-    if separator:
+    if names_a_file(model):
         given = {"size": size, "layers": layers, "dtype": DTYPES[dtype] if dtype else None}
         from .weightless import without_memory
 
         return f"{Path(path)}:{function}", *without_memory(*load_real(model, given))
     from . import zoo
 
-    size = size or "tiny"
-    name = zoo.find(model).name
-    module, kwargs = zoo.build_fake(name, size, DTYPES[dtype or "bf16"], layers)
+    entry = zoo.find(model)
+    size = size or ("tiny" if entry.latent is None else "full")
+    module, kwargs = zoo.build_fake(entry.name, size, DTYPES[dtype or "bf16"], layers)
     parts = [size, f"{layers} layers" if layers is not None else "", dtype or ""]
-    return f"{name} ({', '.join(part for part in parts if part)})", module, kwargs
+    return f"{entry.name} ({', '.join(part for part in parts if part)})", module, kwargs
+
+
+def names_a_file(model: str) -> bool:
+    """Whether MODEL, which has a colon, is a file with a function rather than a model of the zoo with a size."""
+    path, separator, _ = model.rpartition(":")
+    return bool(separator) and (path.endswith(".py") or "/" in path or os.sep in path or Path(path).is_file())
 
 
 def load_real(model: str, given: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:

@@ -52,7 +52,7 @@ class Crossover:
 _CUTE = "H100, torch 2.11, nvidia-cutlass-dsl 4.6.0: dkfuse bench kernels --provider triton,cute"
 # q and k are two launches of this kernel and one of Triton's
 _CUDA = "H100, torch 2.11, NVRTC 13.0: dkfuse bench kernels --op norm_rope --provider triton,cuda"
-_SGL = "H100, torch 2.11, sglang-kernel 0.4.5: RMSNorm with weight, not among the cases of dkfuse bench kernels"
+_SGL = "H100, torch 2.11, sglang-kernel 0.4.5: RMSNorm with weight, before dkfuse bench kernels had such cases"
 _FLASHINFER = "H100, torch 2.11, flashinfer-python 0.6.14: RMSNorm with weight, and rotations by half tables"
 _LONG = (4096, 32760)
 

@@ -156,6 +156,11 @@ def test_the_better_of_inductors_modes() -> None:
     assert ModelResult("m", names).rivals == ["inductor", "max-autotune"]
     assert ModelResult("m", {**names, "inductor": gpu(1.5)}).rivals == ["inductor"]
     assert ModelResult("m", {OURS: gpu(1), "eager": gpu(4), "inductor": gpu(3)}).rivals == ["eager"]
+    assert "better" not in ModelResult("m", {OURS: gpu(1), "inductor": gpu(3)}).to_dict()
+    found = ModelResult("m", {**names, "plain": gpu(1.6)}).to_dict()["better"]
+    assert (found["side"], found["gain"]["speedup"], found["plain"]["speedup"]) == ("max-autotune", 2.0, 1.25)
+    assert found["gain"]["gemm"] == found["gain"]["total"] == 0.5
+    assert ModelResult("m", {**names, "max-autotune": gpu(5)}).to_dict()["better"]["side"] == "inductor"
 
 
 def site(op: str, traffic: int | None, rows: int, with_site: str | None = None) -> Site:

@@ -17,6 +17,7 @@ from rich.console import Console
 from dkfuse import cli_bench
 from dkfuse.bench import measure, show_models, targets
 from dkfuse.bench.results import OURS, ModelResult, Side, SiteTime, report
+from dkfuse.errors import ModelError
 
 
 @pytest.fixture
@@ -39,6 +40,16 @@ def test_text(result: ModelResult) -> None:
     line = next(line for line in text.splitlines() if line.strip().startswith("glue"))
     assert line.split()[-4:] == ["0.500", "1.000", "2.000", "0.500"]
     assert "1.092x the speed of inductor, +8.5 % of its GPU time saved: glue +7.0 %, GEMM +1.4 %" in text
+    assert "1 layer ·" in text or "1 layer," in text
+
+
+def test_blocks_and_the_better_of_inductors_modes_in_the_text(result: ModelResult) -> None:
+    result.sides = {OURS: result.sides[OURS], "inductor": result.sides["inductor"], "max-autotune": Side({"gemm": 6.8})}
+    result.depth, result.size = (5, 4), "tiny"
+    out = io.StringIO()
+    show_models.print_result(result, Console(file=out, width=150))
+    assert "5 + 4 layers, tiny" in out.getvalue()
+    assert "1.046x the speed of max-autotune, the better of Inductor's modes, +4.4 %" in out.getvalue()
 
 
 def test_json(result: ModelResult) -> None:
@@ -50,6 +61,8 @@ def test_json(result: ModelResult) -> None:
     assert row["ratios"]["inductor"]["glue"] == pytest.approx(0.5)
     assert row["ratios"]["eager"]["compile_cold"] is None
     assert row["sites"][0]["shapes"]["x"] == [1, 4096, 24, 128]
+    assert data["versions"]["dkfuse"]
+    assert ModelResult.from_dict(row) == result
 
 
 def test_picture(result: ModelResult) -> None:
@@ -93,12 +106,17 @@ def test_help(run: Run) -> None:
     assert "kernels" in out
 
 
+ERROR = "dkfuse: mochi has no such thing\n"
+
+
 def test_a_model_that_fails_does_not_end_the_bench(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, result: ModelResult
 ) -> None:
     def measured(target: targets.Target, *_: Any, **__: Any) -> ModelResult:
         if target.name == "sana":
             raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nmore")
+        if target.name == "mochi":
+            raise ModelError("mochi has no such thing")
         return result
 
     monkeypatch.setattr(cli_bench, "_device", lambda: types.SimpleNamespace(name="a <GPU>"))
@@ -108,6 +126,8 @@ def test_a_model_that_fails_does_not_end_the_bench(
     code, out, err = run("bench", "model", "sana", "flux@2", "--top", 1, *files)
     assert code == 3
     assert "1 of 2 models were measured; sana: OutOfMemoryError: CUDA out of memory." in err
+    assert run("bench", "model", "mochi") == (64, "a <GPU>, torch " + torch.__version__ + "\n\n", ERROR)
+    assert "1 of 2 models were measured; mochi: ModelError: mochi has" in run("bench", "model", "mochi", "flux")[2]
     assert "the speed of inductor" in out
     assert "4.000 ms  nvjet" in out
     assert len(json.loads((tmp_path / "x.json").read_text())["models"]) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
@@ -17,7 +18,7 @@ from rich.console import Console
 
 from dkfuse import cli_bench
 from dkfuse.bench import kernels, peers, providers, show_kernels
-from dkfuse.bench.cases import Case
+from dkfuse.bench.cases import CASES, Case
 from dkfuse.bench.rope_cases import RopeCase
 from dkfuse.kernels import registry
 from dkfuse.kernels.ops import reference_outputs
@@ -127,6 +128,39 @@ def test_the_listed_shapes() -> None:
     assert len({(c.op, c.name) for c in kernels.ALL}) == len(kernels.ALL)
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.name}")
+def test_the_models_spelling_computes_the_op(case: Case) -> None:
+    batch, length = case.shape[0], 4
+    small = dataclasses.replace(case, shape=(batch, length, 64))
+    given = small.inputs(0, "cpu")
+    results, reference = small.eager()(given), small.reference(given)
+    assert len(results) == len(reference)
+    for result, exact in zip(results, reference, strict=True):
+        assert result.shape == exact.shape == (batch, length, 64)
+        assert kernels.error_of([result], [exact]) < 1e-2
+    per_row = [t for t in given.values() if t is not None and t.numel() >= length * 64]
+    moved = sum(t.numel() * t.element_size() for t in per_row)
+    assert small.traffic(given) >= moved + len(results) * batch * length * 64 * 2
+
+
+@pytest.mark.parametrize("op", ["norm_modulate", "residual_norm_modulate"])
+def test_norms_alone_are_what_the_libraries_take(op: str) -> None:
+    alone = [case for case in CASES if case.op == op and case.alone]
+    assert {case.shape for case in alone} == {(1, 4096, 3840), (1, 8064, 2048)}
+    for case in alone:
+        small = dataclasses.replace(case, shape=(1, 4, case.shape[-1]))
+        [(arguments, _)], _ = small.calls(small.inputs(0, "cpu"))
+        complete = providers.filled(op, arguments)
+        taken = {i.provider for i in providers.implementations(op) if i.problem(complete) is None}
+        assert {"sgl", "flashinfer"} <= taken
+        modulated = dataclasses.replace(small, alone=False)
+        [(arguments, _)], _ = modulated.calls(modulated.inputs(0, "cpu"))
+        complete = providers.filled(op, arguments)
+        assert not {"sgl", "flashinfer"} & {
+            i.provider for i in providers.implementations(op) if i.problem(complete) is None
+        }
+
+
 def test_rows_and_width() -> None:
     assert Case("c", "norm_modulate", (2, 10, 64)).size == (20, 64)
     assert RopeCase("c", (4, 6), 3, 32, projections=2).size == (60, 32)
@@ -211,6 +245,52 @@ def test_peers_for_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
         call()
     assert (name, part, seen) == ("sgl-kernel", peers.NORM, [(8, 64, 64)] * 2)
     assert peers.peers_of(Case("c", "scale_shift", SHAPE), [operands()]) == []
+
+
+def test_peers_of_a_residual_and_its_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = Case("c", "residual_norm_modulate", SHAPE, norm="rms", weight=True, alone=True).inputs(0, "cpu")
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def quack(x: torch.Tensor, weight: torch.Tensor, bias: None = None, residual: Any = None, eps: float = 0.0) -> None:
+        seen["quack"] = (x, residual, weight)
+
+    def liger(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *rest: Any) -> None:
+        assert (eps, rest) == (1e-6, (0.0, "llama"))
+        seen["Liger"] = (x, residual, weight)
+
+    def in_place(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+        seen["FlashInfer"] = (x, residual, weight)
+        x.zero_()
+
+    functions = {
+        "quack.rmsnorm": ("rmsnorm_fwd", quack),
+        "liger_kernel.ops.fused_add_rms_norm": ("fused_add_rms_norm_forward", liger),
+        "flashinfer.norm": ("fused_add_rmsnorm", in_place),
+    }
+    for path, (name, function) in functions.items():
+        module = types.ModuleType(path)
+        setattr(module, name, function)
+        monkeypatch.setitem(sys.modules, path, module)
+        for i in range(path.count(".")):
+            package = path.rsplit(".", i + 1)[0]
+            monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+    installed = ("quack", "liger_kernel", "flashinfer")
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: object() if name in installed else None)
+    before = {name: t.clone() for name, t in given.items() if t is not None}
+    case = Case("c", "residual_norm_modulate", SHAPE, norm="rms", weight=True, alone=True)
+    found = peers.peers_of(case, [given])
+    for _, _, make in found:
+        for call in make():
+            call()
+    assert {name: part for name, part, _ in found} == {
+        "quack": peers.ADD_NORM,
+        "Liger": peers.ADD_NORM,
+        "FlashInfer": peers.ADD_NORM_IN_PLACE,
+    }
+    for x, residual, weight in seen.values():
+        assert (x.shape, residual.shape, weight.shape) == ((8, 64), (8, 64), (64,))
+        assert weight is given["weight"]
+    assert all(torch.equal(given[name], t) for name, t in before.items())  # type: ignore[arg-type]
 
 
 Run = Callable[..., tuple[int, str, str]]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from dkfuse import loading, seams
+from dkfuse import loading, seams, zoo
 from dkfuse.bench import measure, reference, sides, targets
 from dkfuse.bench.device import Launched, Timed
 from dkfuse.bench.others import OTHERS
@@ -66,8 +66,11 @@ class Doubles(nn.Module):
         return {"sample": (self.linear(x) * 2,), "ids": torch.arange(3)}
 
 
-def on_fake_device(options: Options, device: FakeDevice) -> ModelResult:
+def on_fake_device(options: Options, device: FakeDevice, made: list[str] | None = None) -> ModelResult:
     def compile(module: nn.Module, backend: str, **_: Any) -> Callable[..., Any]:
+        if made is not None:
+            made.append(backend)
+
         def call(**kwargs: Any) -> Any:
             device.current = backend
             return module(**kwargs)
@@ -97,6 +100,20 @@ def test_the_measuring_loop() -> None:
     assert result.note is None
     assert 0 < ours.error < 0.01  # type: ignore[operator]
     assert result.gain("inductor")["glue"] == pytest.approx(1 / 6)
+
+
+def test_without_the_warm_compile_each_side_is_compiled_once() -> None:
+    device = FakeDevice()
+    made: list[str] = []
+    result = on_fake_device(Options(("inductor", "eager"), rounds=3, profiles=1, warm=False), device, made)
+    assert made == [OURS, "inductor"]
+    assert device.order[:3] == [OURS, "inductor", "inductor"]  # eager goes through no backend
+    assert (result.sides[OURS].compile_cold, result.sides[OURS].compile_warm) == (2.0, None)
+    assert result.ratios("inductor")["compile_warm"] is None
+    assert result.sides["eager"].error is not None
+    both: list[str] = []
+    on_fake_device(Options(rounds=1, profiles=1), FakeDevice(), both)
+    assert both == [OURS, "inductor"] * 2
 
 
 def test_a_full_queue_hides_the_cpu_time_and_eager_is_no_error_of_itself() -> None:
@@ -162,6 +179,19 @@ def test_targets(tmp_path: Path) -> None:
     assert targets.find("Flux@2") == [targets.Target("flux", "zoo", 2)]
     assert targets.find("dit-xl/2") == [targets.Target("dit-xl-2", "zoo")]
     assert [t.name for t in targets.find("others")] == list(OTHERS)
+    assert [t.name for t in targets.find("zoo")] == list(zoo.MODELS)
+    headline = {t.name: t.batch for t in targets.find("headline")}
+    assert (len(headline), headline["hunyuan-video:480p"], headline["sd35-large"]) == (6, None, 2)
+    assert {t.batch for t in targets.find("headline@4")} == {4}
+    assert targets.find("Hunyuan_Video:480P@2") == [targets.Target("hunyuan-video:480p", "zoo", 2)]
+    for name, message in {
+        "hunyuan-video:48p": "no size '48p' of hunyuan-video; did you mean '480p'",
+        "flux:480p": "no size '480p' of flux; it has one only",
+        "headlin": "did you mean 'headline'",
+        "vit:480p": "did you mean 'vit'",
+    }.items():
+        with pytest.raises(ModelError, match=message):
+            targets.find(name)
     with pytest.raises(ModelError, match="the batch size in 'flux@0' is '0'"):
         targets.find("flux@0")
     with pytest.raises(ModelError, match="did you mean 'bert'"):
@@ -181,6 +211,16 @@ def test_targets(tmp_path: Path) -> None:
         targets.build(targets.Target(f"{file}:meta", "file"), None, "full", "bf16", "cpu")
     with pytest.raises(ModelError, match="no parameter 'layers'"):
         loading.load_real(f"{file}:make", {"layers": 2})
+
+
+def test_depths() -> None:
+    def depth(model: str, layers: int | None = None, size: str = "full") -> tuple[int, ...]:
+        return targets.depth(*targets.find(model), layers, size)
+
+    assert (depth("auraflow", 5), depth("flux"), depth("flux", None, "tiny")) == ((4, 5), (8, 8), (2, 2))
+    assert (depth("vit"), depth("vit", 3), depth("vit", None, "tiny")) == ((12,), (3,), (2,))
+    assert depth("hunyuan-video:480p", 50) == (20, 40)
+    assert targets.depth(targets.Target("m.py:make", "file"), 5, "full") == ()
 
 
 def test_layers_are_at_most_the_published_ones() -> None:

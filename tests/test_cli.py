@@ -113,6 +113,8 @@ def test_zoo_options(run: Run, traced: dict[str, Any]) -> None:
     module, kwargs = traced["module"], traced["kwargs"]
     assert len(module.transformer_blocks) == len(module.single_transformer_blocks) == 1
     assert kwargs["hidden_states"].shape == (1, 4096, 64)
+    assert run("coverage", "hunyuan-video:480p", "--layers", 1)[0] == 0  # full, which it is a size of
+    assert traced["kwargs"]["hidden_states"].shape == (1, 16, 16, 60, 106)
     assert kwargs["hidden_states"].dtype is torch.float16
 
 
@@ -173,6 +175,8 @@ def test_bad_baseline(run: Run, traced: dict[str, Any], tmp_path: Path, text: An
 def test_wrong_names(run: Run, model_file: Path) -> None:
     assert "no model 'flx' in the zoo; did you mean 'flux'" in fails(run, 64, "coverage", "flx")
     assert "no file 'nothing.py'" in fails(run, 64, "coverage", "nothing.py:model")
+    assert "no size '48p' of hunyuan-video; did you mean '480p'" in fails(run, 64, "coverage", "hunyuan-video:48p")
+    assert "no model 'fluxx' in the zoo; did you mean 'flux'" in fails(run, 64, "coverage", "fluxx:480p")
     assert "has no function 'modle'; did you mean 'model'" in fails(run, 64, "coverage", f"{model_file}:modle")
     message = fails(run, 64, "coverage", model_file)
     assert "give path/to/file.py:function" in message

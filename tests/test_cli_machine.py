@@ -47,6 +47,8 @@ def test_zoo_list(run: Run) -> None:
     assert all(name in out for name in zoo.MODELS)
     rows = json.loads(run("zoo", "--json")[1])
     assert [row["name"] for row in rows] == list(zoo.MODELS)
+    assert next(row["variants"] for row in rows if row["name"] == "hunyuan-video") == {"480p": "25440 video + 256 text"}
+    assert "hunyuan-video:480p" in out
 
 
 def test_doctor(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,26 @@ def test_names() -> None:
         zoo.build("flux", "huge")
 
 
+def test_another_size_of_a_model() -> None:
+    entry = zoo.find("Hunyuan_Video:480P")
+    assert (entry.name, entry.depth, entry.tokens) == ("hunyuan-video:480p", (20, 40), "25440 video + 256 text")
+    _, kwargs = zoo.build_fake("hunyuan-video:480p", layers=1)
+    assert kwargs["hidden_states"].shape == (1, 16, 16, 60, 106)
+    with pytest.raises(ModelError, match="no size '481p' of hunyuan-video; did you mean '480p'"):
+        zoo.find("hunyuan-video:481p")
+    with pytest.raises(ModelError, match="no size '480p' of flux; it has one only"):
+        zoo.find("flux:480p")
+    with pytest.raises(ModelError, match="hunyuan-video:480p is a full size; ask for size full, or for hunyuan-video"):
+        zoo.build("hunyuan-video:480p")
+
+
+def test_the_tokens_of_other_sizes() -> None:
+    for name, size in (("hunyuan-video", "480p"), ("wan21-14b", "720p")):
+        variant = zoo.MODELS[name].variants[size]
+        f, h, w = variant.latent
+        assert variant.tokens.startswith(f"{f * (h // 2) * (w // 2)} video")  # patches of 1 x 2 x 2
+
+
 def test_weightless_mode_keeps_small_values_real() -> None:
     mode = WeightlessMode()
     with mode:

@@ -19,7 +19,8 @@ CHECKED_ROWS = 512
 class Case:
     """One call of `op` on x of `shape`. `parameters` is the dtype of gate, scale and shift, `residual` the stream's.
 
-    branch: the gate takes an RMS norm of x, with a weight (a sandwich norm).
+    branch: the gate takes an RMS norm of x, with a weight (a sandwich norm). alone: no gate, scale and shift, as in
+    the norms that libraries offer.
     """
 
     name: str
@@ -32,13 +33,14 @@ class Case:
     weight: bool = False
     shift: bool = True
     branch: bool = False
+    alone: bool = False
 
-    def inputs(self, seed: int) -> dict[str, Tensor | None]:
-        """Random CUDA operands; gate, scale and shift are slices of one modulation vector, as models chunk them."""
-        generator = torch.Generator("cuda").manual_seed(seed)
+    def inputs(self, seed: int, device: str = "cuda") -> dict[str, Tensor | None]:
+        """Random operands; gate, scale and shift are slices of one modulation vector, as models chunk them."""
+        generator = torch.Generator(device).manual_seed(seed)
 
         def random(*size: int, dtype: torch.dtype = BF16) -> Tensor:
-            return torch.randn(size, device="cuda", generator=generator).to(dtype)
+            return torch.randn(size, device=device, generator=generator).to(dtype)
 
         batch, length, width = self.shape
         tokens = length if self.per_token else 1
@@ -54,6 +56,8 @@ class Case:
             operands.update(branch_weight=random(width))
         if self.op.endswith("dual"):
             operands.update(scale2=vectors[3], shift2=vectors[4])
+        if self.alone:
+            operands.update((name, None) for name in ("gate", "scale", "shift") if name in operands)
         return operands
 
     def values(self) -> dict[str, Any]:
@@ -150,7 +154,10 @@ def _eager(
     results: list[Tensor] = []
     if branch_weight is not None:
         x = _rms(x) * branch_weight
-    if residual is not None and gate is not None:
+    if residual is not None and gate is None:
+        x = residual + x
+        results.append(x)
+    elif residual is not None and gate is not None:
         mixed = gate.dtype != x.dtype
         x = (residual.float() + x * gate).type_as(residual) if mixed else residual + gate * x
         results.append(x)
@@ -165,6 +172,8 @@ def _eager(
         a = x
     else:
         return tuple(results)
+    if scale is None:
+        return (*results, a)
     for factor, offset in ((scale, shift), (scale2, shift2)):
         if factor is not None:
             value = a * (1 + factor)
@@ -197,6 +206,11 @@ CASES: tuple[Case, ...] = (
         weight=True,
         shift=False,
         branch=True,
+    ),
+    *(
+        Case(f"{name} RMSNorm", op, shape, norm="rms", weight=True, alone=True)
+        for op in ("norm_modulate", "residual_norm_modulate")
+        for name, shape in (("Z-Image", (1, 4096, 3840)), ("LTX", (1, 8064, 2048)))
     ),
     Case("SD3.5-L dual", "norm_modulate_dual", (2, 4096, 2432)),
     Case("SD3.5-L dual", "residual_norm_modulate_dual", (2, 4096, 2432)),

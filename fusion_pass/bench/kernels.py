@@ -2,7 +2,7 @@
 
 As JSON under schema "dkfuse.bench.kernels/2":
 
-    {schema, device, torch, date, copy_tb_per_s,
+    {schema, device, torch, date, versions: {PACKAGE: version}, copy_tb_per_s,
      rows: [{op, case, shape, rows, width, bytes, copy_microseconds,
              providers: {NAME: {microseconds, of_copy, of_peak, error} or {problem}},
              rivals: {"eager", "inductor", "max-autotune": {microseconds, of_copy, of_peak, error} or {problem}},
@@ -29,7 +29,7 @@ from . import providers
 from .averages import geometric_mean
 from .cases import CASES, Case
 from .peers import peers_of
-from .results import today
+from .results import today, versions
 from .rope_cases import ROPE_CASES, RopeCase
 
 SCHEMA = "dkfuse.bench.kernels/2"
@@ -60,13 +60,13 @@ def measure(
     peers: bool = False,
 ) -> dict[str, Any]:
     """One row. `peak`: bytes per microsecond of a large copy. `wanted`: providers, all by default."""
-    from .timing import copy_microseconds, microseconds, sets_needed
+    from .timing import microseconds, sets_needed
 
     first: Any = case.inputs(0)
     traffic = case.traffic(first)
     sets: list[Any] = [first, *(case.inputs(i) for i in range(1, sets_needed(traffic)))]
     reference = case.reference(first)
-    copy = copy_microseconds(traffic)
+    copy = _copy_microseconds(traffic)
     major, minor = torch.cuda.get_device_capability()
 
     def timed(calls: list[Callable[[], Any]], checked: bool = True) -> dict[str, float]:
@@ -99,6 +99,13 @@ def measure(
     return row
 
 
+@functools.cache
+def _copy_microseconds(traffic: int) -> float:
+    from .timing import copy_microseconds
+
+    return copy_microseconds(traffic)
+
+
 def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The result of `work`, or the problem that kept it from one."""
     try:
@@ -128,7 +135,7 @@ def speedups(rows: Sequence[dict[str, Any]], rival: str) -> dict[str, float]:
 
 def report(rows: Sequence[dict[str, Any]], device: str, peak: float) -> dict[str, Any]:
     """Everything, in the layout of the schema."""
-    head = {"schema": SCHEMA, "device": device, "torch": torch.__version__, "date": today()}
+    head = {"schema": SCHEMA, "device": device, "torch": torch.__version__, "date": today(), "versions": versions()}
     return {**head, "copy_tb_per_s": peak / 1e6, "rows": list(rows)}
 
 

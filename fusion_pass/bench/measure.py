@@ -5,7 +5,8 @@ was compiled by each backend, so that imports and the pool of compile workers ar
 what is left of such costs falls on it. Warm: the first call after Dynamo and Inductor have forgotten what they hold in
 memory, caches full. That is what a new process would find on disk, without its imports and its start of CUDA. Both
 times end when the first forward has ended. What compilers of kernels outside of Inductor (CuTe DSL, NVRTC) hold in
-memory stays there: for their share of a cold compile measure one model per process.
+memory stays there: for their share of a cold compile measure one model per process. Without the warm compile
+(`--no-warm`) what was compiled cold is what runs.
 
 Times. All sides run alternately, call by call, so that clocks drift for all of them; results are medians. GPU time is
 the sum of the kernels in a profile. Packing (`--pack`) is done before anything is compiled: all sides see the same
@@ -78,6 +79,9 @@ def compare(
         options.mode,
         options.pack,
         options.attention,
+        targets.depth(target, options.layers, options.size),
+        options.size,
+        options.dtype,
     )
     with torch.no_grad(), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         say(f"{target.label}: reference")
@@ -88,8 +92,9 @@ def compare(
 
             dkfuse.pack(module)  # type: ignore[attr-defined]
         make = {name: lambda name=name: runner(name, module, kwargs, options, compile) for name in options.sides}
-        coverage = _cold(result, make, device, Path(folder), say)
-        runs = _warm(result, make, device, Path(folder), say)
+        coverage, runs = _cold(result, make, device, Path(folder), say, keep=not options.warm)
+        if options.warm:
+            runs = _warm(result, make, device, Path(folder), say)
         for name, run in runs.items():
             if name != result.reference:
                 result.sides[name].error = difference(tensors(run()), reference)
@@ -114,20 +119,37 @@ def prime(device: Device) -> None:
     compat.forget_compilations()
 
 
-def _cold(result: ModelResult, make: dict[str, Any], device: Device, folder: Path, say: Report) -> Coverage:
+def _cold(
+    result: ModelResult, make: dict[str, Any], device: Device, folder: Path, say: Report, keep: bool
+) -> tuple[Coverage, dict[str, Run]]:
+    """Compile each side; `keep`: what was compiled stays, warmed up, and so do Dynamo's entries for the model."""
     found = Coverage()
+    runs: dict[str, Run] = {}
+    compat.forget_compilations()
     for name, maker in make.items():
         if name == "eager":
+            if keep:
+                runs[name] = _warmed_up(maker())
             continue
         say(f"{result.model}: compiling for {name}")
-        compat.forget_compilations()
+        (compat.forget_kernels if keep else compat.forget_compilations)()
         recording = record(result.model) if name == OURS else contextlib.nullcontext(found)
         with caches_in(folder / name), recording as seen:
-            result.sides[name].compile_cold = device.seconds(maker())
+            run = maker()
+            result.sides[name].compile_cold = device.seconds(run)
+            if keep:
+                runs[name] = _warmed_up(run)
         if name == OURS:
             found = seen
+        del run
         device.free()
-    return found
+    return found, runs
+
+
+def _warmed_up(run: Run) -> Run:
+    for _ in range(WARM_UP):
+        run()
+    return run
 
 
 def _warm(result: ModelResult, make: dict[str, Any], device: Device, folder: Path, say: Report) -> dict[str, Run]:
@@ -136,10 +158,9 @@ def _warm(result: ModelResult, make: dict[str, Any], device: Device, folder: Pat
     for name, maker in make.items():
         say(f"{result.model}: {name}" + ("" if name == "eager" else ", compiling from its caches"))
         with caches_in(folder / name):
-            runs[name] = maker()
-            seconds = device.seconds(runs[name])
-            for _ in range(WARM_UP):
-                runs[name]()
+            run = maker()
+            seconds = device.seconds(run)
+            runs[name] = _warmed_up(run)
         if name != "eager":
             result.sides[name].compile_warm = seconds
     return runs

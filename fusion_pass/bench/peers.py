@@ -3,10 +3,12 @@
 None of them has the modulation, and few the layouts, of a diffusion transformer. Each row says which part it is:
 
     quack, Liger, FlashInfer, sgl-kernel   RMSNorm with a weight of the same rows
-    FlashInfer, sgl-kernel                 residual + x and its RMSNorm, in place, without gate and modulation
+    quack, Liger                           residual + x and its RMSNorm, without gate and modulation
+    FlashInfer, sgl-kernel                 the same in place
     FlashInfer                             the rotation of q and k, in place, without norm and joint tensor
 
-A peer that is not installed is left out. Their calls are made as their documentation says, on dense rows.
+The cases named RMSNorm are that and no more. A peer that is not installed is left out. Their calls are made as their
+documentation says, on dense rows.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ import torch
 from .rope_cases import RopeCase, flashinfer_calls
 
 NORM = "RMSNorm alone"
-ADD_NORM = "add and RMSNorm alone, in place"
+ADD_NORM = "add and RMSNorm alone"
+ADD_NORM_IN_PLACE = "add and RMSNorm alone, in place"
 ROTATION = "rotation alone, in place"
 EPS = 1e-6
 
@@ -58,6 +61,16 @@ def _liger() -> Function:
     return lambda x, weight: forward(x, weight, EPS, 0.0, "llama", None)
 
 
+def _quack_add() -> Function:
+    function = _attribute("quack.rmsnorm", "rmsnorm_fwd")
+    return lambda x, residual, weight: function(x, weight, residual=residual, eps=EPS)
+
+
+def _liger_add() -> Function:
+    forward = _attribute("liger_kernel.ops.fused_add_rms_norm", "fused_add_rms_norm_forward")
+    return lambda x, residual, weight: forward(x, residual, weight, EPS, 0.0, "llama")
+
+
 def _rmsnorm(module: str) -> Function:
     function = _attribute(module, "rmsnorm")
     return lambda x, weight: function(x, weight, eps=EPS)
@@ -73,8 +86,10 @@ PEERS = (
     Peer("Liger", "liger_kernel", NORM, _liger),
     Peer("FlashInfer", "flashinfer", NORM, functools.partial(_rmsnorm, "flashinfer.norm")),
     Peer("sgl-kernel", "sgl_kernel", NORM, functools.partial(_rmsnorm, "sgl_kernel")),
-    Peer("FlashInfer", "flashinfer", ADD_NORM, functools.partial(_add_rmsnorm, "flashinfer.norm")),
-    Peer("sgl-kernel", "sgl_kernel", ADD_NORM, functools.partial(_add_rmsnorm, "sgl_kernel")),
+    Peer("quack", "quack", ADD_NORM, _quack_add),
+    Peer("Liger", "liger_kernel", ADD_NORM, _liger_add),
+    Peer("FlashInfer", "flashinfer", ADD_NORM_IN_PLACE, functools.partial(_add_rmsnorm, "flashinfer.norm")),
+    Peer("sgl-kernel", "sgl_kernel", ADD_NORM_IN_PLACE, functools.partial(_add_rmsnorm, "sgl_kernel")),
 )
 
 
@@ -83,8 +98,8 @@ def peers_of(case: Any, sets: Sequence[Any]) -> list[tuple[str, str, Callable[[]
     if isinstance(case, RopeCase):
         made = flashinfer_calls(case, list(sets))
         return [] if made is None else [("FlashInfer", ROTATION, lambda: made)]
-    wanted = {"norm_modulate": NORM, "residual_norm_modulate": ADD_NORM}.get(case.op)
-    return [(p.name, p.part, functools.partial(_calls, p, sets)) for p in PEERS if p.part == wanted and p.installed]
+    wanted = {"norm_modulate": (NORM,), "residual_norm_modulate": (ADD_NORM, ADD_NORM_IN_PLACE)}.get(case.op, ())
+    return [(p.name, p.part, functools.partial(_calls, p, sets)) for p in PEERS if p.part in wanted and p.installed]
 
 
 def _calls(peer: Peer, sets: Sequence[Any]) -> list[Callable[[], Any]]:
@@ -92,10 +107,13 @@ def _calls(peer: Peer, sets: Sequence[Any]) -> list[Callable[[], Any]]:
     calls: list[Callable[[], Any]] = []
     for operands in sets:
         x = operands["x"].flatten(0, -2)
-        weight = torch.ones(x.shape[-1], device=x.device, dtype=x.dtype)
+        weight = operands.get("weight")
+        weight = torch.ones(x.shape[-1], device=x.device, dtype=x.dtype) if weight is None else weight
         if peer.part == NORM:
             calls.append(functools.partial(function, x, weight))
         else:
-            residual = operands["residual"].flatten(0, -2).to(x.dtype).clone()
-            calls.append(functools.partial(function, x.clone(), residual, weight))
+            residual = operands["residual"].flatten(0, -2).to(x.dtype)
+            if peer.part == ADD_NORM_IN_PLACE:
+                x, residual = x.clone(), residual.clone()
+            calls.append(functools.partial(function, x, residual, weight))
     return calls

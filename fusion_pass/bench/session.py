@@ -34,31 +34,34 @@ def models(
 
     The results, and a sentence for each model that could not be measured.
     """
-    console = _console()
+    out = console()
     compat.quiet_autotuning()
-    console.print(f"{device.name}, torch {torch.__version__}", style="bold")
-    console.print()
+    out.print(f"{device.name}, torch {torch.__version__}", style="bold")
+    out.print()
     results: list[ModelResult] = []
     failed: list[str] = []
     with steps(Console(stderr=True)) as step:
         step("compiling a small model")
         measure.prime(device)
-        for target in found:
+        for i, target in enumerate(found):
+            at = f"{i + 1} of {len(found)}, " if len(found) > 1 else ""
             try:
-                result = measure.measure(target, options, device, say=step)
-            except ImportError as error:
-                raise Failure(ENVIRONMENT, f"{first_line(error)}; pip install 'dkfuse[diffusers]'") from error
-            except (ModelError, SettingsError):
+                result = measure.measure(target, options, device, say=lambda text, at=at: step(at + text))  # type: ignore[misc]
+            except SettingsError:
                 raise
             except Exception as error:
+                if isinstance(error, ModuleNotFoundError) or (isinstance(error, ImportError) and len(found) == 1):
+                    raise Failure(ENVIRONMENT, f"{first_line(error)}; pip install 'dkfuse[diffusers]'") from error
+                if isinstance(error, ModelError) and len(found) == 1:
+                    raise
                 if os.environ.get("DKFUSE_DEBUG") == "1":
                     traceback.print_exception(error)
                 failed.append(f"{target.label}: {type(error).__name__}: {first_line(error)}")
                 say(failed[-1])
                 continue
             results.append(result)
-            show_models.print_result(result, console)
-            _print_top(result, console, top)
+            show_models.print_result(result, out)
+            _print_top(result, out, top)
             _save(json_, json.dumps(report(results, device.name), indent=1))
             _save(picture, show_models.picture(results, device.name))
     return results, failed
@@ -96,13 +99,14 @@ def kernels(
     if write_crossovers:
         as_json = write_crossovers.suffix == ".json"
         _save(write_crossovers, show_kernels.crossovers_text(rows, device.name, torch.__version__, as_json))
-    console = _console()
+    out = console()
     title = f"{device.name}, torch {torch.__version__}, large copy {peak / 1e6:.2f} TB/s"
-    show_kernels.print_rows(rows, console, title)
+    show_kernels.print_rows(rows, out, title)
 
 
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+def console(width: int = WIDTH) -> Console:
+    """Stdout; `width` columns wide where that is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else width, highlight=False)
 
 
 def _save(path: Path | None, text: str) -> None:

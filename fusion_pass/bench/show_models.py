@@ -42,7 +42,8 @@ def print_result(result: ModelResult, console: Console) -> None:
     for rival in result.rivals:
         console.print(Text(gain_text(result, rival), "bold" if rival == result.rivals[0] else ""))
     if PLAIN in result.sides and PLAIN not in result.rivals:
-        console.print(Text(f"plain: {gain_text(result, result.rivals[0], PLAIN)}"))
+        for rival in result.rivals:
+            console.print(Text(f"plain: {gain_text(result, rival, PLAIN)}"))
     if all(side.cpu is None for side in result.sides.values()):
         console.print(Text("CPU per forward: not shown, the launch queue may be full", "dim"))
     if result.note:
@@ -63,12 +64,20 @@ def gain_text(result: ModelResult, rival: str, side: str = OURS) -> str:
         for name, key in (("glue", "glue"), ("GEMM", "gemm"), ("attention", "attention"))
     )
     saved = f"{gain['total'] * 100:+.1f} % of its GPU time saved: {parts}"
-    return f"{gain['speedup']:.3f}x the speed of {rival}, {saved}"
+    better = ", the better of Inductor's modes" if rival == result.better else ""
+    return f"{gain['speedup']:.3f}x the speed of {rival}{better}, {saved}"
+
+
+def blocks(result: ModelResult) -> str:
+    """Blocks of each stack, as in "5 + 5"; empty where they are not known."""
+    return " + ".join(map(str, result.depth or (() if result.layers is None else (result.layers,))))
 
 
 def _table(result: ModelResult) -> Table:
     parts = [
-        summary.count(result.layers, "layer") if result.layers is not None else "",
+        f"{blocks(result)} {'layer' if blocks(result) == '1' else 'layers'}" if blocks(result) else "",
+        result.size if result.size != "full" else "",
+        result.dtype if result.dtype != "bf16" else "",
         f"batch {result.batch}" if result.batch > 1 else "",
         f"mode {result.mode}" if result.mode else "",
         "packed weights" if result.pack else "",

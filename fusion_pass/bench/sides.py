@@ -22,6 +22,7 @@ from .results import OURS
 
 RIVALS = ("inductor", "max-autotune", "plain", "eager")
 PLAIN = {"dkfuse.attention": "sdpa", "dkfuse.rules": "-packed_projection"}
+PROFILES = 5
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
 WITH_GRAPHS = ("reduce-overhead", "max-autotune")
 CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "DKFUSE_CACHE_DIR": "dkfuse"}
@@ -36,13 +37,14 @@ class Options:
     against: tuple[str, ...] = ("inductor",)
     layers: int | None = None
     rounds: int = 15
-    profiles: int = 5
+    profiles: int = PROFILES
     mode: str | None = None
     pack: bool = False
     attention: str | None = None
     size: str = "full"
     dtype: str = "bf16"
     fp32: bool = True
+    warm: bool = True  # measure the warm compile too
 
     @property
     def sides(self) -> tuple[str, ...]:

@@ -1,9 +1,15 @@
-"""MODEL[@BATCH] of `dkfuse bench model`: a model of the zoo, one of `others`, or path/to/file.py:function."""
+"""MODEL[@BATCH] of `dkfuse bench model`.
+
+NAME, NAME:SIZE          a model of the zoo
+vit, bert, ...           one of `others`
+path/to/file.py:function what the function returns
+zoo, headline, others    all of a group: the zoo, HEADLINE, the models that are no diffusion transformers
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +18,9 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from ..errors import ModelError, did_you_mean
-from ..loading import DTYPES, load_real
+from ..loading import DTYPES, load_real, names_a_file
 
+HEADLINE = ("flux", "qwen-image", "z-image", "sd35-large@2", "hunyuan-video:480p", "wan21-14b")
 DEFAULT_LAYERS = 8  # blocks per stack of a zoo model, or as many as were published
 
 
@@ -31,7 +38,7 @@ class Target:
 
 
 def find(model: str) -> list[Target]:
-    """The targets that MODEL names: one, or all of `others`. Raises ModelError where there is no such model."""
+    """The targets that MODEL names: one, or all of a group. Raises ModelError where there is no such model."""
     from .. import zoo
     from .others import OTHERS
 
@@ -43,21 +50,39 @@ def find(model: str) -> list[Target]:
         batch = int(size)
     else:
         name = model
-    if ":" in name or name.endswith(".py"):
-        if ":" not in name:
-            raise ModelError(f"{name!r} names no function; give path/to/file.py:function")
+    if name.endswith(".py"):
+        raise ModelError(f"{name!r} names no function; give path/to/file.py:function")
+    plain, _, variant = name.lower().replace("_", "-").replace("/", "-").partition(":")
+    if plain not in zoo.MODELS and names_a_file(name):
         if not Path(path := name.rpartition(":")[0]).is_file():
             raise ModelError(f"no file {path!r}; give the name of a model or path/to/file.py:function")
         return [Target(name, "file", batch)]
-    plain = name.lower().replace("_", "-").replace("/", "-")
-    if plain == "others":
-        return [Target(other, "others", batch) for other in OTHERS]
+    groups = {"others": list(OTHERS), "zoo": list(zoo.MODELS), "headline": list(HEADLINE)}
+    if plain in zoo.MODELS:
+        return [Target((zoo.MODELS[plain].variant(variant) if variant else zoo.MODELS[plain]).name, "zoo", batch)]
+    if variant or plain not in (*OTHERS, *groups):
+        hint = did_you_mean(plain, [*zoo.MODELS, *OTHERS, *groups])
+        raise ModelError(f"no model {name!r} in the zoo or among the others{hint}")
     if plain in OTHERS:
         return [Target(plain, "others", batch)]
-    if plain not in zoo.MODELS:
-        hint = did_you_mean(plain, [*zoo.MODELS, *OTHERS, "others"])
-        raise ModelError(f"no model {name!r} in the zoo or among the others{hint}")
-    return [Target(plain, "zoo", batch)]
+    members = [target for member in groups[plain] for target in find(member)]
+    return members if batch is None else [replace(target, batch=batch) for target in members]
+
+
+def depth(target: Target, layers: int | None, size: str) -> tuple[int, ...]:
+    """Blocks of each stack that `build` makes; empty for a function's model, whose own they are."""
+    from .others import DEFAULT_LAYERS as OWN
+    from .others import TINY_LAYERS
+
+    tiny = size == "tiny"
+    if target.source == "file":
+        return ()
+    if target.source == "others":
+        return (layers if layers is not None else TINY_LAYERS if tiny else OWN[target.name],)
+    from .. import zoo
+
+    most = layers if layers is not None else 2 if tiny else DEFAULT_LAYERS
+    return tuple(min(most, published) for published in zoo.find(target.name).depth)
 
 
 def build(target: Target, layers: int | None, size: str, dtype: str, device: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -65,20 +90,16 @@ def build(target: Target, layers: int | None, size: str, dtype: str, device: str
     if target.source == "zoo":
         from .. import zoo
 
-        published = zoo.find(target.name).depth
-        most = layers if layers is not None else (2 if size == "tiny" else DEFAULT_LAYERS)
-        depth = [min(most, known) for known in published]
-        return zoo.build(target.name, size, device, DTYPES[dtype], depth, target.batch or 1)
+        blocks = depth(target, layers, size)
+        return zoo.build(target.name, size, device, DTYPES[dtype], blocks, target.batch or 1)
     if target.source == "file":
         module, kwargs = load_real(target.name, {"layers": layers, "batch": target.batch})
         return _moved(module, kwargs, device, None)
-    from .others import DEFAULT_LAYERS as OWN
-    from .others import OTHERS, TINY_LAYERS
+    from .others import OTHERS
 
-    tiny = size == "tiny"
     torch.manual_seed(0)
-    count = layers if layers is not None else (TINY_LAYERS if tiny else OWN[target.name])
-    module, kwargs = OTHERS[target.name](tiny, count, target.batch)
+    (count,) = depth(target, layers, size)
+    module, kwargs = OTHERS[target.name](size == "tiny", count, target.batch)
     return _moved(module, kwargs, device, DTYPES[dtype])
 
 

@@ -2,6 +2,7 @@
 
     module, kwargs = zoo.build("flux")                            # 2 heads, a few dozen tokens, 2 blocks per stack
     module, kwargs = zoo.build("flux", "full", "cuda", layers=2)  # published width and tokens
+    module, kwargs = zoo.build("hunyuan-video:480p", "full", "cuda")  # another full size of the same model
     module, kwargs = zoo.build_fake("flux")                       # published everything, no memory: for tracing only
     with torch.no_grad():
         (sample,) = module(**kwargs)
@@ -18,9 +19,9 @@ import torch
 from ..errors import ModelError, did_you_mean
 from ..weightless import WeightlessMode
 from . import flux, image, video
-from .build import Built, Layers, Model, Request
+from .build import Built, Layers, Model, Request, Variant
 
-__all__ = ["MODELS", "Model", "build", "build_fake", "find"]
+__all__ = ["MODELS", "Model", "Variant", "build", "build_fake", "find"]
 
 MODELS: dict[str, Model] = {
     model.name: model
@@ -36,10 +37,24 @@ MODELS: dict[str, Model] = {
             (60,),
             flux.qwen_image_edit,
         ),
-        Model("wan21-14b", "Wan2.1-T2V-14B", "32760 video x 512 text", (40,), video.wan21_14b),
+        Model(
+            "wan21-14b",
+            "Wan2.1-T2V-14B",
+            "32760 video x 512 text",
+            (40,),
+            video.wan21_14b,
+            {"720p": Variant((21, 90, 160), "75600 video x 512 text")},
+        ),
         Model("wan21-1.3b", "Wan2.1-T2V-1.3B", "32760 video x 512 text", (30,), video.wan21_1_3b),
         Model("wan22-5b", "Wan2.2-TI2V-5B", "27280 video x 512 text, one modulation per token", (30,), video.wan22_5b),
-        Model("hunyuan-video", "HunyuanVideo", "67320 video + 256 text", (20, 40), video.hunyuan_video),
+        Model(
+            "hunyuan-video",
+            "HunyuanVideo",
+            "67320 video + 256 text",
+            (20, 40),
+            video.hunyuan_video,
+            {"480p": Variant((16, 60, 106), "25440 video + 256 text")},
+        ),
         Model(
             "hunyuan-video-15", "HunyuanVideo-1.5", "49290 video + 1985 text and image", (54,), video.hunyuan_video_15
         ),
@@ -63,11 +78,15 @@ MODELS: dict[str, Model] = {
 
 
 def find(name: str) -> Model:
-    """The entry of this name, in any case and with `_` for `-`. ModelError with the nearest names otherwise."""
-    model = MODELS.get(name.lower().replace("_", "-"))
+    """The entry of this name, in any case and with `_` for `-`; NAME:SIZE is one of its other full sizes.
+
+    ModelError with the nearest names otherwise.
+    """
+    plain, separator, size = name.lower().replace("_", "-").partition(":")
+    model = MODELS.get(plain)
     if model is None:
-        raise ModelError(f"no model {name!r} in the zoo{did_you_mean(name, MODELS)}")
-    return model
+        raise ModelError(f"no model {name.partition(':')[0]!r} in the zoo{did_you_mean(plain, MODELS)}")
+    return model.variant(size) if separator else model
 
 
 def build(
@@ -118,4 +137,7 @@ def build_fake(
 def _checked(name: str, size: str) -> Model:
     if size not in ("tiny", "full"):
         raise ModelError(f"size {size!r} is not allowed: give tiny or full")
-    return find(name)
+    model = find(name)
+    if size == "tiny" and model.latent is not None:
+        raise ModelError(f"{model.name} is a full size; ask for size full, or for {name.partition(':')[0]}")
+    return model

@@ -8,27 +8,47 @@ would round both.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
+
+from ..errors import ModelError, did_you_mean
 
 Layers = int | Sequence[int] | None
 Built = tuple[nn.Module, dict[str, Any]]
 
 
 @dataclass(frozen=True)
+class Variant:
+    """Another full size of a model: its latent grid before patchify, (h, w) or (frames, h, w), and its tokens."""
+
+    latent: tuple[int, ...]
+    tokens: str
+
+
+@dataclass(frozen=True)
 class Model:
-    """One entry of the zoo: `factory(request)` builds it."""
+    """One entry of the zoo: `factory(request)` builds it. `latent` is set where it stands for one of `variants`."""
 
     name: str
     repo: str  # where the published weights of this shape live
     tokens: str  # the token count of the full size, in words
     depth: tuple[int, ...]  # published number of blocks, one number per stack
     factory: Callable[[Request], Built]
+    variants: Mapping[str, Variant] = field(default_factory=dict)
+    latent: tuple[int, ...] | None = None
+
+    def variant(self, name: str) -> Model:
+        """This model as `self:name`, of that size. ModelError where there is none of the name."""
+        if name not in self.variants:
+            known = did_you_mean(name, self.variants) if self.variants else "; it has one only, leave it out"
+            raise ModelError(f"no size {name!r} of {self.name}{known}")
+        found = self.variants[name]
+        return replace(self, name=f"{self.name}:{name}", tokens=found.tokens, latent=found.latent, variants={})
 
 
 @dataclass
@@ -82,7 +102,9 @@ class Request:
 
     def latent(self, tiny: tuple[int, ...], full: tuple[int, ...]) -> tuple[int, ...]:
         """The latent grid before patchify, (h, w) or (f, h, w)."""
-        return self.latent_shape if self.latent_shape is not None else self.pick(tiny, full)
+        if self.latent_shape is not None:
+            return self.latent_shape
+        return self.pick(tiny, full if self.model.latent is None else self.model.latent)
 
     def text(self, tiny: int, full: int) -> int:
         """The text length."""

@@ -64,6 +64,37 @@ def test_a_row_of_the_kernel_bench() -> None:
     assert all("microseconds" in found or "problem" in found for found in row["providers"].values())
 
 
+def test_norms_alone_by_libraries_and_peers() -> None:
+    pytest.importorskip("triton")
+    for op in ("norm_modulate", "residual_norm_modulate"):
+        (case,) = kernels.chosen([op], "LTX RMSNorm")
+        row = kernels.measure(case, peak=2.5e6, wanted=["triton", "sgl", "flashinfer"], peers=True)
+        for name, found in row["providers"].items():
+            assert found["error"] < 4e-3 if "error" in found else "not installed" in found["problem"], name
+        assert "microseconds" in row["providers"]["triton"]
+        assert all("microseconds" in peer for peer in row["peers"]), row["peers"]
+
+
+def test_without_the_warm_compile() -> None:
+    against = ("inductor", "plain", "eager")
+    options = Options(against, layers=1, rounds=2, profiles=2, size="tiny", fp32=False, warm=False)
+    result = measure.measure(targets.Target("dit-xl-2", "zoo"), options, Cuda())
+    assert all(side.compile_warm is None for side in result.sides.values())
+    assert result.sides[OURS].split["dkfuse"] > 0 and result.sides["plain"].split["dkfuse"] > 0
+    assert result.sides["inductor"].split["dkfuse"] == 0
+    assert result.sides["inductor"].compile_cold > 0.3  # type: ignore[operator]  # not what dkfuse left in memory
+    assert all(side.gpu > 0 for side in result.sides.values())
+    assert all(result.sides[name].error < 0.1 for name in (OURS, "inductor", "plain"))  # type: ignore[operator]
+    assert result.depth == (1,)
+
+
+def test_another_size_of_a_video_model() -> None:
+    options = Options(layers=1, rounds=1, profiles=1, fp32=False, warm=False)
+    result = measure.measure(targets.find("hunyuan-video:480p")[0], options, Cuda())
+    assert result.coverage["fused"] > 0
+    assert any(25440 in site.shapes["x"] for site in result.sites if "x" in site.shapes)
+
+
 def test_commands(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     files: list[Any] = ["--json", tmp_path / "a.json", "--picture", tmp_path / "a.svg"]
     code, out, err = run("bench", "model", "convnet", "--size", "tiny", "--rounds", 2, *files)
@@ -71,3 +102,9 @@ def test_commands(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> N
     assert "the speed of inductor" in out
     assert json.loads((tmp_path / "a.json").read_text())["schema"] == "dkfuse.bench.model/1"
     assert (tmp_path / "a.svg").read_text().startswith("<svg")
+    kernel = ["--op", "norm_modulate", "--case", "Flux text", "--json", tmp_path / "k.json"]
+    assert run("bench", "kernels", *kernel)[0] == 0
+    code, out, err = run("bench", "show", tmp_path / "a.json", tmp_path / "k.json", "--format", "markdown")
+    assert code == 0, err
+    assert "| convnet |" in out and "cudnn" in out.splitlines()[0]
+    assert "| Flux text | 1x512x3072 |" in out
