@@ -66,7 +66,7 @@ def inductor(gm: fx.GraphModule, inputs: Any, options: dict[str, Any]) -> Any:
     """Compile with Inductor."""
     import torch._inductor
 
-    with _analysed_once():
+    with _analysed_once(), _workers_told():
         return torch._inductor.compile(gm, inputs, options=options)
 
 
@@ -171,6 +171,7 @@ def register_triton_kernel(kernel: Any, constants: dict[str, Any]) -> tuple[int,
 
 
 ANALYSES = ("identify_accessed_tensors", "identify_mutated_tensors")  # torch 2.13, 2.11
+WORKER_JOB = "_worker_compile_triton"
 _ours: set[Any] = set()  # our kernels, made once per pattern of use and kept
 _analyses: dict[tuple, Any] = {}
 
@@ -198,6 +199,28 @@ def _analysed_once() -> Iterator[None]:
         return _analyses[key]
 
     with mock.patch.object(triton_kernel_wrap, name, once):
+        yield
+
+
+@contextlib.contextmanager
+def _workers_told() -> Iterator[None]:
+    """Have Inductor's worker processes compile with `launch_options` too.
+
+    Which launcher a kernel gets is decided where it is compiled, and torch tells workers only some of its settings:
+    as soon as they are up, kernels of ours would be launched at the price of a user's.
+    """
+    from torch._inductor import async_compile
+    from torch._inductor.compile_worker.subproc_pool import SubprocPool
+
+    told, submit = launch_options(), SubprocPool.submit
+    compile_kernel = getattr(async_compile, WORKER_JOB, None)
+
+    def submit_told(pool: Any, job: Any, *args: Any, **more: Any) -> Any:
+        if compile_kernel is not None and job is compile_kernel and len(args) == 3:  # kernel, environment, settings
+            args = (*args[:2], {**args[2], **told})
+        return submit(pool, job, *args, **more)
+
+    with mock.patch.object(SubprocPool, "submit", submit_told):
         yield
 
 

@@ -24,6 +24,12 @@ from .symbols import arguments as with_symbols
 
 aten = torch.ops.aten
 
+RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
+WHOLE_VIEWS = {
+    *RESHAPES, aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default, aten.alias.default,
+    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
+}  # fmt: skip
+
 
 def lower(graph: fx.Graph, calls: list[fx.Node]) -> None:
     """Turn each op call into its implementation, by the device that it is on."""
@@ -132,7 +138,7 @@ def _launch(
     kernel_idx, constants_idx = compat.register_triton_kernel(
         _configured(launch.kernel, launch.num_warps, launch.num_stages), constants
     )
-    pointers = {p: buffers.get(n) or inputs[n] for p, n in launch.tensors.items()}
+    pointers = {p: buffers.get(n) or memory_of(inputs[n]) for p, n in launch.tensors.items()}
     kwargs = {
         "kernel_idx": kernel_idx,
         "constant_args_idx": constants_idx,
@@ -151,6 +157,31 @@ def _launch(
         items[name] = graph.call_function(operator.getitem, (node, parameter[name]))
         items[name].meta["val"] = node.meta["val"][parameter[name]]
     return items
+
+
+def memory_of(node: fx.Node) -> fx.Node:
+    """What `node` is another view of, all of it: a kernel takes an address, and Inductor makes a tensor for a view.
+
+    Such a tensor costs 1 us of CPU at each call. Views of a part stay, as a kernel must not make torch write the whole.
+    """
+    while node.target in WHOLE_VIEWS and isinstance(node.args[0], fx.Node):
+        base, value = node.args[0].meta.get("val"), node.meta["val"]
+        if not isinstance(base, torch.Tensor) or not _is_view_of(value, base, node.target in RESHAPES):
+            break
+        node = node.args[0]
+    return node
+
+
+def _is_view_of(value: torch.Tensor, base: torch.Tensor, reshaped: bool) -> bool:
+    """Whether a reshape copies nothing; symbolic sizes, which must not be guarded on, count as if it did."""
+    if not all(isinstance(size, int) for size in (*base.shape, *base.stride(), *value.shape, *value.stride())):
+        return False
+    if not reshaped:
+        return True
+    try:
+        return base.view(value.shape).stride() == value.stride()
+    except RuntimeError:
+        return False
 
 
 def _buffer(graph: fx.Graph, value: torch.Tensor, place: joins.Part | None, tensors: list[fx.Node]) -> fx.Node:

@@ -117,3 +117,28 @@ def test_torch_analyses_a_kernel_of_ours_once(monkeypatch):
         assert analyse(ours, {"x": y, "n": 3}, {}) == [3]
         assert analyse(foreign, {"x": x}, {}) == [4] and analyse(foreign, {"x": x}, {}) == [5]
     assert getattr(triton_kernel_wrap, name)(ours, {"x": x, "n": 3}, {}) == [6]
+
+
+def test_torchs_worker_processes_are_told_how_kernels_are_launched(monkeypatch):
+    """Through torch's own call of a worker: what it is told is what it decides the launcher by."""
+    from concurrent.futures import Future
+
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.compile_worker.subproc_pool import SubprocPool
+
+    told = []
+
+    def submit(pool, job, *args):
+        told.append((job.__name__, args[-1]))
+        return Future()
+
+    monkeypatch.setattr(SubprocPool, "submit", submit)
+    monkeypatch.setattr(AsyncCompile, "use_process_pool", classmethod(lambda cls: True))
+    monkeypatch.setattr(AsyncCompile, "process_pool", staticmethod(lambda: object.__new__(SubprocPool)))
+    AsyncCompile().triton("torchs", "source of torch's")
+    with compat._workers_told():
+        AsyncCompile().triton("ours", "source of ours")
+    (job, before), (_, after) = told
+    assert job == compat.WORKER_JOB
+    assert set(after) - set(before) == set(compat.launch_options()), "torch tells them by itself: drop _workers_told"
+    assert before.items() <= after.items() and SubprocPool.submit is submit

@@ -16,6 +16,7 @@ from dkfuse.settings import Settings
 pytest.importorskip("triton")
 
 D = 64
+aten = torch.ops.aten
 WRAPPER = compat.triton_call_target()
 
 
@@ -69,6 +70,48 @@ def test_one_site_is_one_kernel_node():
     assert kernel.kwargs["kwargs"]["out"].target is torch.ops.aten.empty_strided.default
     planned = kernel.meta["eager_input_vals"][1]["kwargs"]
     assert planned["scale"].stride() == kernel.kwargs["kwargs"]["scale"].meta["val"].stride()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_kernel_gets_memory_and_not_a_view_of_all_of_it(dynamic):
+    """Inductor makes a tensor for every view that a launch is given; sizes that are not known are left alone."""
+
+    def block(rows, w, c):
+        scale, shift = c.chunk(2, -1)
+        return modulate((rows @ w).view(1, -1, D), scale, shift) @ w
+
+    (kernel,) = kernels(lowered(block, *inputs((10, D), (D, D), (1, 2 * D)), dynamic=dynamic))
+    given, values = kernel.kwargs["kwargs"], kernel.meta["eager_input_vals"][1]["kwargs"]
+    assert given["x"].target is (aten.reshape.default if dynamic else aten.mm.default)
+    assert given["scale"].target is (
+        aten.unsqueeze.default if dynamic else operator.getitem
+    )  # of a part: it has an offset
+    for name, node in given.items():
+        assert values[name].stride() == node.meta["val"].stride()
+
+
+@pytest.mark.parametrize(
+    ("base", "target", "arguments", "same"),
+    [
+        (torch.empty(4, 6), aten.reshape.default, ([2, 2, 6],), True),
+        (torch.empty(4, 6).t(), aten.reshape.default, ([24],), False),  # a copy
+        (torch.empty(4, 12)[:, :6], aten.reshape.default, ([4, 2, 3],), True),
+        (torch.empty(4, 12)[:, :6], aten.reshape.default, ([24],), False),
+        (torch.empty(2, 4, 6), aten.permute.default, ([0, 2, 1],), True),
+        (torch.empty(4, 6), aten.unsqueeze.default, (1,), True),
+        (torch.empty(4, 6), aten.slice.Tensor, (0, 0, 2), False),  # a part
+        (torch.empty(4, 6), aten.expand.default, ([3, 4, 6],), False),
+        (torch.empty(4, 6), aten.neg.default, (), False),
+    ],
+)
+def test_what_is_a_view_of_all_of_a_buffer(base, target, arguments, same):
+    graph = torch.fx.Graph()
+    node = graph.placeholder("base")
+    node.meta["val"] = base
+    view = graph.call_function(target, (node, *arguments))
+    view.meta["val"] = target(base, *arguments)
+    assert lower.memory_of(view) is (node if same else view)
+    assert not same or view.meta["val"].data_ptr() == base.data_ptr()
 
 
 def test_a_sum_that_nobody_reads_is_not_written():
