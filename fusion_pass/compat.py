@@ -66,7 +66,7 @@ def inductor(gm: fx.GraphModule, inputs: Any, options: dict[str, Any]) -> Any:
     """Compile with Inductor."""
     import torch._inductor
 
-    with _analysed_once(), _workers_told():
+    with _analysed_once(), workers_told():
         return torch._inductor.compile(gm, inputs, options=options)
 
 
@@ -203,7 +203,7 @@ def _analysed_once() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _workers_told() -> Iterator[None]:
+def workers_told() -> Iterator[None]:
     """Have Inductor's worker processes compile with `launch_options` too.
 
     Which launcher a kernel gets is decided where it is compiled, and torch tells workers only some of its settings:

@@ -136,9 +136,9 @@ def test_torchs_worker_processes_are_told_how_kernels_are_launched(monkeypatch):
     monkeypatch.setattr(AsyncCompile, "use_process_pool", classmethod(lambda cls: True))
     monkeypatch.setattr(AsyncCompile, "process_pool", staticmethod(lambda: object.__new__(SubprocPool)))
     AsyncCompile().triton("torchs", "source of torch's")
-    with compat._workers_told():
+    with compat.workers_told():
         AsyncCompile().triton("ours", "source of ours")
     (job, before), (_, after) = told
     assert job == compat.WORKER_JOB
-    assert set(after) - set(before) == set(compat.launch_options()), "torch tells them by itself: drop _workers_told"
+    assert set(after) - set(before) == set(compat.launch_options()), "torch tells them by itself: drop workers_told"
     assert before.items() <= after.items() and SubprocPool.submit is submit
