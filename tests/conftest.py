@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,28 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("DKFUSE_"):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing is compiled when the test begins, and nothing stays compiled."""
+    import torch
+
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def fresh_providers(fresh_compiler: None) -> Iterator[None]:
+    """Providers that the test registers, and kernels that fail in it, are forgotten with what was compiled."""
+    from dkfuse.kernels import failures, provider_ops, providers, registry
+
+    yield
+    for name in set(providers.PROVIDERS) - set(providers.BUILT_IN):
+        registry.unregister(name)
+    failures.forget()
+    provider_ops.reset()
 
 
 @pytest.fixture
