@@ -53,6 +53,22 @@ def fresh_providers(fresh_compiler: None) -> Iterator[None]:
 
 
 @pytest.fixture
+def sm90() -> Iterator[Any]:
+    """Triton's front end without a GPU: the driver answers with an H100's target."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    class Driver:
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", 90, 32)
+
+    previous = driver._active
+    driver.set_active(Driver())
+    yield GPUTarget("cuda", 90, 32)
+    driver._active = previous
+
+
+@pytest.fixture
 def root() -> Path:
     """The root of the checkout."""
     return ROOT
