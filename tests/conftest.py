@@ -69,6 +69,29 @@ def sm90() -> Iterator[Any]:
 
 
 @pytest.fixture
+def fake_cute(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A cute provider that is installed, takes rows up to 4096 and is not to be run; no other but Triton and native."""
+    from dkfuse.kernels import providers, registry
+
+    def width(arguments: Any) -> str | None:
+        d = arguments["x"].shape[-1]
+        return f"D is {d}" if d > 4096 else None
+
+    def run(arguments: Any, outputs: Any) -> None:
+        raise AssertionError("not to be run")
+
+    constraint = registry.Constraint("width", "D <= 4096", width)
+    implementation = registry.Implementation("norm_modulate", "cute", (constraint,), run, oldest=90)
+    table = {k: v for k, v in registry.implementations().items() if k[0] in ("triton", "native")}
+    table["cute", "norm_modulate"] = implementation
+    monkeypatch.setattr(registry, "_table", table)
+    installed = providers.Provider("cute", "CuTe DSL", install="dkfuse[cute]")
+    monkeypatch.setitem(providers.PROVIDERS, "cute", installed)
+    monkeypatch.setitem(providers.BUILT_IN, "cute", installed)
+    return implementation
+
+
+@pytest.fixture
 def root() -> Path:
     """The root of the checkout."""
     return ROOT
