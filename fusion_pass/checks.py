@@ -1,19 +1,21 @@
 """From a binding to a candidate: the checks that every rule shares.
 
 A candidate is sound when replacing its outputs by the op keeps every other value of the graph: operands broadcast,
-dtypes are ones the op takes, nothing outside reads an interior value, no operand depends on a result, and no operand
-is an input that the graph writes to. Sizes are compared with `statically_known_true`, so no check adds a guard.
+dtypes are ones the op takes, nothing outside reads an interior value (`escapes`), no operand depends on a result
+(`cycles`), and no operand is an input that the graph writes to. Sizes are compared with `statically_known_true`, so no
+check adds a guard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
 from typing import Any
 
 import torch
 from torch import fx
 
 from . import picks
+from .escapes import check_escapes, collect_interior
+from .operands import base_node, fake, text_shape
 from .pattern import Binding
 from .rules import Candidate, Code, Reject, Replaceable, Rule, Stage
 from .terms import FLOATS, Term, TermView, broadcast_shape, same_shape, same_size, short_dtype
@@ -56,8 +58,8 @@ def _checked(site: Candidate, roundings: str) -> Candidate:
         rule.check(site)
     picks.resolve(site)
     _check_operands(site)
-    _collect_interior(site)
-    _check_escapes(site)
+    collect_interior(site)
+    check_escapes(site)
     check_mutation(site)
     check_layout(site)
     _set_attributes(site, roundings)
@@ -132,83 +134,6 @@ def check_eps(view: TermView, norm: Term) -> None:
         raise Reject(Code.EPS, f"eps={eps:g} is below {limit}")
 
 
-def _collect_interior(site: Candidate) -> None:
-    """Every node whose work the op takes over, roots excluded: the terms walked, and the inside of each norm."""
-    view, stop = site.view, set(site.binding.terms.values()) - {site.norm, site.branch_norm}
-    for walked in site.binding.interior:
-        if walked not in stop and all(walked is not out for out in site.outputs.values()):
-            site.interior.update(view.nodes(walked))
-    below: set[fx.Node] = set()
-    for operand in (site.binding.terms.get("x"), site.binding.terms.get("sum")):
-        below.update(view.nodes(operand) if operand is not None else ())
-    for norm in (t for t in site.binding.interior if t.op in ("layer_norm", "rms_norm")):
-        pending = list(view.nodes(norm))
-        while pending:
-            for source in pending.pop().all_input_nodes:
-                term = view.term(source)
-                inside = term is None or (term is not norm.args[0] and term.op != "leaf" and term not in stop)
-                if inside and source.op == "call_function" and source not in site.interior and source not in below:
-                    if term is not None and _below_norm_input(view, term, norm.args[0]):
-                        continue
-                    site.interior.add(source)
-                    pending.append(source)
-    site.interior -= site.roots
-
-
-def _below_norm_input(view: TermView, term: Term, norm_input: Term) -> bool:
-    """`term` is part of what the norm reads rather than of the norm."""
-    seen = norm_input
-    while seen.op in ("round", "view"):
-        seen = seen.args[0]
-        if seen is term:
-            return True
-    return False
-
-
-def served(
-    view: TermView, node: fx.Node, mine: Callable[[fx.Node], bool], last: int, kept: Container[fx.Node] = ()
-) -> bool:
-    """The site computes `node`, or all its readers (``n * s`` of ``n + n * s``): dead code once the site is replaced.
-
-    `mine` says what the site computes, up to the node of order `last`; what is in `kept` is read by the op itself.
-    """
-    if mine(node):
-        return True
-    if node.op != "call_function" or node.is_impure() or node in kept:
-        return False
-    return not node.users or (
-        view.order[node] <= last and all(served(view, user, mine, last, kept) for user in node.users)
-    )
-
-
-def _check_escapes(site: Candidate) -> None:
-    view = site.view
-    roots = site.roots
-    if "sum" in site.binding.terms:
-        total = site.binding.terms["sum"]
-        own = set(view.nodes(total))
-        site.interior -= own
-        inside = site.interior | roots | own
-        if any(user not in inside for node in own for user in node.users):
-            site.outputs["sum"] = total
-    owned = site.interior | roots | set(view.nodes(site.binding.terms["sum"]) if "sum" in site.binding.terms else ())
-    last = max(view.order[node] for node in owned)
-    operands = {base_node(view, term): name for name, term in site.operands.items()}
-
-    for node in site.interior:
-        val = node.meta.get("val")
-        full = isinstance(val, torch.Tensor) and same_shape(val.shape, site.shape)
-        statistic = view.term(node) is None or (bool(val.shape) and same_size(val.shape[-1], 1) and val.dim() > 1)
-        if not (full or statistic):
-            continue  # a row parameter such as 1 + scale: cheap to compute twice
-        if node in operands:
-            text = f"{node.name} ({node.target}) is computed inside the site and is its {operands[node]} too"
-            raise Reject(Code.ESCAPES, text)
-        for user in node.users:
-            if not served(view, user, owned.__contains__, last, operands):
-                raise Reject(Code.ESCAPES, f"{node.name} ({node.target}) inside the site is also read by {user.name}")
-
-
 def check_mutation(site: Replaceable) -> None:
     """No operand is (a view of) an input that the graph writes to."""
     for name, term in site.operands.items():
@@ -259,26 +184,3 @@ def _set_attributes(site: Candidate, roundings: str) -> None:
     attributes["out_dtype"] = site.output_nodes("out")[0].meta["val"].dtype
     attributes["roundings"] = flags
     site.attributes = attributes
-
-
-# -- operands as tensors ---------------------------------------------------------------------------------------------
-
-
-def base_node(view: TermView, term: Term) -> fx.Node:
-    """The node under the views of an operand."""
-    while not view.nodes(term):
-        term = term.args[0]
-    return view.nodes(term)[0]
-
-
-def fake(view: TermView, term: Term) -> torch.Tensor:
-    """The fake value of an operand, its views applied."""
-    if nodes := view.nodes(term):
-        return nodes[0].meta["val"]
-    from .views import apply
-
-    return apply(term, fake(view, term.args[0]))
-
-
-def text_shape(shape: Any) -> str:
-    return "[" + ", ".join(str(s) for s in shape) + "]"

@@ -21,13 +21,12 @@ import torch
 from dkfuse.kernels import crossovers, failures, providers, registry
 from dkfuse.kernels.registry import Implementation
 
-from .checks import fake
 from .errors import SettingsError
+from .operands import fake
 from .report import Reason
 from .rules import Code, OpCall, Reject, Stage
 from .settings import Settings
 
-GPU_TARGETS = ("sm80", "sm89", "sm90", "sm100")
 GPUS = ("cuda", "rocm", "xpu")
 Arguments = Mapping[str, Any]
 

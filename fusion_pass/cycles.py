@@ -10,7 +10,7 @@ import bisect
 
 from torch import fx
 
-from .checks import base_node
+from .operands import base_node
 from .rules import Code, Reject, Replaceable
 
 

@@ -23,9 +23,10 @@ from dkfuse import patterns
 
 from . import anchors, building, choose, gain, heads, layouts, plan_heads, records, seams
 from .anchors import Anchor
-from .checks import FULL, base_node, build, build_dual
+from .checks import FULL, build, build_dual
 from .cycles import Together, check_cycles
 from .head_site import HeadSite
+from .operands import base_node
 from .pattern import Binding, matches
 from .report import Graph, Status
 from .rules import Candidate, Code, NotThisRule, Reject, Rule, Stage

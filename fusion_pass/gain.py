@@ -5,8 +5,7 @@ Inductor joins pointwise ops with the reductions around them, which an opaque ke
 * it has no reduction and removes no copy (``pointwise``);
 * every reader of its result is pointwise: Inductor would finish them in the same kernel (``feeds_pointwise``);
 * a full-size operand is a pointwise result that exists only for this site and would have to be written to memory
-  (``pointwise_producer``), for instance the stream of a wider rule that did not match;
-* the norm belongs to a query or key and is followed by a rotation (``qk_norm``).
+  (``pointwise_producer``), for instance the stream of a wider rule that did not match.
 
 Measured reasons: a modulate-only kernel ran 2x slower than Inductor's own fusion (vllm-omni#3186).
 """
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .checks import base_node, fake
+from .operands import base_node, fake
 from .rules import Candidate, Code, Reject, Replaceable, Stage
 from .terms import getitem_source, same_shape
 

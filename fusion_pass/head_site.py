@@ -14,9 +14,11 @@ from torch import fx
 
 from dkfuse.patterns.heads import NORM_ROPE, QK_NORM, ROPE
 
-from .checks import check_eps, check_layout, check_mutation, fake, rounding_flags, served, text_shape
+from .checks import check_eps, check_layout, check_mutation, rounding_flags
+from .escapes import served
 from .gain import CASTS, is_view, widens
 from .heads import Heads, Part
+from .operands import fake, text_shape
 from .pattern import Binding
 from .report import Reason
 from .rules import Code, Reject, Rule

@@ -6,12 +6,11 @@ the stream begins makes it dense for good; it is made only if sites were refused
 
 from __future__ import annotations
 
-import heapq
-
 import torch
 from torch import fx
 
 from .gain import is_elementwise, is_view
+from .strides import propagate
 
 aten = torch.ops.aten
 
@@ -30,7 +29,7 @@ def settle(graph: fx.Graph, nodes: list[fx.Node]) -> list[fx.Node]:
         copy.meta["val"] = aten.clone.default(source.meta["val"], memory_format=torch.contiguous_format)
         for user in users:
             user.replace_input_with(source, copy)
-        propagate(graph, copy)
+        propagate(copy)
         copies.append(copy)
     return copies
 
@@ -43,7 +42,7 @@ def undo(graph: fx.Graph, copies: list[fx.Node]) -> None:
         users = list(copy.users)
         copy.replace_all_uses_with(source)
         graph.erase_node(copy)
-        propagate(graph, source, users)
+        propagate(source, users)
 
 
 def _dense(node: fx.Node) -> bool:
@@ -66,27 +65,3 @@ def _sources(node: fx.Node) -> list[fx.Node]:
             found.append(at)
         pending.extend(inputs)
     return found
-
-
-def propagate(graph: fx.Graph, start: fx.Node, users: list[fx.Node] | None = None) -> None:
-    """Fake values anew from the users of `start` on, as far as their layouts differ."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    pending = [(order[user], user) for user in (start.users if users is None else users)]
-    heapq.heapify(pending)
-    while pending:
-        at, node = heapq.heappop(pending)
-        while pending and pending[0][0] == at:
-            heapq.heappop(pending)
-        if node.op != "call_function" or "val" not in node.meta:
-            continue
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        old, node.meta["val"] = node.meta["val"], node.target(*args, **kwargs)  # type: ignore[operator]
-        if _layout(old) != _layout(node.meta["val"]):
-            for user in node.users:
-                heapq.heappush(pending, (order[user], user))
-
-
-def _layout(value: object) -> object:
-    if isinstance(value, torch.Tensor):
-        return tuple(value.shape), value.stride(), value.dtype
-    return [_layout(v) for v in value] if isinstance(value, (tuple, list)) else None

@@ -15,10 +15,10 @@ from torch import fx
 from dkfuse.patterns.heads import ROPE
 
 from . import anchors, choose, heads
-from .checks import base_node
 from .cycles import check_cycles
 from .gain import is_elementwise, is_view, only_read_in, readers, through_views, traffic
 from .head_site import HeadSite, build, rule_of
+from .operands import base_node
 from .rotation import NotARotation
 from .rules import Code, Reject, Rule, Stage
 from .terms import Term, getitem_source

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import origin
-from .checks import fake
 from .head_site import HeadSite
+from .operands import fake
 from .report import Reason, Site, Status
 from .rules import Code, Reject, Rule, Stage
 from .terms import TermView, render, short_dtype

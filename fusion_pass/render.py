@@ -62,7 +62,7 @@ def print_report(coverage: Coverage, console: Console, regressions: Sequence[Sit
         console.print()
         console.print(Text(f"{summary.count(len(regressions), 'regression')} against the baseline", "bold red"))
         for site in regressions:
-            console.print(Text("  " + regression_text(coverage, site)))
+            console.print(Text("  " + regression_text(site)))
 
 
 def to_markdown(coverage: Coverage, regressions: Sequence[Site] = ()) -> str:
@@ -71,7 +71,7 @@ def to_markdown(coverage: Coverage, regressions: Sequence[Site] = ()) -> str:
     lines += [f"**{summary.headline(coverage)}**", "", summary.about(coverage), ""]
     if regressions:
         lines += [f"### {summary.count(len(regressions), 'regression')} against the baseline", ""]
-        lines += [f"- {_cell(regression_text(coverage, site))}" for site in regressions] + [""]
+        lines += [f"- {_cell(regression_text(site))}" for site in regressions] + [""]
     if coverage.sites or coverage.seams:
         lines += ["| family | sites | fused | | kernel | where |", "|---|--:|--:|--:|---|---|"]
         for group in summary.by_family(coverage):
@@ -144,7 +144,7 @@ def write(
         raise
 
 
-def regression_text(coverage: Coverage, site: Site) -> str:
+def regression_text(site: Site) -> str:
     """What happened to a site that the baseline had fused."""
     if site.status is Status.FUSED:
         return f"{'gone':16} {site.family:22} {site.source or site.id}: was fused by {site.rule}, is not there any more"

@@ -1,7 +1,8 @@
 """What a rule is, what it binds, and how it says no.
 
-A `Rule` is a pattern plus the op it becomes. The checks that every rule shares (shapes, dtypes, escapes, cycles) are in
-`dkfuse.checks`; a family adds its own through `Rule.check`. A check that fails raises `Reject(code, message)`.
+A `Rule` is a pattern plus the op it becomes. The checks that every rule shares (shapes, dtypes, escapes) are in
+`dkfuse.checks`, those for cycles in `dkfuse.cycles`; a family adds its own through `Rule.check`. A check that fails
+raises `Reject(code, message)`.
 """
 
 from __future__ import annotations

@@ -25,11 +25,11 @@ def arguments(graph: fx.Graph, value: Any, tensors: Iterable[fx.Node]) -> Any:
         return type(value)(arguments(graph, v, tensors) for v in value)
     if isinstance(value, torch.SymInt):
         expression = value.node.expr
-        return int(expression) if expression.is_Integer else node_for(graph, expression, value, tensors)
+        return int(expression) if expression.is_Integer else node_for(graph, expression, tensors)
     return value
 
 
-def node_for(graph: fx.Graph, expression: sympy.Expr, value: Any, tensors: list[fx.Node]) -> fx.Node:
+def node_for(graph: fx.Graph, expression: sympy.Expr, tensors: list[fx.Node]) -> fx.Node:
     """A node that computes `expression` from the sizes and strides of `tensors`."""
     for node in tensors:
         val = node.meta["val"]
@@ -43,11 +43,11 @@ def node_for(graph: fx.Graph, expression: sympy.Expr, value: Any, tensors: list[
         combine = operator.mul if expression.is_Mul else operator.add
         total: Any = None
         for part in expression.args:
-            term = int(part) if part.is_Integer else node_for(graph, part, None, tensors)
+            term = int(part) if part.is_Integer else node_for(graph, part, tensors)
             total = term if total is None else _binary(graph, combine, total, term)
         return total
     if isinstance(expression, FloorDiv):
-        above, below = (int(p) if p.is_Integer else node_for(graph, p, None, tensors) for p in expression.args)
+        above, below = (int(p) if p.is_Integer else node_for(graph, p, tensors) for p in expression.args)
         return _binary(graph, operator.floordiv, above, below)
     for node in graph.nodes:
         val = node.meta.get("val")

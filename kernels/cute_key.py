@@ -61,21 +61,38 @@ class Split:
         return self.width % (self.vector * self.threads) != 0
 
 
-def split(width: int, dtypes: Iterable[torch.dtype], threads: int | None = None) -> Split:
-    """Vectors of 16 bytes of the widest of `dtypes`; about 24 elements per thread, with as few idle lanes as can be.
+@dataclass(frozen=True)
+class Seen:
+    """A key, and the run-time integers of a call: strides in bytes, sizes of all row axes but the outermost.
 
-    threads: overrides the choice.
+    Each list ends with a filler, as the compiler takes no empty ones.
     """
+
+    key: Any  # a NormKey or RopeKey
+    strides: list[Int]
+    sizes: list[Int]
+    rows: Int
+
+
+def seen(key: Any, strides: Sequence[Int], axes: Sequence[Axis]) -> Seen:
+    """What was seen of a call whose rows lie along `axes`, innermost first."""
+    rows: Int = 1
+    for axis in axes:
+        rows = rows * axis.size
+    return Seen(key, [*strides, 0], [*(axis.size for axis in axes[:-1]), 1], rows)
+
+
+def split(width: int, dtypes: Iterable[torch.dtype]) -> Split:
+    """Vectors of 16 bytes of the widest of `dtypes`; about 24 elements per thread, with as few idle lanes as can be."""
     vector = WIDEST // max(dtype.itemsize for dtype in dtypes)
     vectors = -(-width // vector)
-    if threads is None:
-        wanted = 24 // vector
-        options = []
-        for pieces in range(1, 64 // vector + 1):
-            count = WARP * -(-vectors // (WARP * pieces))
-            idle = count * pieces / vectors - 1
-            options.append((round(idle, 1), abs(pieces - wanted), -pieces, count))
-        threads = min(option for option in options if option[-1] <= MOST_THREADS)[-1]
+    wanted = 24 // vector
+    options = []
+    for pieces in range(1, 64 // vector + 1):
+        count = WARP * -(-vectors // (WARP * pieces))
+        idle = count * pieces / vectors - 1
+        options.append((round(idle, 1), abs(pieces - wanted), -pieces, count))
+    threads = min(option for option in options if option[-1] <= MOST_THREADS)[-1]
     return Split(width, vector, threads)
 
 

@@ -10,10 +10,12 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from .cute_key import Seen, layout_signature
 
 MAX_LAUNCHES = 4096
 _OLDEST_WITH_FEATURES = 90  # architectures from here on have a name with an "a"
@@ -72,7 +74,7 @@ class Launch:
         return self.kernel(addresses, self.strides, self.sizes, self.rows, self.eps, stream)
 
 
-def launch_for(kernel: Callable[..., None], seen: Any, eps: float, device: int | None) -> Launch:
+def launch_for(kernel: Callable[..., None], seen: Seen, eps: float, device: int | None) -> Launch:
     """The launch of what `see_norm` or `see_rope` saw; strides and sizes may be symbols where nothing is launched."""
     import tvm_ffi
 
@@ -83,11 +85,45 @@ def launch_for(kernel: Callable[..., None], seen: Any, eps: float, device: int |
     return Launch(kernel, names, strides, sizes, seen.rows, float(eps), -1 if device is None else device)
 
 
-def remembered(store: dict[Any, Launch], signature: Any, make: Callable[[], Launch]) -> Launch:
-    """The launch of `signature`, made once; the store is emptied when it is full."""
-    launch = store.get(signature)
-    if launch is None:
-        if len(store) >= MAX_LAUNCHES:
-            store.clear()
-        launch = store[signature] = make()
-    return launch
+@dataclass(frozen=True)
+class Host:
+    """The host side of a kernel: `prepare` and `run` as `registry` asks for them.
+
+    see: the key and integers of a call. build: compiles the kernel of a key, see `compiled`. inputs, outputs: names of
+    the tensors that a launch depends on; values: of the other arguments that it does.
+    """
+
+    see: Callable[[Mapping[str, Any], Mapping[str, Any]], Seen]
+    build: Callable[[Any, str], Callable[..., None]]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    values: tuple[str, ...]
+    launches: dict[tuple[Any, ...], Launch] = field(default_factory=dict)
+
+    def prepare(self, arguments: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        """Compile the kernel of such a call, also for fake tensors and without a GPU."""
+        self._launch_of(arguments, outputs)
+
+    def run(self, arguments: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        """Run a call; its launch is made once, and the launches are forgotten when there are MAX_LAUNCHES."""
+        x = arguments["x"]
+        if x.numel() == 0:
+            return
+        parts = layout_signature(self.inputs, arguments) + layout_signature(self.outputs, outputs)
+        parts += [arguments.get(name) for name in self.values]
+        parts.append(x.device)
+        signature = tuple(parts)
+        launch = self.launches.get(signature)
+        if launch is None:
+            if len(self.launches) >= MAX_LAUNCHES:
+                self.launches.clear()
+            launch = self.launches[signature] = self._launch_of(arguments, outputs)
+        launch({**arguments, **outputs})
+
+    def _launch_of(self, arguments: Mapping[str, Any], outputs: Mapping[str, Any]) -> Launch:
+        """The launch of a call, compiled if need be."""
+        device = arguments["x"].device
+        seen = self.see(arguments, outputs)
+        index = device.index if device.type == "cuda" else None
+        kernel = compiled(seen.key, architecture(index), self.build)
+        return launch_for(kernel, seen, arguments["eps"], index)

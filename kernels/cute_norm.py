@@ -9,16 +9,14 @@ one costs nothing, it is not in the compiled kernel. Arithmetic in fp32, every o
 """
 
 # mypy: ignore-errors
-# ruff: noqa: I001
 
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
-from .cute_launch import Launch, architecture, compiled, launch_for, remembered
+from .cute_launch import Host
 from .cute_norm_key import INPUTS, OUTPUTS, see_norm
-from .cute_key import layout_signature
 from .cute_rows import (
     ELEMENTS,
     base_address,
@@ -98,31 +96,5 @@ def build(key, options):
                         key, options=options)  # fmt: skip
 
 
-_launches: dict = {}
-_VALUES = ("norm", "eps", "weight_offset", "scale_offset")
-
-
-def launch_of(arguments, outputs, threads=None) -> Launch:
-    """The launch of a call, compiled if need be. threads: overrides the number of threads of a row."""
-    device = arguments["x"].device
-    seen = see_norm(arguments, outputs, threads)
-    index = device.index if device.type == "cuda" else None
-    kernel = compiled(seen.key, architecture(index), build)
-    return launch_for(kernel, seen, arguments["eps"], index)
-
-
-def prepare(arguments, outputs) -> None:
-    """Compile the kernel of such a call, also for fake tensors and without a GPU."""
-    launch_of(arguments, outputs)
-
-
-def run(arguments, outputs) -> None:
-    """Run a call of either op; see `registry`."""
-    x = arguments["x"]
-    if x.numel() == 0:
-        return
-    signature = layout_signature(INPUTS, arguments) + layout_signature(OUTPUTS, outputs)
-    signature += [arguments.get(name) for name in _VALUES]
-    signature.append(x.device)
-    launch = remembered(_launches, tuple(signature), lambda: launch_of(arguments, outputs))
-    launch({**arguments, **outputs})
+host = Host(see_norm, build, INPUTS, OUTPUTS, values=("norm", "eps", "weight_offset", "scale_offset"))
+prepare, run = host.prepare, host.run

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .axes import Int, collapse
-from .cute_key import Operand, Split, alignment, byte_strides, moves, split
+from .axes import collapse
+from .cute_key import Operand, Seen, Split, alignment, byte_strides, moves, seen, split
 
 INPUTS = ("x", "residual", "gate", "weight", "bias", "scale", "shift")
 OUTPUTS = ("sum", "out")
@@ -42,20 +42,7 @@ class NormKey:
         return f"{'layer' if self.center else 'rms'}_{self.split.width}_{names}"
 
 
-@dataclass(frozen=True)
-class Seen:
-    """A key, and the run-time integers of a call: strides in bytes, sizes of all row axes but the outermost.
-
-    Each list ends with a filler, as the compiler takes no empty ones.
-    """
-
-    key: NormKey
-    strides: list[Int]
-    sizes: list[Int]
-    rows: Int
-
-
-def see_norm(arguments: Mapping[str, Any], outputs: Mapping[str, Any], threads: int | None = None) -> Seen:
+def see_norm(arguments: Mapping[str, Any], outputs: Mapping[str, Any]) -> Seen:
     """The key and integers of a call; raises Unsupported("outer_dims") beyond three row axes."""
     tensors = {name: arguments[name] for name in INPUTS if arguments.get(name) is not None}
     tensors.update((name, outputs[name]) for name in OUTPUTS if outputs.get(name) is not None)
@@ -68,13 +55,10 @@ def see_norm(arguments: Mapping[str, Any], outputs: Mapping[str, Any], threads: 
         strides += byte_strides(name, tensor.dtype.itemsize, axes)
     key = NormKey(
         tuple(operands),
-        split(shape[-1], [tensors[name].dtype for name in ROWS if name in tensors], threads),
+        split(shape[-1], [tensors[name].dtype for name in ROWS if name in tensors]),
         len(axes),
         arguments["norm"] == "layer",
         float(arguments.get("weight_offset", 0.0)) if "weight" in tensors else 0.0,
         float(arguments.get("scale_offset", 1.0)) if "scale" in tensors else 0.0,
     )
-    rows: Int = 1
-    for axis in axes:
-        rows = rows * axis.size
-    return Seen(key, [*strides, 0], [*(axis.size for axis in axes[:-1]), 1], rows)
+    return seen(key, strides, axes)

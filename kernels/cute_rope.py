@@ -14,8 +14,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 
-from .cute_key import layout_signature
-from .cute_launch import Launch, architecture, compiled, launch_for, remembered
+from .cute_launch import Host
 from .cute_rope_key import NAMES, see_rope, stride_count
 from .cute_rows import (
     ELEMENTS,
@@ -138,31 +137,5 @@ def build(key, options):
                         options=options)  # fmt: skip
 
 
-_launches: dict = {}
-_VALUES = ("norm", "eps", "weight_offset", "across", "tables")
-
-
-def launch_of(arguments, outputs, threads=None) -> Launch:
-    """The launch of a call, compiled if need be. threads: overrides the number of threads of a token."""
-    device = arguments["x"].device
-    seen = see_rope(arguments, outputs, threads)
-    index = device.index if device.type == "cuda" else None
-    kernel = compiled(seen.key, architecture(index), build)
-    return launch_for(kernel, seen, arguments["eps"], index)
-
-
-def prepare(arguments, outputs) -> None:
-    """Compile the kernel of such a call, also for fake tensors and without a GPU."""
-    launch_of(arguments, outputs)
-
-
-def run(arguments, outputs) -> None:
-    """Run a call; see `registry`."""
-    x = arguments["x"]
-    if x.numel() == 0:
-        return
-    signature = layout_signature(NAMES, arguments) + layout_signature(("out",), outputs)
-    signature += [arguments.get(name) for name in _VALUES]
-    signature.append(x.device)
-    launch = remembered(_launches, tuple(signature), lambda: launch_of(arguments, outputs))
-    launch({**arguments, **outputs})
+host = Host(see_rope, build, NAMES, ("out",), values=("norm", "eps", "weight_offset", "across", "tables"))
+prepare, run = host.prepare, host.run

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .axes import Axis, Int, check_count, contiguous_strides, merged, stride_of
-from .cute_key import Operand, Split, alignment, byte_strides, moves, split
+from .axes import Axis, check_count, contiguous_strides, merged, stride_of
+from .cute_key import Operand, Seen, Split, alignment, byte_strides, moves, seen, split
 
 NAMES = ("x", "weight", "bias", "cos", "sin")
 ROWS = ("x", "out")  # their dtypes decide how many elements a load takes
@@ -56,19 +56,6 @@ def stride_count(operand: Operand) -> int:
     return sum(operand.moves) + (operand.heads == "strided")
 
 
-@dataclass(frozen=True)
-class Seen:
-    """A key, and the run-time integers of a call: strides in bytes, sizes of all row axes but the outermost.
-
-    Each list ends with a filler, as the compiler takes no empty ones.
-    """
-
-    key: RopeKey
-    strides: list[Int]
-    sizes: list[Int]
-    rows: Int
-
-
 def row_axes(arguments: Mapping[str, Any], out: Any | None = None) -> tuple[list[Axis], Axis]:
     """(row axes, innermost first, the axis of the heads); without `out` its result is laid out by `order`.
 
@@ -92,7 +79,7 @@ def row_axes(arguments: Mapping[str, Any], out: Any | None = None) -> tuple[list
     return axes, heads
 
 
-def see_rope(arguments: Mapping[str, Any], outputs: Mapping[str, Any], threads: int | None = None) -> Seen:
+def see_rope(arguments: Mapping[str, Any], outputs: Mapping[str, Any]) -> Seen:
     """The key and integers of a call."""
     axes, heads = row_axes(arguments, outputs["out"])
     tensors = {name: arguments[name] for name in NAMES if arguments.get(name) is not None}
@@ -110,11 +97,8 @@ def see_rope(arguments: Mapping[str, Any], outputs: Mapping[str, Any], threads: 
         align = alignment(tensor, steps) if inner == 1 else size
         operands.append(Operand(name, tensor.dtype, moves(name, axes), align, kind, inner))
         strides += byte_strides(name, size, axes) + ([head * size] if kind == "strided" else [])
-    pieces = split(count * d, [tensors[name].dtype for name in ROWS], threads)
+    pieces = split(count * d, [tensors[name].dtype for name in ROWS])
     offset = float(arguments.get("weight_offset", 0.0)) if "weight" in tensors else 0.0
     layer = arguments["norm"] == "layer"
     key = RopeKey(tuple(operands), pieces, len(axes), d, count, layer, offset, arguments["tables"])
-    rows: Int = 1
-    for axis in axes:
-        rows = rows * axis.size
-    return Seen(key, [*strides, 0], [*(axis.size for axis in axes[:-1]), 1], rows)
+    return seen(key, strides, axes)

@@ -38,10 +38,10 @@ def choose_rope(columns: int, part: int, rows: int | None, across: bool, num_war
     measured = MEASURED.get((columns, known, across))
     if measured is not None and num_warps in (None, measured.num_warps):
         return measured
-    return min(_candidates(columns, part, known, across, num_warps), key=lambda c: _cost(c, columns, part, known))
+    return min(_candidates(part, known, across, num_warps), key=lambda c: _cost(c, columns, part, known))
 
 
-def _candidates(columns: int, part: int, rows: int | None, across: bool, num_warps: int | None) -> list[RopeConfig]:
+def _candidates(part: int, rows: int | None, across: bool, num_warps: int | None) -> list[RopeConfig]:
     found = []
     for warps in (1, 2, 4, 8, 16) if num_warps is None else (num_warps,):
         fitting = max(1, LANES * warps * VECTOR // part)  # one 16-byte access per lane, in half precision

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,67 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("DKFUSE_"):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing is compiled when the test begins, and nothing stays compiled."""
+    import torch
+
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def fresh_providers(fresh_compiler: None) -> Iterator[None]:
+    """Providers that the test registers, and kernels that fail in it, are forgotten with what was compiled."""
+    from dkfuse.kernels import failures, provider_ops, providers, registry
+
+    yield
+    for name in set(providers.PROVIDERS) - set(providers.BUILT_IN):
+        registry.unregister(name)
+    failures.forget()
+    provider_ops.reset()
+
+
+@pytest.fixture
+def sm90() -> Iterator[Any]:
+    """Triton's front end without a GPU: the driver answers with an H100's target."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    class Driver:
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", 90, 32)
+
+    previous = driver._active
+    driver.set_active(Driver())
+    yield GPUTarget("cuda", 90, 32)
+    driver._active = previous
+
+
+@pytest.fixture
+def fake_cute(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A cute provider that is installed, takes rows up to 4096 and is not to be run; no other but Triton and native."""
+    from dkfuse.kernels import providers, registry
+
+    def width(arguments: Any) -> str | None:
+        d = arguments["x"].shape[-1]
+        return f"D is {d}" if d > 4096 else None
+
+    def run(arguments: Any, outputs: Any) -> None:
+        raise AssertionError("not to be run")
+
+    constraint = registry.Constraint("width", "D <= 4096", width)
+    implementation = registry.Implementation("norm_modulate", "cute", (constraint,), run, oldest=90)
+    table = {k: v for k, v in registry.implementations().items() if k[0] in ("triton", "native")}
+    table["cute", "norm_modulate"] = implementation
+    monkeypatch.setattr(registry, "_table", table)
+    installed = providers.Provider("cute", "CuTe DSL", install="dkfuse[cute]")
+    monkeypatch.setitem(providers.PROVIDERS, "cute", installed)
+    monkeypatch.setitem(providers.BUILT_IN, "cute", installed)
+    return implementation
 
 
 @pytest.fixture

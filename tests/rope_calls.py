@@ -1,4 +1,4 @@
-"""Calls of norm_rope to test kernels with: random tensors, tables of each kind, and a call with its defaults."""
+"""Calls of norm_rope to test kernels with: random tables of each kind, and a call with its defaults."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ import torch
 
 from dkfuse.kernels.rope_support import TABLES, with_defaults
 
-
-def random(*size: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0, device: str = "cpu") -> torch.Tensor:
-    generator = torch.Generator(device).manual_seed(seed + sum(size))
-    return torch.randn(size, device=device, generator=generator, dtype=torch.float64).to(dtype)
+from .tensors import random
 
 
 def tables(

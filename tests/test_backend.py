@@ -30,11 +30,7 @@ def inputs(requires_grad=False):
     return [torch.randn(s, generator=generator).bfloat16().requires_grad_(requires_grad) for s in shapes]
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from dkfuse.kernels.provider_cuda import HEAD_DIMS, IMPLEMENTATIONS
 from dkfuse.kernels.rounding import Rounding
 
 from . import cuda_emulation as emulation
-from .rope_calls import call_of, random, tables
+from .rope_calls import call_of, tables
+from .tensors import random
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 LIMIT = {BF16: 2.4e-3, FP16: 3e-4, FP32: 1e-6}

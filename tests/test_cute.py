@@ -275,3 +275,29 @@ def test_a_launch_hands_over_addresses_strides_and_sizes(monkeypatch: pytest.Mon
     ((addresses, strides, sizes, rows, eps, stream),) = calls
     assert addresses == tuple(tensor.data_ptr() for tensor in (arguments["x"], arguments["scale"], outputs["out"]))
     assert (list(strides), list(sizes), rows, eps, stream) == ([1024, 1024, 0], [1], 6, 1e-5, 77)
+
+
+def test_a_launch_is_made_once_per_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dkfuse.kernels import cute_launch
+
+    built: list[Any] = []
+    ran: list[tuple[Any, float]] = []
+
+    def launch_for(kernel: Any, seen: Any, eps: float, device: int | None) -> Any:
+        made = (seen.strides, eps)
+        return lambda tensors: ran.append(made)
+
+    monkeypatch.setattr(cute_launch, "_kernels", {})
+    monkeypatch.setattr(cute_launch, "launch_for", launch_for)
+    monkeypatch.setattr(cute_launch, "MAX_LAUNCHES", 3)
+    host = cute_launch.Host(see_norm, lambda key, options: built.append(key), ("x",), ("out",), values=("eps", "norm"))
+
+    def run(rows: int = 4, **more: Any) -> int:
+        x = torch.zeros(rows, 1024, dtype=BF16)[:, :512]
+        host.run(norm_call(x=x, scale=None, shift=None, **more), {"out": torch.zeros(rows, 512, dtype=BF16)})
+        return len(host.launches)
+
+    assert [run(), run(), run(rows=9), run(eps=1e-3)] == [1, 1, 2, 3]
+    assert len(built) == 1 and len(ran) == 4 and ran[0] is ran[1] and ran[3] == ([2048, 1024, 0], 1e-3)
+    assert run(rows=0) == 3 and len(ran) == 4  # nothing to launch
+    assert run(norm="rms") == 1 and len(built) == 2  # full: emptied

@@ -15,26 +15,11 @@ from dkfuse.kernels.launch import Launch, plan, supports
 from dkfuse.kernels.support import MAX_ROW
 from dkfuse.kernels.unsupported import Unsupported
 
+from .norm_plans import branch_call, meta, norm_call, planned
+
 pytest.importorskip("triton")
 
 BF16 = torch.bfloat16
-
-
-def meta(*size: int, dtype: torch.dtype = BF16) -> torch.Tensor:
-    return torch.empty(size, dtype=dtype, device="meta")
-
-
-def norm_call(x: torch.Tensor, **operands: Any) -> dict[str, Any]:
-    return {"x": x, "norm": "layer", "eps": 1e-6, "out_dtype": BF16, **operands}
-
-
-def planned(arguments: dict[str, Any], op: str = "norm_modulate", **more: Any) -> Launch:
-    x = arguments["x"]
-    out = more.pop("out", None)
-    outputs = {"out": out if out is not None else torch.empty(x.shape, dtype=BF16, device=x.device)}
-    if "residual" in arguments:
-        outputs["sum"] = torch.empty(x.shape, dtype=BF16, device=x.device)
-    return plan(op, arguments, outputs, sm_count=132, **more)
 
 
 def parameters(launch: Launch) -> set[str]:
@@ -61,13 +46,6 @@ def test_kernels_are_shared_between_calls_of_one_pattern() -> None:
     assert first.kernel is second.kernel
     assert planned(norm_call(meta(1, 512, 3072))).kernel is not first.kernel
     assert first.kernel.__name__ == "dkfuse_norm_modulate"
-
-
-def branch_call(x: torch.Tensor, **operands: Any) -> dict[str, Any]:
-    width = x.shape[-1]
-    more = {"residual": x, "gate": meta(1, 1, width), "branch_weight": meta(width), "weight": meta(width)}
-    more.update(scale=meta(1, 1, width), norm="rms", branch_norm="rms", branch_eps=1e-5, sum_dtype=BF16)
-    return norm_call(x, **{**more, **operands})
 
 
 def test_a_branch_norm_has_a_kernel_of_its_own() -> None:
@@ -243,115 +221,3 @@ def test_a_symbolic_row_is_refused() -> None:
     reason = supports("norm_modulate", norm_call(x))
     assert reason is not None
     assert reason.code == "symbolic_row"
-
-
-# -- what compilers see --
-
-
-@pytest.fixture
-def sm90(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Triton's front end without a GPU: the driver answers with an H100's target."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
-    class Driver:
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", 90, 32)
-
-    previous = driver._active
-    driver.set_active(Driver())
-    yield GPUTarget("cuda", 90, 32)
-    driver._active = previous
-
-
-@pytest.mark.parametrize("branch_norm", ["none", "layer", "rms"])
-def test_inductor_sees_that_only_outputs_are_written(sm90: Any, branch_norm: str) -> None:
-    """A kernel that its analysis does not understand counts as writing every operand, which costs a copy of each."""
-    import torch._higher_order_ops.triton_kernel_wrap as wrap
-
-    x, row = torch.empty(2, 8, 96, dtype=BF16), torch.empty(2, 1, 96, dtype=BF16)
-    arguments = norm_call(x, residual=x, gate=row, scale=row, shift=row, weight=row, bias=row, sum_dtype=BF16)
-    arguments.update(branch_norm=branch_norm, branch_weight=row if branch_norm != "none" else None)
-    arguments.update(branch_bias=row[0, 0], scale=torch.stack([row, row]), pick=row[..., :1] > 0)
-    launch = planned(arguments, "residual_norm_modulate")
-    tensors = {**arguments, "out": x, "sum": x}
-    kwargs = {**{p: tensors[n] for p, n in launch.tensors.items()}, **launch.scalars, **launch.constants}
-    if hasattr(wrap, "identify_mutated_tensors"):  # torch 2.11
-        written = set(wrap.identify_mutated_tensors(launch.kernel, kwargs, {}))
-    else:
-        accesses = wrap.identify_accessed_tensors(launch.kernel, kwargs, {})
-        written = {dep.name for dep in accesses.read_writes.writes}
-    assert written == {"sum", "out"}
-
-
-def compiled_ptx(launch: Launch, target: Any) -> str:
-    from triton.compiler import ASTSource
-    from triton.compiler import compile as compile_kernel
-
-    names = launch.kernel.arg_names
-    signature = {n: "*bf16" if n in launch.tensors else "constexpr" for n in names}
-    signature.update({"pick": "*i1"} if "pick" in launch.tensors else {})
-    constants = {(names.index(n),): v for n, v in launch.constants.items()}
-    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in launch.tensors}
-    source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=aligned)
-    return compile_kernel(source, target=target, options={"num_warps": launch.num_warps}).asm["ptx"]
-
-
-@pytest.mark.parametrize("roundings", [0, 511])
-@pytest.mark.parametrize("width", [2304, 3072, 3840])
-def test_branch_norms_read_every_row_once(sm90: Any, width: int, roundings: int) -> None:
-    launch = planned(branch_call(meta(1, 4096, width), roundings=roundings), "residual_norm_modulate")
-    ptx = compiled_ptx(launch, sm90)
-    chunks = launch.constants["CHUNKS"]
-    assert sum("ld.global" in line and ".v4." in line for line in ptx.splitlines()) == 6 * chunks
-    assert ptx.count("st.global") == 2 * chunks
-    assert ".local" not in ptx
-    assert "fma.rn.bf16" not in ptx
-
-
-def test_a_picked_row_costs_one_byte_more(sm90: Any) -> None:
-    pairs = {name: meta(2, 1, 1, 3072) for name in ("scale", "shift")}
-    launch = planned(norm_call(meta(1, 4096, 3072), **pairs, pick=meta(1, 4096, 1, dtype=torch.bool)))
-    ptx = compiled_ptx(launch, sm90)
-    chunks = launch.constants["CHUNKS"]
-    assert sum("ld.global" in line and ".v4." in line for line in ptx.splitlines()) == 3 * chunks
-    assert ptx.count("ld.global") == 3 * chunks + 1
-    assert ".local" not in ptx
-
-
-@pytest.mark.parametrize("capability", [80, 90])
-def test_compiles_to_wide_accesses_without_spills(sm90: Any, capability: int) -> None:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.compiler import compile as compile_kernel
-
-    launch = planned(norm_call(meta(1, 4096, 2432), scale=meta(1, 1, 2432), shift=meta(1, 1, 2432)))
-    names = launch.kernel.arg_names
-    signature = {n: "*bf16" if n in launch.tensors else "constexpr" for n in names}
-    constants = {(names.index(n),): v for n, v in launch.constants.items()}
-    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in launch.tensors}
-    source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=aligned)
-    compiled = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.num_warps})
-    ptx = compiled.asm["ptx"]
-    chunks = launch.constants["CHUNKS"]
-    assert ptx.count("ld.global") == 3 * chunks
-    assert sum("ld.global" in line and ".v4." in line for line in ptx.splitlines()) == 3 * chunks
-    assert ptx.count("st.global") == chunks
-    assert ".local" not in ptx
-
-
-@pytest.mark.parametrize(("roundings", "bias"), [(3, None), (1027, meta(256))])
-def test_roundings_survive_the_compiler(sm90: Any, roundings: int, bias: torch.Tensor | None) -> None:
-    """LLVM would contract the rounded product and the next add to one half-precision FMA."""
-    from triton.compiler import ASTSource
-    from triton.compiler import compile as compile_kernel
-
-    x = meta(1, 64, 256)
-    arguments = {"x": x, "residual": x, "gate": meta(1, 1, 256), "branch_bias": bias, "out_dtype": BF16}
-    arguments["roundings"] = roundings
-    launch = plan("gated_residual", arguments, {"out": x}, sm_count=132)
-    names = launch.kernel.arg_names
-    signature = {n: "*bf16" if n in launch.tensors else "constexpr" for n in names}
-    constants = {(names.index(n),): v for n, v in launch.constants.items()}
-    ptx = compile_kernel(ASTSource(launch.kernel, signature, constexprs=constants), target=sm90).asm["ptx"]
-    assert "fma.rn.bf16" not in ptx

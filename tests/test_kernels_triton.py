@@ -6,26 +6,21 @@ outside it this file holds one test, which starts that process.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-pytest.importorskip("triton")
+from .interpreter import INTERPRETED, run_interpreted
+from .norm_calls import by_name
+from .tensors import random
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytest.importorskip("triton")
 
 if not INTERPRETED:
 
     def test_under_the_interpreter() -> None:
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+        run_interpreted(__file__)
 
 else:
     from hypothesis import given, settings
@@ -51,9 +46,7 @@ else:
         return outputs
 
     def plain(op: str, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
-        result = ops._plain(op, arguments)
-        results = result if isinstance(result, tuple) else (result,)
-        return dict(zip(OPERANDS[op][2], results, strict=True))
+        return by_name(op, ops._plain(op, arguments))
 
     def assert_same(op: str, arguments: dict[str, Any], config: Config | None = None) -> None:
         expected, actual = plain(op, arguments), ours(op, arguments, config)
@@ -151,9 +144,6 @@ else:
         if supports(op, arguments) is None:
             assert_same(op, arguments, config)
 
-    def row(*size: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
-        return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
     def norm_call(x: torch.Tensor, **operands: Any) -> dict[str, Any]:
         defaults = {"weight": None, "bias": None, "scale": None, "shift": None, "weight_offset": 0.0}
         values = {"scale_offset": 1.0, "norm": "layer", "eps": 1e-6, "out_dtype": x.dtype, "roundings": 0}
@@ -167,11 +157,11 @@ else:
         width = draw(st.sampled_from([72, 1003, 1536, 2304, 3840]))
         dtype, parameters = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(DTYPES))
         seeds = iter(range(draw(st.integers(0, 1000)) * 20, 10**6))
-        x, residual = (row(2, 3, width, dtype=dtype, seed=next(seeds)) for _ in range(2))
-        vectors = row(2, 1, 5 * width, dtype=parameters, seed=next(seeds)).chunk(5, dim=-1)
+        x, residual = (random(2, 3, width, dtype=dtype, seed=next(seeds)) for _ in range(2))
+        vectors = random(2, 1, 5 * width, dtype=parameters, seed=next(seeds)).chunk(5, dim=-1)
         gate, weight, branch_weight, branch_bias = (
             draw(st.sampled_from([None, tensor]))
-            for tensor in (vectors[0].tanh(), *(row(width, dtype=parameters, seed=next(seeds)) for _ in range(3)))
+            for tensor in (vectors[0].tanh(), *(random(width, dtype=parameters, seed=next(seeds)) for _ in range(3)))
         )
         arguments = norm_call(
             x, residual=residual, gate=gate, branch_bias=branch_bias, weight=weight, scale=vectors[1], shift=vectors[2]
@@ -185,18 +175,23 @@ else:
 
     @pytest.mark.parametrize("branch_norm", ["layer", "rms"])
     def test_masked_lanes_do_not_count_in_the_branch(branch_norm: str) -> None:
-        x = row(3, 37, dtype=torch.float32) + 100
-        more = {"residual": x * 2, "gate": row(dtype=torch.float32), "branch_weight": row(37), "sum_dtype": x.dtype}
+        x = random(3, 37, dtype=torch.float32) + 100
+        more = {
+            "residual": x * 2,
+            "gate": random(dtype=torch.float32),
+            "branch_weight": random(37),
+            "sum_dtype": x.dtype,
+        }
         for chunk in (8, 16, 32, 64):
             config = Config(chunk=chunk, chunks=-(-37 // chunk), num_warps=1)
             call = norm_call(x, **more, branch_norm=branch_norm, branch_eps=1e-6, branch_weight_offset=1.0)
             assert_same("residual_norm_modulate", call, config)
 
-    @pytest.mark.parametrize("bias", [row(37, dtype=torch.float32), torch.tensor(3.0)])
+    @pytest.mark.parametrize("bias", [random(37, dtype=torch.float32), torch.tensor(3.0)])
     @pytest.mark.parametrize("branch_norm", ["none", "layer", "rms"])
     def test_a_bias_does_not_fill_masked_lanes(branch_norm: str, bias: torch.Tensor) -> None:
         """One number is a bias of every lane that is loaded, also of those past the row's end."""
-        x = row(3, 37, dtype=torch.float32) + 100
+        x = random(3, 37, dtype=torch.float32) + 100
         more = {"residual": x * 2, "branch_bias": bias, "branch_weight": None, "sum_dtype": x.dtype}
         for chunk in (8, 16, 32, 64):
             config = Config(chunk=chunk, chunks=-(-37 // chunk), num_warps=1)
@@ -206,10 +201,10 @@ else:
     @pytest.mark.parametrize("branch_norm", ["none", "rms"])
     def test_picked_rows(branch_norm: str) -> None:
         """As Qwen-Image-Edit lays them out: two halves of the batch dim, slices of one vector."""
-        x, vectors = row(2, 5, 40), row(4, 1, 5 * 40, seed=1).reshape(2, 2, 1, 200).chunk(5, dim=-1)
-        mask = row(2, 5, 1, seed=2) > 0
+        x, vectors = random(2, 5, 40), random(4, 1, 5 * 40, seed=1).reshape(2, 2, 1, 200).chunk(5, dim=-1)
+        mask = random(2, 5, 1, seed=2) > 0
         pairs = dict(zip(("gate", "scale", "shift", "scale2", "shift2"), vectors, strict=True))
-        more = {"residual": row(2, 5, 40, seed=3), "pick": mask, "sum_dtype": x.dtype, "branch_weight": None}
+        more = {"residual": random(2, 5, 40, seed=3), "pick": mask, "sum_dtype": x.dtype, "branch_weight": None}
         call = norm_call(x, **more, **pairs, branch_norm=branch_norm, branch_eps=1e-6)
         assert_same("residual_norm_modulate_dual", call)
         chosen = {name: torch.where(mask, *pair) for name, pair in pairs.items()}
@@ -220,8 +215,12 @@ else:
     def test_branch_roundings_are_separate() -> None:
         """Each flag alone is the reference with that flag: fp16, the interpreter truncates to bf16."""
         half = torch.float16
-        x, h = row(2, 3, 40, dtype=half), row(2, 3, 40, dtype=half, seed=1)
-        more = {"residual": h, "gate": row(2, 1, 40, dtype=half, seed=2), "branch_weight": row(40, dtype=half, seed=3)}
+        x, h = random(2, 3, 40, dtype=half), random(2, 3, 40, dtype=half, seed=1)
+        more = {
+            "residual": h,
+            "gate": random(2, 1, 40, dtype=half, seed=2),
+            "branch_weight": random(40, dtype=half, seed=3),
+        }
         common = {"branch_norm": "rms", "branch_eps": 1e-6, "branch_weight_offset": 0.0, "sum_dtype": torch.float32}
         sums = {}
         for flag in (0, int(Rounding.BRANCH), int(Rounding.BRANCH_WEIGHTED)):
@@ -236,12 +235,12 @@ else:
     def test_pointwise_roundings_are_eagers() -> None:
         """In fp16: the interpreter truncates to bf16 instead of rounding. bf16 is checked on the GPU."""
         half = torch.float16
-        x, h = row(2, 3, 40, dtype=half), row(2, 3, 40, dtype=half, seed=1)
-        gate, scale, shift = (row(2, 1, 40, dtype=half, seed=i) for i in (2, 3, 4))
+        x, h = random(2, 3, 40, dtype=half), random(2, 3, 40, dtype=half, seed=1)
+        gate, scale, shift = (random(2, 1, 40, dtype=half, seed=i) for i in (2, 3, 4))
         both = int(Rounding.GATE_PRODUCT | Rounding.SUM)
         call = {"x": x, "residual": h, "gate": gate, "out_dtype": x.dtype, "roundings": both}
         assert torch.equal(ours("gated_residual", call)["out"], h + gate * x)
-        bias = row(40, dtype=half, seed=5)
+        bias = random(40, dtype=half, seed=5)
         call.update(branch_bias=bias, roundings=both | int(Rounding.BRANCH_BIAS))
         assert torch.equal(ours("gated_residual", call)["out"], h + gate * (x + bias))
         both = int(Rounding.ONE_PLUS | Rounding.PRODUCT)
@@ -249,16 +248,16 @@ else:
         assert torch.equal(ours("scale_shift", call)["out"], x * (1 + scale) + shift)
 
     def test_nan_stays_in_its_row() -> None:
-        x = row(2, 3, 40)
+        x = random(2, 3, 40)
         x[1, 2, 5] = float("nan")
-        out = ours("norm_modulate", norm_call(x, scale=row(40)))["out"]
+        out = ours("norm_modulate", norm_call(x, scale=random(40)))["out"]
         assert out[1, 2].isnan().all()
         assert out.isnan().any(-1).sum() == 1
 
     @pytest.mark.parametrize("norm", ["layer", "rms"])
     def test_masked_lanes_do_not_count(norm: str) -> None:
         """The last chunk is partly masked: zeros there must not enter the mean or the variance."""
-        x = row(3, 37, dtype=torch.float32) + 100
+        x = random(3, 37, dtype=torch.float32) + 100
         for chunk in (8, 16, 32, 64):
             config = Config(chunk=chunk, chunks=-(-37 // chunk), num_warps=1)
             assert_same("norm_modulate", norm_call(x, norm=norm), config)
@@ -268,11 +267,11 @@ else:
         step = 2**31 + 64
         storage = torch.empty(step + 128, dtype=torch.bfloat16)
         x = storage.as_strided((2, 2, 40), (step, 40, 1))
-        x.copy_(row(2, 2, 40))
-        assert_same("norm_modulate", norm_call(x, scale=row(2, 1, 40, seed=1)))
+        x.copy_(random(2, 2, 40))
+        assert_same("norm_modulate", norm_call(x, scale=random(2, 1, 40, seed=1)))
 
     def test_writing_into_a_slice_by_offset() -> None:
-        x, shift = row(2, 3, 40), row(2, 1, 40, seed=1)
+        x, shift = random(2, 3, 40), random(2, 1, 40, seed=1)
         call = norm_call(x, shift=shift)
         buffer = torch.zeros(2, 8, 40, dtype=x.dtype)
         slot = buffer[:, :3]

@@ -23,13 +23,7 @@ from .harness import double, rms
 from .toy_blocks import WIDTH, AdaLNZero, CrossAttention, SingleStream, Toy, toy, toy_inputs
 
 FAMILY = "packed_projection"
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def compiled(model: Any, **options: Any) -> Any:

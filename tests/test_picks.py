@@ -15,9 +15,11 @@ from dkfuse.kernels.support import OPERANDS, supports
 from dkfuse.lower import bound_arguments
 
 from .harness import check_numerics, counts, run, spell
+from .norm_calls import SHAPE, arguments_of
 from .spellings_picks import picked
 from .spellings_streams import modulated
-from .test_kernels_ops import SHAPE, arguments_of, call, random
+from .tensors import random
+from .test_kernels_ops import call
 
 B, L, D = SHAPE
 MASK = torch.rand((B, L, 1), generator=torch.Generator().manual_seed(5)) > 0.5

@@ -25,15 +25,7 @@ D = 32
 CODES = {"dkfuse.kernels": "mine,native", "dkfuse.remainder": "eager"}
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-    for name in ("mine", "other"):
-        registry.unregister(name)
-    failures.forget()
-    provider_ops.reset()
+pytestmark = pytest.mark.usefixtures("fresh_providers")
 
 
 class Kernel:

@@ -11,33 +11,17 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from dkfuse.kernels.launch import Launch, plan, supports
+from dkfuse.kernels.launch import Launch, supports
 from dkfuse.kernels.rope_configs import choose_rope
 from dkfuse.kernels.rope_launch import Call, plan_group
 from dkfuse.kernels.rope_support import supports_rope
 from dkfuse.kernels.unsupported import Unsupported
 
+from .rope_plans import meta, planned, rope_call
+
 pytest.importorskip("triton")
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
-
-
-def meta(*size: int, dtype: torch.dtype = BF16) -> torch.Tensor:
-    return torch.empty(size, dtype=dtype, device="meta")
-
-
-def rope_call(x: Any, *outer: int, **more: Any) -> dict[str, Any]:
-    """RMS norm with a weight and an interleaved rotation by half tables of these outer dims."""
-    pairs = x.shape[-1] // 2
-    tables = {"cos": meta(*outer, pairs, dtype=FP32), "sin": meta(*outer, pairs, dtype=FP32)}
-    norm = {"norm": "rms", "eps": 1e-6, "weight": meta(x.shape[-1])}
-    return {"x": x, **norm, **tables, "rotation": "interleaved", "out_dtype": BF16, **more}
-
-
-def planned(arguments: dict[str, Any], out: Any = None, **more: Any) -> Launch:
-    x = arguments["x"]
-    out = torch.empty(x.shape, dtype=BF16, device=x.device) if out is None else out
-    return plan("norm_rope", arguments, {"out": out}, sm_count=132, **more)
 
 
 def source_of(launch: Launch) -> str:
@@ -217,107 +201,3 @@ def test_a_symbolic_grid_becomes_graph_nodes() -> None:
         tensor = torch.empty(2, size, 24, 64)
         programs, _, _ = torch.fx.GraphModule({}, graph)(tensor)
         assert programs == plan_group([Call({**call.arguments, "x": tensor}, tensor)] * 2).grid[0]
-
-
-# -- what compilers see --
-
-
-@pytest.fixture
-def sm90() -> Any:
-    """Triton's front end without a GPU: the driver answers with an H100's target."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
-    class Driver:
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", 90, 32)
-
-    previous = driver._active
-    driver.set_active(Driver())
-    yield GPUTarget("cuda", 90, 32)
-    driver._active = previous
-
-
-@pytest.mark.parametrize("rotation", ["none", "interleaved", "half"])
-@pytest.mark.parametrize("count", [1, 4])
-def test_inductor_sees_that_only_outputs_are_written(sm90: Any, rotation: str, count: int) -> None:
-    """A kernel that its analysis does not understand counts as writing every operand, which costs a copy of each."""
-    import torch._higher_order_ops.triton_kernel_wrap as wrap
-
-    x, table = torch.empty(2, 8, 4, 64, dtype=BF16), torch.empty(8, 1, 48) if rotation != "none" else None
-    arguments = {
-        "x": x,
-        "weight": torch.empty(64),
-        "bias": torch.empty(64),
-        "cos": table,
-        "sin": table,
-        "norm": "layer",
-    }
-    arguments.update(rotation=rotation, tables="full", eps=1e-6, out_dtype=BF16)
-    launch = plan_group([Call({**arguments, "across": 2 if i % 2 else None}, x) for i in range(count)])
-    tensors = {f"{i}.{k}": v for i in range(count) for k, v in {**arguments, "out": x}.items()}
-    kwargs = {**{p: tensors[n] for p, n in launch.tensors.items()}, **launch.scalars, **launch.constants}
-    if hasattr(wrap, "identify_mutated_tensors"):  # torch 2.11
-        written = set(wrap.identify_mutated_tensors(launch.kernel, kwargs, {}))
-    else:
-        accesses = wrap.identify_accessed_tensors(launch.kernel, kwargs, {})
-        written = {dep.name for dep in accesses.read_writes.writes}
-    assert written == {f"out_{i}" for i in range(count)}
-
-
-def ptx_of(launch: Launch, dtypes: dict[str, str], target: Any) -> str:
-    from triton.compiler import ASTSource
-    from triton.compiler import compile as compile_kernel
-
-    names = list(launch.kernel.arg_names)
-    signature = {n: dtypes.get(n, "*bf16") if n in launch.tensors else "i32" for n in names}
-    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in launch.tensors}
-    source = ASTSource(launch.kernel, signature, constexprs={}, attrs=aligned)
-    return compile_kernel(source, target=target, options={"num_warps": launch.num_warps}).asm["ptx"]
-
-
-FP32_TABLES = {"cos": "*fp32", "sin": "*fp32"}
-
-
-@pytest.mark.parametrize("kind", ["half", "full", "complex"])
-@pytest.mark.parametrize("heads", [24, 40])
-@pytest.mark.parametrize("last", [False, True])
-def test_interleaved_pairs_stay_in_registers(sm90: Any, kind: str, heads: int, last: bool) -> None:
-    """16 bytes per access, nothing through shared memory, nothing spilled."""
-    arguments = rope_call(meta(1, 4096, heads, 128), 4096, 1, tables=kind, norm_last=last)
-    if kind != "half":
-        arguments.update(cos=meta(4096, 1, 128, dtype=FP32), sin=meta(4096, 1, 128, dtype=FP32))
-        arguments.update({"sin": None} if kind == "complex" else {})
-    ptx = ptx_of(planned(arguments), FP32_TABLES, sm90)
-    loads, stores = ([line for line in ptx.splitlines() if f"{op}.global" in line] for op in ("ld", "st"))
-    assert all(".v4." in line for line in (*loads, *stores))
-    assert not any(word in ptx for word in (".local", "bar.sync", "st.shared"))
-
-
-@pytest.mark.parametrize("rotation", ["interleaved", "half"])
-@pytest.mark.parametrize("d", [40, 72, 88, 96, 112, 1024])
-def test_compiles_for_every_head_dim(sm90: Any, rotation: str, d: int) -> None:
-    ptx = ptx_of(planned(rope_call(meta(1, 64, 12, d), 64, 1, rotation=rotation)), FP32_TABLES, sm90)
-    assert ".local" not in ptx
-
-
-def test_a_norm_across_heads_crosses_warps_once(sm90: Any) -> None:
-    arguments = rope_call(meta(1, 32760, 40, 128), 1, 32760, 1, across=2, weight=meta(40, 128))
-    ptx = ptx_of(planned(arguments), FP32_TABLES, sm90)
-    assert ptx.count("st.shared") <= 2  # the warps' sums, and with Triton 3.6 what the first warp makes of them
-    assert ".local" not in ptx
-
-
-def test_fp64_tables_multiply_in_fp64(sm90: Any) -> None:
-    tables = {"cos": meta(64, 1, 64, dtype=FP64), "sin": meta(64, 1, 64, dtype=FP64)}
-    ptx = ptx_of(planned(rope_call(meta(1, 64, 24, 128), 64, 1, **tables)), {"cos": "*fp64", "sin": "*fp64"}, sm90)
-    assert ".f64" in ptx
-    plain = ptx_of(planned(rope_call(meta(1, 64, 24, 128), 64, 1)), FP32_TABLES, sm90)
-    assert ".f64" not in plain
-
-
-def test_the_roundings_of_a_rotation_survive_the_compiler(sm90: Any) -> None:
-    """LLVM would contract a rounded product and the next sum to one half-precision FMA."""
-    tables = {"cos": meta(64, 1, 128), "sin": meta(64, 1, 128), "tables": "full", "rotation": "half"}
-    ptx = ptx_of(planned(rope_call(meta(1, 64, 24, 128), 64, 1, **tables, roundings=512)), {}, sm90)
-    assert "fma.rn.bf16" not in ptx

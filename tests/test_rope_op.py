@@ -13,25 +13,16 @@ from dkfuse.kernels import ops
 from dkfuse.kernels.rope_support import NORMS, TABLES, with_defaults
 from dkfuse.kernels.rounding import Rounding
 
+from .rope_calls import call_of, tables
+from .tensors import random
+
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 LIMIT = {BF16: 3e-3, FP16: 4e-4, FP32: 1e-6}
 B, S, H, D = 2, 5, 3, 16
 
 
-def random(*size: int, dtype: torch.dtype = BF16, seed: int = 0) -> torch.Tensor:
-    return torch.randn(size, generator=torch.Generator().manual_seed(seed + 31 * len(size))).to(dtype)
-
-
 def call(x: torch.Tensor, **more: Any) -> torch.Tensor:
-    arguments = with_defaults({"x": x, "out_dtype": x.dtype, **more})
-    return torch.ops.dkfuse.norm_rope(**arguments)
-
-
-def tables_of(kind: str, r: int, *outer: int, dtype: torch.dtype = FP32) -> dict[str, Any]:
-    """Random tables, not of angles: nothing that the op means depends on cos^2 + sin^2."""
-    times, per = TABLES[kind]
-    cos, sin = (random(*outer, r * times // per, dtype=FP64, seed=i).to(dtype) for i in (1, 2))
-    return {"rotation": "interleaved", "tables": kind, "cos": cos, "sin": sin if kind in ("half", "full") else None}
+    return torch.ops.dkfuse.norm_rope(**call_of(x, **more))
 
 
 def matrices(more: dict[str, Any], r: int) -> torch.Tensor:
@@ -94,7 +85,7 @@ def test_against_fp64(dtype: torch.dtype, last: bool) -> None:
     for norm, rotation, kind, r, across, order in SPACE:
         if (rotation == "none" and (kind, r) != ("half", 16)) or (norm == "none" and across is not None):
             continue
-        more = {**tables_of(kind, r, S, 1), "rotation": rotation} if rotation != "none" else {"rotation": rotation}
+        more = {**tables(kind, r, S, 1), "rotation": rotation} if rotation != "none" else {"rotation": rotation}
         weight = random(*((H, D) if across == 2 else (D,)), dtype=FP32, seed=5)
         more.update(norm=norm, eps=1e-5, across=across, order=order, weight=weight, weight_offset=1.0, norm_last=last)
         more["bias"] = random(D, dtype=FP32, seed=6) if norm == "layer" else None
@@ -110,7 +101,7 @@ def test_against_fp64(dtype: torch.dtype, last: bool) -> None:
 @pytest.mark.parametrize("rotation", ["interleaved", "half"])
 def test_tables_broadcast(outer: tuple[int, ...], rotation: str) -> None:
     x = random(B, S, H, D, dtype=FP32)
-    more = {**tables_of("half", D, *outer), "rotation": rotation, "norm": "none"}
+    more = {**tables("half", D, *outer), "rotation": rotation, "norm": "none"}
     torch.testing.assert_close(call(x, **more).double(), formula(x, more), rtol=1e-5, atol=1e-5)
 
 
@@ -129,13 +120,13 @@ def test_spellings_of_models() -> None:
     rotate = torch.stack((-pairs[..., 1], pairs[..., 0]), -1).flatten(-2)
     torch.testing.assert_close((n * full["cos"] + rotate * full["sin"]).to(BF16), expected, rtol=8e-3, atol=1e-3)
     flat = torch.view_as_real(complexes).flatten(-2)
-    for kind, tables in (("half", half), ("full", full), ("complex", {"cos": flat, "sin": None})):
-        ours = call(x, **norm, **tables, rotation="interleaved", tables=kind)
+    for kind, given in (("half", half), ("full", full), ("complex", {"cos": flat, "sin": None})):
+        ours = call(x, **norm, **given, rotation="interleaved", tables=kind)
         torch.testing.assert_close(ours, expected, rtol=8e-3, atol=1e-3)
     first, second = n.chunk(2, -1)
     expected = (n * twice["cos"] + torch.cat((-second, first), -1) * twice["sin"]).to(BF16)
-    for kind, tables in (("half", half), ("full", twice)):
-        ours = call(x, **norm, **tables, rotation="half", tables=kind)
+    for kind, given in (("half", half), ("full", twice)):
+        ours = call(x, **norm, **given, rotation="half", tables=kind)
         torch.testing.assert_close(ours, expected, rtol=8e-3, atol=1e-3)
 
 
@@ -147,16 +138,16 @@ def test_roundings_reproduce_eager() -> None:
     first, second = n.chunk(2, -1)
     eager = n * cos + torch.cat((-second, first), -1) * sin
     flags = int(Rounding.NORM | Rounding.WEIGHTED | Rounding.ROTATION)
-    tables = {"cos": cos, "sin": sin, "rotation": "half", "tables": "full"}
-    ours = call(x, weight=w, norm="rms", eps=1e-6, **tables, roundings=flags)
+    rope = {"cos": cos, "sin": sin, "rotation": "half", "tables": "full"}
+    ours = call(x, weight=w, norm="rms", eps=1e-6, **rope, roundings=flags)
     assert torch.equal(ours, eager)
-    assert not torch.equal(ours, call(x, weight=w, norm="rms", eps=1e-6, **tables))
+    assert not torch.equal(ours, call(x, weight=w, norm="rms", eps=1e-6, **rope))
 
 
 def test_fp64_tables_rotate_in_fp64() -> None:
     """Positions whose angles fp32 cannot tell apart: the products keep the table's digits."""
     x = random(2, S, H, D, dtype=FP32)
-    more = {**tables_of("complex", D, S, 1, dtype=FP64), "norm": "none"}
+    more = {**tables("complex", D, S, 1, dtype=FP64), "norm": "none"}
     expected = formula(x, more)
     assert torch.equal(call(x, **more), expected.to(FP32))
     assert ops.reference_outputs("norm_rope", with_defaults({"x": x, **more}))["out"].dtype == FP64
@@ -166,7 +157,7 @@ def test_columns_behind_the_rotation_are_untouched() -> None:
     x = random(2, S, H, D)
     x[..., 12:] = float("inf")
     for rotation in ("interleaved", "half"):
-        out = call(x, **{**tables_of("half", 12, S, 1), "rotation": rotation})
+        out = call(x, **{**tables("half", 12, S, 1), "rotation": rotation})
         assert torch.equal(out[..., 12:], x[..., 12:])
         assert not out.isnan().any()
 
@@ -181,29 +172,29 @@ def test_without_norm_and_rotation_it_is_a_copy() -> None:
 def test_nan_spreads_as_in_eager() -> None:
     x = random(B, S, H, D, dtype=FP32)
     x[1, 2, 0, 3] = float("nan")
-    tables = tables_of("half", D, S, 1)
-    assert call(x, **tables).isnan().sum() == 2  # a pair
-    assert call(x, **tables, norm="rms").isnan().sum() == D
-    assert call(x, **tables, norm="layer", across=2).isnan().sum() == H * D
+    rope = tables("half", D, S, 1)
+    assert call(x, **rope).isnan().sum() == 2  # a pair
+    assert call(x, **rope, norm="rms").isnan().sum() == D
+    assert call(x, **rope, norm="layer", across=2).isnan().sum() == H * D
 
 
 def test_zero_tokens() -> None:
     x = random(B, 0, H, D)
-    assert call(x, norm="rms", **tables_of("half", D, 1, 1)).shape == (B, 0, H, D)
+    assert call(x, norm="rms", **tables("half", D, 1, 1)).shape == (B, 0, H, D)
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {},
-        {"across": 2, "order": [0, 2, 1, 3], **tables_of("complex", D, S, 1)},
+        {"across": 2, "order": [0, 2, 1, 3], **tables("complex", D, S, 1)},
         {"norm": "layer", "rotation": "half", "weight": random(D), "bias": random(D), "out_dtype": FP32},
         {"rotation": "none", "cos": None, "sin": None, "norm": "none"},
         {"norm_last": True, "weight": random(D), "across": 1},
     ],
 )
 def test_opcheck(change: dict[str, Any]) -> None:
-    arguments = {"x": random(B, S, H, D), "norm": "rms", "eps": 1e-6, **tables_of("half", D, S, 1), "out_dtype": BF16}
+    arguments = {"x": random(B, S, H, D), "norm": "rms", "eps": 1e-6, **tables("half", D, S, 1), "out_dtype": BF16}
     arguments = with_defaults({**arguments, **change})
     names = [a.name for a in torch.ops.dkfuse.norm_rope.default._schema.arguments if not a.kwarg_only]
     keywords = {k: v for k, v in arguments.items() if k not in names}
@@ -241,7 +232,7 @@ def test_opcheck(change: dict[str, Any]) -> None:
     ],
 )
 def test_errors_name_the_value(change: dict[str, Any], words: str) -> None:
-    arguments = {"x": random(B, S, H, D), "norm": "rms", **tables_of("half", D, S, 1), **change}
+    arguments = {"x": random(B, S, H, D), "norm": "rms", **tables("half", D, S, 1), **change}
     with pytest.raises(ValueError) as error:
         call(arguments.pop("x"), **arguments)
     assert words in str(error.value)

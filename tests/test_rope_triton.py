@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-pytest.importorskip("triton")
+from .interpreter import INTERPRETED, run_interpreted
+from .rope_calls import call_of, tables
+from .tensors import random
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytest.importorskip("triton")
 
 if not INTERPRETED:
 
     def test_under_the_interpreter() -> None:
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+        run_interpreted(__file__)
 
 else:
     from hypothesis import given, settings
@@ -38,17 +33,6 @@ else:
     BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
     TOLERANCE = {BF16: 2**-7, FP16: 2**-9, FP32: 3e-6}
     B, S, H = 2, 3, 5
-
-    def random(*size: int, dtype: torch.dtype = BF16, seed: int = 0) -> torch.Tensor:
-        return torch.randn(size, generator=torch.Generator().manual_seed(seed + 31 * len(size))).to(dtype)
-
-    def tables(kind: str, r: int, *outer: int, dtype: torch.dtype = FP32, rotation: str = "interleaved") -> dict:
-        times, per = TABLES[kind]
-        cos, sin = (random(*outer, r * times // per, dtype=FP64, seed=i).to(dtype) for i in (1, 2))
-        return {"rotation": rotation, "tables": kind, "cos": cos, "sin": sin if kind in ("half", "full") else None}
-
-    def call_of(x: torch.Tensor, **more: Any) -> dict[str, Any]:
-        return with_defaults({"x": x, "out_dtype": x.dtype, **more})
 
     def assert_close(actual: torch.Tensor, expected: torch.Tensor, coarsest: torch.dtype) -> None:
         tolerance = 3 * max(TOLERANCE[expected.dtype], TOLERANCE[coarsest])

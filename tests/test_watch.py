@@ -13,22 +13,15 @@ import torch.nn.functional as F
 import dkfuse
 from dkfuse import compat, watch
 from dkfuse.errors import KernelFailedWarning, KernelLaunchError
-from dkfuse.kernels import failures, ops, provider_ops, registry
+from dkfuse.kernels import failures, ops, registry
 from dkfuse.kernels.registry import Implementation
 
 D = 32
 
 
 @pytest.fixture(autouse=True)
-def fresh(tmp_path, monkeypatch):
+def cache_folder(fresh_providers, tmp_path, monkeypatch):
     monkeypatch.setenv("DKFUSE_CACHE_DIR", str(tmp_path))
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-    for name in ("mine", "other"):
-        registry.unregister(name)
-    failures.forget()
-    provider_ops.reset()
 
 
 def offer(provider, op="norm_modulate"):

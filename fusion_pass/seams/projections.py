@@ -23,11 +23,11 @@ from torch import fx
 
 from .. import compat, memory, origin
 from ..choose import resolve_target
-from ..layouts import propagate
 from ..replace import copy_origin, fake_arguments
 from ..report import Reason, Site, Status
 from ..rules import Code, Stage
 from ..settings import Settings
+from ..strides import propagate
 from .common import TILE, described, sms
 from .epilogue import problem
 from .gelu import find as gelus
@@ -220,7 +220,7 @@ def _apply(run: list[Linear], readers: set[fx.Node]) -> None:
         copy_origin(linear.product, part)
         linear.product.replace_all_uses_with(part)
         graph.erase_node(linear.product)
-        propagate(graph, part)
+        propagate(part)
     for reader in readers:
         if "eager_input_vals" in reader.meta:
             reader.meta["eager_input_vals"] = fake_arguments(reader)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from .. import rope_calls
+from .. import rope_calls, tensors
 from ..rope_calls import call_of
 
 pytestmark = pytest.mark.gpu
@@ -22,7 +22,7 @@ HEAD_DIMS = (64, 128, 256, 512, 1024)
 ROTATIONS = ("interleaved", "half")
 
 
-random = functools.partial(rope_calls.random, device=DEVICE)
+random = functools.partial(tensors.random, device=DEVICE)
 tables = functools.partial(rope_calls.tables, device=DEVICE)
 
 

@@ -10,22 +10,12 @@ import dkfuse
 from dkfuse import lower
 from dkfuse.errors import KernelFailedWarning, KernelLaunchError
 from dkfuse.example_calls import example
-from dkfuse.kernels import failures, ops, provider_ops, registry
+from dkfuse.kernels import ops, provider_ops, registry
 from dkfuse.kernels.registry import Implementation
 from dkfuse.kernels.support import OPERANDS
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_providers")]
 D = 256
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-    registry.unregister("mine")
-    failures.forget()
-    provider_ops.reset()
 
 
 def block(x, scale, shift, weight):

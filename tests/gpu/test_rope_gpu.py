@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from .. import rope_calls
+from .. import rope_calls, tensors
 from ..rope_calls import call_of
 
 pytestmark = pytest.mark.gpu
@@ -26,7 +26,7 @@ def _ops() -> None:
     import dkfuse.kernels.ops  # noqa: F401  (registers torch.ops.dkfuse)
 
 
-random = functools.partial(rope_calls.random, device=DEVICE)
+random = functools.partial(tensors.random, device=DEVICE)
 tables = functools.partial(rope_calls.tables, device=DEVICE)
 
 

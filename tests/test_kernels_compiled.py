@@ -1,0 +1,73 @@
+"""What compilers make of the norm kernels: Inductor's analysis, and Triton's PTX, without a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dkfuse.kernels.launch import plan
+
+from .front_end import ptx_of, written
+from .norm_plans import branch_call, meta, norm_call, planned
+
+pytest.importorskip("triton")
+
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize("branch_norm", ["none", "layer", "rms"])
+def test_inductor_sees_that_only_outputs_are_written(sm90: Any, branch_norm: str) -> None:
+    """A kernel that its analysis does not understand counts as writing every operand, which costs a copy of each."""
+    x, row = torch.empty(2, 8, 96, dtype=BF16), torch.empty(2, 1, 96, dtype=BF16)
+    arguments = norm_call(x, residual=x, gate=row, scale=row, shift=row, weight=row, bias=row, sum_dtype=BF16)
+    arguments.update(branch_norm=branch_norm, branch_weight=row if branch_norm != "none" else None)
+    arguments.update(branch_bias=row[0, 0], scale=torch.stack([row, row]), pick=row[..., :1] > 0)
+    launch = planned(arguments, "residual_norm_modulate")
+    assert written(launch, {**arguments, "out": x, "sum": x}) == {"sum", "out"}
+
+
+@pytest.mark.parametrize("roundings", [0, 511])
+@pytest.mark.parametrize("width", [2304, 3072, 3840])
+def test_branch_norms_read_every_row_once(sm90: Any, width: int, roundings: int) -> None:
+    launch = planned(branch_call(meta(1, 4096, width), roundings=roundings), "residual_norm_modulate")
+    ptx = ptx_of(launch, sm90)
+    chunks = launch.constants["CHUNKS"]
+    assert sum("ld.global" in line and ".v4." in line for line in ptx.splitlines()) == 6 * chunks
+    assert ptx.count("st.global") == 2 * chunks
+    assert ".local" not in ptx
+    assert "fma.rn.bf16" not in ptx
+
+
+def test_a_picked_row_costs_one_byte_more(sm90: Any) -> None:
+    pairs = {name: meta(2, 1, 1, 3072) for name in ("scale", "shift")}
+    launch = planned(norm_call(meta(1, 4096, 3072), **pairs, pick=meta(1, 4096, 1, dtype=torch.bool)))
+    ptx = ptx_of(launch, sm90)
+    chunks = launch.constants["CHUNKS"]
+    assert sum("ld.global" in line and ".v4." in line for line in ptx.splitlines()) == 3 * chunks
+    assert ptx.count("ld.global") == 3 * chunks + 1
+    assert ".local" not in ptx
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiles_to_wide_accesses_without_spills(sm90: Any, capability: int) -> None:
+    from triton.backends.compiler import GPUTarget
+
+    launch = planned(norm_call(meta(1, 4096, 2432), scale=meta(1, 1, 2432), shift=meta(1, 1, 2432)))
+    ptx = ptx_of(launch, GPUTarget("cuda", capability, 32))
+    chunks = launch.constants["CHUNKS"]
+    assert ptx.count("ld.global") == 3 * chunks
+    assert sum("ld.global" in line and ".v4." in line for line in ptx.splitlines()) == 3 * chunks
+    assert ptx.count("st.global") == chunks
+    assert ".local" not in ptx
+
+
+@pytest.mark.parametrize(("roundings", "bias"), [(3, None), (1027, meta(256))])
+def test_roundings_survive_the_compiler(sm90: Any, roundings: int, bias: torch.Tensor | None) -> None:
+    """LLVM would contract the rounded product and the next add to one half-precision FMA."""
+    x = meta(1, 64, 256)
+    arguments = {"x": x, "residual": x, "gate": meta(1, 1, 256), "branch_bias": bias, "out_dtype": BF16}
+    arguments["roundings"] = roundings
+    launch = plan("gated_residual", arguments, {"out": x}, sm_count=132)
+    assert "fma.rn.bf16" not in ptx_of(launch, sm90)
