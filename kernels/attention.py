@@ -5,8 +5,8 @@
 
 Shapes: q `[B, H, S, d]`, k, v `[B, Hk, Sk, d]` (gqa: H a multiple of Hk), mask bool (True: take part) or of q's dtype,
 broadcasting to `[B, H, S, Sk]`, key_lengths int32 or int64 `[B]`; out `[B, H, S, d]`, in memory `[B, S, H, d]` or laid
-out like q, by kernel (`attention_kernels`), with key_lengths `[B, S, H, d]` for all but "sdpa". Any strides and addresses; inner
-stride 1 and an address and other strides of whole 16 bytes are read in place, others copied.
+out like q, by kernel (`attention_kernels`), with key_lengths `[B, S, H, d]` for all but "sdpa". Any strides and
+addresses; inner stride 1 and an address and other strides of whole 16 bytes are read in place, others copied.
 Dtypes: fp16, bf16; fp32 and fp64 for "sdpa". Scores and sums are fp32, out is rounded once.
 Errors: ValueError for a kernel that does not exist, one that takes no mask or key_lengths given them, and key_lengths
 of another shape or dtype or together with a mask or causal; ImportError where its package is missing.
@@ -118,9 +118,7 @@ def _check(q: Tensor, mask: Tensor | None, key_lengths: Tensor | None, causal: b
         return
     shape = list(key_lengths.shape)
     if kernel != "sdpa" and kernel not in LENGTHS:
-        raise ValueError(
-            f"dkfuse::attention: {kernel} takes no key_lengths; known for them: sdpa, {', '.join(LENGTHS)}"
-        )
+        raise ValueError(f"dkfuse::attention: {kernel} takes no key_lengths; these do: sdpa, {', '.join(LENGTHS)}")
     if mask is not None or causal:
         other = "a mask" if mask is not None else "causal=True"
         raise ValueError(f"dkfuse::attention: key_lengths and {other} do not go together; give one mask of both")
@@ -130,9 +128,7 @@ def _check(q: Tensor, mask: Tensor | None, key_lengths: Tensor | None, causal: b
             f"dkfuse::attention: key_lengths are {key_lengths.dtype} {shape}; int32 or int64 [{q.shape[0]}] are needed"
         )
     if kernel == "cudnn" and statically_known_true(q.shape[0] != 1):
-        raise ValueError(
-            f"dkfuse::attention: cudnn takes key_lengths of one sample, q has {q.shape[0]}; use fa4 or flash"
-        )
+        raise ValueError(f"dkfuse::attention: cudnn takes key_lengths of 1 sample, not {q.shape[0]}; use fa4 or flash")
 
 
 def _laid_out(out: Tensor, expected: Tensor) -> Tensor:
