@@ -8,10 +8,12 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import dkfuse
 import dkfuse.kernels.attention  # registers the op
-from dkfuse import Settings, Status, zoo
+from dkfuse import Settings, Status, compat, zoo
 from dkfuse.kernels import attention, attention_lengths, attention_run
 from dkfuse.kernels.attention_kernels import KERNELS
 from dkfuse.seams import attention_choice, attention_measure
@@ -19,6 +21,7 @@ from dkfuse.seams.attention_table import DENSE, Row
 
 from .attentions import BF16, install, on_cpu, rewritten, sdpa, targets, use_rows
 
+aten = torch.ops.aten
 OP = torch.ops.dkfuse.attention.default
 TAKE = ("fa4", "cudnn", "flash")
 Q, K, V = (torch.randn(2, 10, 4, 64, dtype=BF16, generator=torch.Generator().manual_seed(i)) for i in range(3))
@@ -204,6 +207,54 @@ def test_torchs_own_kernel_is_another_one_by_numbers_of_keys():
     assert (site.status, site.reason.code) == (Status.REJECTED, "key_lengths") and "there are 2" in site.reason.message
 
 
+def as_a_gpu_traces(op: str, out: float, dtype: torch.dtype = BF16, tokens: int = 10):
+    """HunyuanVideo's mask, made a bias of 0 and `out` by torch, in the graph of a GPU."""
+    with FakeTensorMode():
+        q, k, v = (torch.empty(1, tokens, 4, 64, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(3))
+        n = torch.empty(1, device="cuda", dtype=torch.int32)
+        index = torch.empty(tokens, device="cuda", dtype=torch.int64)
+        fills = [torch.empty((), device="cuda", dtype=dtype) for _ in range(2)]
+
+    def attend(q, k, v, n, index, zero, low):
+        bias = torch.where((index >= n.unsqueeze(1)).unsqueeze(1).unsqueeze(1), low, zero)
+        if op == "efficient":
+            bias = F.pad(bias, (0, 6)).narrow(3, 0, tokens).expand(1, 4, tokens, tokens)
+            return aten._scaled_dot_product_efficient_attention(q, k, v, bias, False)[0]
+        return aten._scaled_dot_product_cudnn_attention(q, k, v, bias, False)[0]
+
+    module = make_fx(attend, decomposition_table=compat.decompositions())(q, k, v, n, index, *fills)
+    *_, counted, zero, low = module.graph.find_nodes(op="placeholder")
+    made = {  # without a GPU they cannot be traced
+        counted: (torch.ops.prims.iota.default, (tokens,), {"start": 0, "step": 1, "dtype": torch.int64}),
+        zero: (aten.full.default, ([], 0.0), {"dtype": dtype}),
+        low: (aten.full.default, ([], out), {"dtype": dtype}),
+    }
+    for place, (target, args, kwargs) in made.items():
+        with module.graph.inserting_after(low):
+            node = module.graph.call_function(target, args, kwargs)
+        node.meta["val"] = place.meta["val"]
+        place.replace_all_uses_with(node)
+    return module
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_masks_as_torch_gives_them_to_its_kernels(dtype):
+    for op, out, kernel in (
+        ("cudnn", -65504.0, "fa4"),
+        ("cudnn", float("-inf"), "cudnn"),
+        ("efficient", float("-inf"), "flash"),
+    ):
+        module = as_a_gpu_traces(op, out, dtype)
+        site = rewritten(module, attention=kernel)
+        assert (site.status, site.kernel, site.op) == (Status.FUSED, kernel, "dkfuse::attention"), site.reason
+        (call,) = [n for n in module.graph.nodes if n.target is OP]
+        assert call.args[3] is None and call.meta["val"].stride() == (2560, 64, 256, 1)
+        assert not [t for t in targets(module) if "iota" in t or "scaled_dot" in t]
+    for op, out in (("efficient", -65504.0), ("cudnn", -30000.0)):
+        site = rewritten(as_a_gpu_traces(op, out, dtype), attention="fa4")
+        assert site.kernel is None and site.attempts[-1].code == "mask_values"
+
+
 def test_symbolic_tokens_and_samples():
     k, q, v = (t.clone() for t in (K, Q, V))
     inputs = k, torch.tensor([4]), q, v
@@ -243,16 +294,16 @@ def test_a_mask_that_is_not_proved_says_why():
 
 
 def test_hunyuan_video_is_rewritten_whole():
-    """4 of its 6 attentions: the masks of its text refiner differ from query to query."""
-    model, inputs = zoo.build("hunyuan-video")
+    """All but those of its text refiner, whose masks differ from query to query."""
+    model, inputs = zoo.build("hunyuan-video", layers=1)
     options = {"dkfuse.remainder": "eager", "dkfuse.target": "sm90", "dkfuse.attention": "fa4"}
     torch.compiler.reset()
     with torch.no_grad(), dkfuse.record() as coverage:
         out = torch.compile(model, backend="dkfuse", options=options, dynamic=False)(**inputs)[0]
         eager = model(**inputs)[0]
         exact = model.double()(**{k: v.double() if _real(v) else v for k, v in inputs.items()})[0]
-    found = [s for g in coverage.graphs for s in g.sites if s.family == "attention"]
-    assert [s.kernel for s in found] == [None, None, "fa4", "fa4", "fa4", "fa4"]
+    found = [s for s in coverage.seams if s.family == "attention"]
+    assert [s.kernel for s in found] == [None, None, "fa4", "fa4"]
     assert all("select_scatter" in s.attempts[-1].message for s in found[:2])
     ours, theirs = ((t.double() - exact).square().mean().sqrt().item() for t in (out, eager))
     assert ours <= 1.1 * theirs

@@ -115,7 +115,7 @@ def calls(graph: fx.Graph) -> Iterator[Call]:
         if not all(isinstance(given[n].meta.get("val"), torch.Tensor) for n in ("query", "key", "value")):
             continue
         mask = given.get("attn_bias", given.get("attn_mask"))
-        lengths, unproved = _proved(mask, given["query"], given["key"])
+        lengths, unproved = _proved(mask, given["query"], given["key"], OPS[node.target] == "cudnn")
         yield Call(
             node,
             given["query"],
@@ -131,10 +131,10 @@ def calls(graph: fx.Graph) -> Iterator[Call]:
         )
 
 
-def _proved(mask: fx.Node | None, q: fx.Node, k: fx.Node) -> tuple[KeyLengths | None, Unproved | None]:
+def _proved(mask: fx.Node | None, q: fx.Node, k: fx.Node, cudnn: bool) -> tuple[KeyLengths | None, Unproved | None]:
     if mask is None:
         return None, None
     try:
-        return prove(mask, q.meta["val"].shape[0], k.meta["val"].shape[2]), None
+        return prove(mask, q.meta["val"].shape[0], k.meta["val"].shape[2], cudnn), None
     except Unproved as why:
         return None, why

@@ -8,8 +8,10 @@ through views, `where`, `masked_fill`, comparisons of an `arange` with an intege
 and cats or pads that put keys which all take part before it. Anything else is refused with its name.
 
 Only -inf keeps a key out: a finite bias, even the most negative number of its dtype, leaves every key in where a sample
-has no key to attend to, and is refused. With -inf such a sample (n <= 0) is NaN or zero in eager, by kernel;
-`dkfuse::attention` lets its first key take part. The mask itself stays in the graph for whoever else reads it.
+has no key to attend to, and is refused. One is torch's own: up to 2.11 it gives cuDNN -65504 (`CUDNN_OUT`) for False,
+which leaves a weight of exp(-65504 + ...), zero unless a score is larger than another by 65400. A sample with no key
+(n <= 0) is NaN, zero, or attends to all keys in eager, by kernel; `dkfuse::attention` lets its first key take part. The
+mask itself stays in the graph for whoever else reads it.
 """
 
 from __future__ import annotations
@@ -21,15 +23,19 @@ from torch import fx
 
 from ..replace import copy_origin
 from ..symbols import arguments as with_symbols
-from .mask_reader import KEY, KeyLengths, Reader, Unproved, varying
+from .mask_reader import KEY, KeyLengths, Reader, Unproved, cast, varying
 from .mask_views import same_size
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
 
-def prove(mask: fx.Node, batch: Any, keys: Any) -> KeyLengths:
+CUDNN_OUT = -65504.0
+
+
+def prove(mask: fx.Node, batch: Any, keys: Any, cudnn: bool = False) -> KeyLengths:
     """The numbers of keys that `mask`, given to an attention of `batch` samples to `keys` keys, stands for.
 
+    cudnn: the attention is cuDNN's, which torch gives `CUDNN_OUT` in the mask's dtype for -inf.
     Raises Unproved where that is not proved.
     """
     value = mask.meta["val"]
@@ -45,8 +51,12 @@ def prove(mask: fx.Node, batch: Any, keys: Any) -> KeyLengths:
         raise Unproved(f"the mask {list(value.shape)} does not count the {keys} keys in its last dim")
     if any(not same_size(found.lengths.node.meta["val"].shape[d], batch) for d in varying(found.lengths.node)):
         raise Unproved(f"the numbers of keys are {list(found.lengths.node.meta['val'].shape)}, q has {batch} samples")
-    wanted = (True, False) if value.dtype == torch.bool else (0.0, float("-inf"))
-    if (found.inside, found.outside) != wanted:
+    if value.dtype == torch.bool:
+        chosen = (found.inside, found.outside) == (True, False)
+    else:
+        out = [float("-inf"), *([cast(CUDNN_OUT, value.dtype)] if cudnn else [])]
+        chosen = found.inside == 0 and found.outside in out
+    if not chosen:
         texts = f"adds {found.inside} to the first keys and {found.outside} to the others"
         raise Unproved(f"the mask {texts}: only 0 and -inf are a choice of keys", "mask_values")
     return found.lengths

@@ -81,7 +81,7 @@ class Reader:
         number = given.get("fill_value", given.get("s", given.get("value", _ONES.get(node.target))))
         if not isinstance(number, (bool, int, float)):
             raise Unproved(f"{node.name} is filled with {number}, which is no known number")
-        number = _cast(number, value.dtype)
+        number = cast(number, value.dtype)
         return Mask(number, number, None, (None,) * value.dim())
 
     def where(self, node: fx.Node, given: dict[str, Any]) -> Mask:
@@ -100,7 +100,7 @@ class Reader:
         parts = [self._boolean(given[n]) for n in ("self", "other")]
         return self._combined(node, parts, (lambda a, b: a and b) if both else (lambda a, b: a or b))
 
-    def cast(self, node: fx.Node, given: dict[str, Any]) -> Mask:
+    def converted(self, node: fx.Node, given: dict[str, Any]) -> Mask:
         return self._combined(node, [self.read(given.get("a", given.get("self")))], lambda a: a)
 
     def cut(self, node: fx.Node, given: dict[str, Any]) -> Mask:
@@ -129,7 +129,7 @@ class Reader:
         before, *others = given["pad"]
         if any(not same_size(p, 0) for p in others):
             raise Unproved(f"{node.name} pads the mask by {list(given['pad'])}: only keys before it may be added")
-        number = _cast(given.get("value", 0), node.meta["val"].dtype)
+        number = cast(given.get("value", 0), node.meta["val"].dtype)
         front = Mask(number, number, None, (None,) * node.meta["val"].dim())
         return self._shifted(node, [front], self.read(given["self"]), node.meta["val"].dim() - 1, before)
 
@@ -161,7 +161,7 @@ class Reader:
         if len(counts) > 1:
             raise Unproved(f"{node.name} puts masks of different numbers of keys together")
         dtype = node.meta["val"].dtype
-        inside, outside = (_cast(function(*(getattr(p, s) for p in parts)), dtype) for s in ("inside", "outside"))
+        inside, outside = (cast(function(*(getattr(p, s) for p in parts)), dtype) for s in ("inside", "outside"))
         return Mask(inside, outside, next(iter(counts), None), _broadcast(node, [p.axes for p in parts]))
 
     def _shifted(self, node: fx.Node, before: list[Mask], last: Mask, dim: int, by: Any) -> Mask:
@@ -246,7 +246,7 @@ def _broadcast(node: fx.Node, parts: list[Axes]) -> Axes:
     return tuple(found)
 
 
-def _cast(number: Any, dtype: torch.dtype) -> Any:
+def cast(number: Any, dtype: torch.dtype) -> Any:
     """`number` as a tensor of this dtype holds it: the least fp32 number is -inf in bf16."""
     with real_tensors():
         exact = torch.float64 if isinstance(number, float) else None
@@ -271,7 +271,7 @@ _READERS: dict[Any, Callable[[Reader, fx.Node, dict[str, Any]], Mask]] = {
     aten.logical_or.default: Reader.joined,
     aten.bitwise_and.Tensor: Reader.joined,
     aten.bitwise_or.Tensor: Reader.joined,
-    **dict.fromkeys(_CASTS, Reader.cast),
+    **dict.fromkeys(_CASTS, Reader.converted),
     aten.slice.Tensor: Reader.cut,
     aten.cat.default: Reader.concatenated,
     aten.constant_pad_nd.default: Reader.padded,
