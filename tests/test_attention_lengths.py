@@ -313,6 +313,22 @@ def _real(value) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
+# -- the bench ---------------------------------------------------------------------------------------------------------
+
+
+def test_shapes_of_the_bench():
+    from dkfuse.bench.attention import main, parse
+
+    assert parse("1x24x4608x128") == ((1, 24, 4608, 4608, 128), None)
+    assert parse("1X24x25440+256x128", 0.99) == ((1, 24, 25696, 25696, 128), 25439)
+    assert parse("2x16x4096x300x72:77", 0.5) == ((2, 16, 4096, 300, 72), 77)
+    for wrong in ("1x24x4608", "1x24x4608x128:0", "1x24x4608x128:4609", "1x24xax128"):
+        with pytest.raises(ValueError):
+            parse(wrong)
+    with pytest.raises(SystemExit):
+        main(["1x24x4608x128", "--valid", "1.5"])
+
+
 # -- the choice --------------------------------------------------------------------------------------------------------
 
 LONG = Row(90, 64, 4, 4096, 4096, {}, {DENSE: 300, "cudnn": 450, "fa4": 500, "flash": 280})

@@ -164,8 +164,8 @@ def main(arguments: list[str] | None = None) -> int:
         for shape, valid in shapes:
             batch, heads, queries, keys, dim = shape
             speeds = {}
-            made = tensors(shape)
-            for name, call in (masked_calls(*made, valid) if valid else calls(*made)).items():
+            q, k, v = tensors(shape)
+            for name, call in (masked_calls(q, k, v, valid) if valid else calls(q, k, v)).items():
                 try:
                     taken, first = microseconds(call)
                 except Exception as error:

@@ -109,7 +109,9 @@ class Reader:
             raise Unproved(f"{node.name} takes a part of the mask that does not start at the first key")
         source = given["self"]
         dim = given.get("dim", 0) % node.meta["val"].dim()
-        padded = bound_arguments(source) if source.target is aten.constant_pad_nd.default else {"pad": [1]}
+        padded: dict[str, Any] = {"pad": [1]}
+        if source.target is aten.constant_pad_nd.default:
+            padded = bound_arguments(source)
         last = dim == node.meta["val"].dim() - 1 and padded["pad"][0] == 0 and len(padded["pad"]) == 2
         if last and same_size(node.meta["val"].shape[-1], padded["self"].meta["val"].shape[-1]):
             source = padded["self"]  # padded for its alignment, and cut back
