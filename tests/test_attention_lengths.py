@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import dkfuse
 import dkfuse.kernels.attention  # registers the op
-from dkfuse import Settings, Status, compat, zoo
+from dkfuse import Settings, Status, compat, seams, zoo
 from dkfuse.kernels import attention, attention_lengths, attention_run
 from dkfuse.kernels.attention_kernels import KERNELS
 from dkfuse.seams import attention_choice, attention_measure
@@ -174,13 +174,13 @@ PADDING = torch.tensor([[1] * 7 + [0] * 3, [1] * 10])
 def test_attentions_are_rewritten_and_share_their_numbers(batch):
     inputs = PADDING[:batch], Q[:batch], K[:batch], V[:batch]
     module = on_cpu(masked, *inputs)
-    sites = dkfuse.seams.run(module.graph, Settings(target="sm90", attention="fa4"))
+    sites = seams.run(module.graph, Settings(target="sm90", attention="fa4"))
     assert [(s.status, s.kernel, s.op) for s in sites] == [(Status.FUSED, "fa4", "dkfuse::attention")] * 3
     assert sites[0].shapes["key_lengths"] == [batch] and sites[0].shapes["mask"][-1] == 10
     module.graph.eliminate_dead_code()
     module.recompile()
     found = targets(module)
-    assert found.count("dkfuse.attention.default") == 3 and found.count("aten.clamp.default") == 1
+    assert found.count("dkfuse.attention.default") == 3 and found.count("aten.clamp_min.default") == 1
     assert not [t for t in found if "where" in t or "iota" in t], "the mask is still made"
     numbers = {n.args[4] for n in module.graph.nodes if str(n.target) == "dkfuse.attention.default"}
     assert len(numbers) == 1 and next(iter(numbers)).meta["val"].dtype == torch.int32
@@ -201,10 +201,35 @@ def test_a_mask_that_is_read_elsewhere_stays_for_it():
 
 def test_torchs_own_kernel_is_another_one_by_numbers_of_keys():
     module = on_cpu(masked, PADDING[:1], Q[:1], K[:1], V[:1])
-    sites = dkfuse.seams.run(module.graph, Settings(target="sm90", attention="cudnn"))
+    sites = seams.run(module.graph, Settings(target="sm90", attention="cudnn"))
     assert [(s.status, s.kernel) for s in sites] == [(Status.FUSED, "cudnn")] * 3
-    (site, *_) = dkfuse.seams.run(on_cpu(masked, PADDING, Q, K, V).graph, Settings(target="sm90", attention="cudnn"))
+    (site, *_) = seams.run(on_cpu(masked, PADDING, Q, K, V).graph, Settings(target="sm90", attention="cudnn"))
     assert (site.status, site.reason.code) == (Status.REJECTED, "key_lengths") and "there are 2" in site.reason.message
+
+
+def test_inductor_runs_it_and_makes_the_numbers_once():
+    from torch._inductor.utils import run_and_get_code
+
+    def attend(padding, q, k, v):  # behind an image's keys, so that numbers are computed
+        text = torch.arange(6) < padding[:, 4:].sum(dim=1)[:, None]
+        taken = torch.cat([torch.ones(2, 4, dtype=torch.bool), text], 1)[:, None, None]
+        return sdpa(q, k, v, attn_mask=taken) + sdpa(k, q, v, attn_mask=taken)
+
+    seen: list = []
+    hook = compat.graph_pass(lambda g: seen.extend(seams.run(g, Settings(target="sm90", attention="fa4"))), None)
+    torch.compiler.reset()
+    with torch.no_grad():
+        compiled = torch.compile(attend, options={"post_grad_custom_pre_pass": hook}, dynamic=False)
+        out, (code,) = run_and_get_code(compiled, PADDING, Q, K, V)
+        torch.testing.assert_close(out, attend(PADDING, Q, K, V), rtol=0, atol=0)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            other = PADDING.flip(0)
+            torch.testing.assert_close(compiled(other, Q, K, V), attend(other, Q, K, V), rtol=0, atol=0)
+    assert [s.kernel for s in seen] == ["fa4"] * 2
+    calls = [
+        line.split("attention.default(")[1].split(",") for line in code.splitlines() if "attention.default(" in line
+    ]
+    assert len(calls) == 2 and calls[0][4] == calls[1][4]
 
 
 def as_a_gpu_traces(op: str, out: float, dtype: torch.dtype = BF16, tokens: int = 10):
@@ -338,7 +363,7 @@ SLOW = Row(90, 64, 4, 10, 10, {"cudnn": 1e-6, "fa4": 3e-6}, {DENSE: 1e-6, "cudnn
 def chosen(monkeypatch, row: Row, **settings):
     use_rows(monkeypatch, (row,))
     module = on_cpu(masked, PADDING[:1], Q[:1], K[:1], V[:1])
-    return dkfuse.seams.run(module.graph, Settings(target="sm90", **settings))[0]
+    return seams.run(module.graph, Settings(target="sm90", **settings))[0]
 
 
 def test_what_was_not_measured_stays(monkeypatch):

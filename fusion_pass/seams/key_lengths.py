@@ -75,7 +75,8 @@ def numbers_of_keys(graph: fx.Graph, lengths: KeyLengths, q: fx.Node, known: Num
     if key not in known:
         add, node = lengths.add, lengths.node
         node = _call(graph, prims.convert_element_type.default, node, torch.int64)
-        node = _call(graph, aten.clamp.default, node, max(lengths.low, 1 - add), 2**31 - 1 - add)
+        node = _call(graph, aten.clamp_min.default, node, max(lengths.low, 1 - add))
+        node = _call(graph, aten.clamp_max.default, node, 2**31 - 1 - add)
         node = _call(graph, aten.add.Tensor, node, add) if add else node
         node = _call(graph, prims.convert_element_type.default, node, torch.int32)
         node = _call(graph, aten.reshape.default, node, [-1])
