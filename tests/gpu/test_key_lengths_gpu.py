@@ -82,7 +82,8 @@ def test_against_fp64(kernel, batch, numbers):
 @pytest.mark.parametrize("kernel", INSTALLED)
 def test_layouts_and_head_dims(kernel, layout, dim):
     check(kernel, operands(layout, 1, dim), torch.tensor([217], device="cuda", dtype=torch.int32))
-    check(kernel, operands(layout, 1, dim, torch.float16), torch.tensor([30], device="cuda"), scale=0.2)
+    if dim == 128:  # each dtype and head_dim is another kernel to build
+        check(kernel, operands(layout, 1, dim, torch.float16), torch.tensor([30], device="cuda"), scale=0.2)
 
 
 @pytest.mark.parametrize("kernel", INSTALLED)
