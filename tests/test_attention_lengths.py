@@ -232,16 +232,18 @@ def test_inductor_runs_it_and_makes_the_numbers_once():
     assert len(calls) == 2 and calls[0][4] == calls[1][4]
 
 
-def as_a_gpu_traces(op: str, out: float, dtype: torch.dtype = BF16, tokens: int = 10):
+def as_a_gpu_traces(op: str, out: float, dtype: torch.dtype = BF16, place: str = "cuda"):
     """HunyuanVideo's mask, made a bias of 0 and `out` by torch, in the graph of a GPU."""
+    tokens = 10
     with FakeTensorMode():
         q, k, v = (torch.empty(1, tokens, 4, 64, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(3))
-        n = torch.empty(1, device="cuda", dtype=torch.int32)
+        n = torch.empty(1 if place == "cuda" else (), device=place, dtype=torch.int32)
         index = torch.empty(tokens, device="cuda", dtype=torch.int64)
         fills = [torch.empty((), device="cuda", dtype=dtype) for _ in range(2)]
 
     def attend(q, k, v, n, index, zero, low):
-        bias = torch.where((index >= n.unsqueeze(1)).unsqueeze(1).unsqueeze(1), low, zero)
+        behind = (index >= n.unsqueeze(-1)).reshape(1, 1, 1, tokens) if n.dim() else (index >= n).view(1, 1, 1, tokens)
+        bias = torch.where(behind, low, zero)
         if op == "efficient":
             bias = F.pad(bias, (0, 6)).narrow(3, 0, tokens).expand(1, 4, tokens, tokens)
             return aten._scaled_dot_product_efficient_attention(q, k, v, bias, False)[0]
@@ -278,6 +280,11 @@ def test_masks_as_torch_gives_them_to_its_kernels(dtype):
     for op, out in (("efficient", -65504.0), ("cudnn", -30000.0)):
         site = rewritten(as_a_gpu_traces(op, out, dtype), attention="fa4")
         assert site.kernel is None and site.attempts[-1].code == "mask_values"
+
+
+def test_a_number_that_is_on_the_cpu_stays_there():
+    site = rewritten(as_a_gpu_traces("cudnn", float("-inf"), place="cpu"), attention="fa4")
+    assert site.kernel is None and "is on cpu, q on cuda" in site.attempts[-1].message
 
 
 def test_symbolic_tokens_and_samples():

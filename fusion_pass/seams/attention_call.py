@@ -135,6 +135,9 @@ def _proved(mask: fx.Node | None, q: fx.Node, k: fx.Node, cudnn: bool) -> tuple[
     if mask is None:
         return None, None
     try:
-        return prove(mask, q.meta["val"].shape[0], k.meta["val"].shape[2], cudnn), None
+        found = prove(mask, q.meta["val"].shape[0], k.meta["val"].shape[2], cudnn)
+        if (place := found.node.meta["val"].device) != q.meta["val"].device:
+            raise Unproved(f"the number of keys is on {place}, q on {q.meta['val'].device}")
+        return found, None
     except Unproved as why:
         return None, why
