@@ -9,7 +9,8 @@ import typer
 
 from .exits import ENVIRONMENT, Failure
 
-cache_app = typer.Typer(help="What dkfuse keeps on disk: compiled kernels and coverage records.", no_args_is_help=True)
+cache_app = typer.Typer(help="What dkfuse keeps on disk: kernels, coverage records and times.", no_args_is_help=True)
+TEXTS = {"kernels": "compiled kernel", "records": "coverage record", "attention": "timed attention"}
 
 
 @cache_app.command()
@@ -22,13 +23,13 @@ def info(json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False
         print(json.dumps(found, indent=1))
         return
     print(found["path"])
-    for kind, text in (("kernels", "compiled kernel"), ("records", "coverage record")):
+    for kind, text in TEXTS.items():
         print(f"{count(found[kind]['files'], text)}, {bytes_text(found[kind]['bytes'])}")
 
 
 @cache_app.command()
 def clear() -> None:
-    """Delete compiled kernels and coverage records; nothing else in the folder is touched."""
+    """Delete compiled kernels, coverage records and measured times; nothing else in the folder is touched."""
     from dkfuse.kernels import disk_cache
 
     from .summary import bytes_text, count

@@ -1,45 +1,60 @@
 """`dkfuse::attention`: scaled dot product attention by a named kernel.
 
     out = softmax(scale * q k^T + mask) v          scale None: 1/sqrt(d); causal: key j only for queries i >= j
+    key_lengths: mask = 0 where j < min(max(key_lengths[b], 1), Sk), else -inf
 
 Shapes: q `[B, H, S, d]`, k, v `[B, Hk, Sk, d]` (gqa: H a multiple of Hk), mask bool (True: take part) or of q's dtype,
-broadcasting to `[B, H, S, Sk]`; out `[B, H, S, d]`, in memory `[B, S, H, d]` or laid out like q, by kernel
-(`attention_kernels`). Any strides and addresses; inner stride 1 and an address and other strides of whole 16 bytes are
-read in place, others copied.
+broadcasting to `[B, H, S, Sk]`, key_lengths int32 or int64 `[B]`; out `[B, H, S, d]`, in memory `[B, S, H, d]` or laid
+out like q, by kernel (`attention_kernels`), with key_lengths `[B, S, H, d]` for all but "sdpa". Any strides and
+addresses; inner stride 1 and an address and other strides of whole 16 bytes are read in place, others copied.
 Dtypes: fp16, bf16; fp32 and fp64 for "sdpa". Scores and sums are fp32, out is rounded once.
-Errors: ValueError for a kernel that does not exist, or one that takes no mask given a mask; ImportError where its
-package is missing.
+Errors: ValueError for a kernel that does not exist, one that takes no mask or key_lengths given them, and key_lengths
+of another shape or dtype or together with a mask or causal; ImportError where its package is missing.
 
 On a CPU, and by any kernel, out is `torch.nn.functional.scaled_dot_product_attention`.
 """
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .attention_kernels import HALF, KERNELS
+from .attention_lengths import LENGTHS, as_mask, within
 
 # `using` names the kernel: Inductor cannot call an op with an argument `kernel`
 SCHEMA = (
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, *, bool causal=False, float? scale=None, "
-    'bool gqa=False, str using="sdpa") -> Tensor'
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? key_lengths=None, *, bool causal=False, "
+    'float? scale=None, bool gqa=False, str using="sdpa") -> Tensor'
 )
 
 
-def _empty(q: Tensor, v: Tensor, kernel: str) -> Tensor:
+def _empty(q: Tensor, v: Tensor, kernel: str, key_lengths: Tensor | None) -> Tensor:
     """Memory for the result in the order that `kernel` leaves it in."""
-    if kernel not in KERNELS:
-        raise ValueError(f"dkfuse::attention: there is no kernel {kernel!r}; known: {', '.join(KERNELS)}")
     shape = (*q.shape[:-1], v.shape[-1])
-    if KERNELS[kernel].order == "tokens" and q.dim() == 4:
+    tokens_first = KERNELS[kernel].order == "tokens" or (key_lengths is not None and kernel != "sdpa")
+    if tokens_first and q.dim() == 4:
         batch, heads, tokens, head_dim = shape
         return q.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2)
     return torch.empty_like(q) if v.shape[-1] == q.shape[-1] else q.new_empty(shape)
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, using: str = "sdpa", **_: object) -> Tensor:
-    return _empty(q, v, using)
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    *,
+    causal: bool = False,
+    using: str = "sdpa",
+    **_: object,
+) -> Tensor:
+    _check(q, mask, key_lengths, causal, using)
+    return _empty(q, v, using, key_lengths)
 
 
 def reference(
@@ -47,6 +62,7 @@ def reference(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
     *,
     causal: bool = False,
     scale: float | None = None,
@@ -54,11 +70,13 @@ def reference(
     using: str = "sdpa",
 ) -> Tensor:
     """The op's definition, by torch, in the memory order of the kernel."""
-    _check_mask(mask, using)
+    _check(q, mask, key_lengths, causal, using)
+    if key_lengths is not None:
+        mask = as_mask(key_lengths, k.shape[2])
     out = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa
     )
-    return _laid_out(out, q, v, using)
+    return _laid_out(out, _empty(q, v, using, key_lengths))
 
 
 def _cuda(
@@ -66,6 +84,7 @@ def _cuda(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
     *,
     causal: bool = False,
     scale: float | None = None,
@@ -78,24 +97,41 @@ def _cuda(
         like = q
         if q.dtype in HALF:
             q, k, v = readable(q), readable(k), readable(v)
-        out = reference(q, k, v, mask, causal=causal, scale=scale, gqa=gqa, using=using)
-        return _laid_out(out, like, v, using)
-    _check_mask(mask, using)
-    if q.device.index != torch.cuda.current_device():
-        with torch.cuda.device(q.device):
+        out = reference(q, k, v, mask, key_lengths, causal=causal, scale=scale, gqa=gqa, using=using)
+        return _laid_out(out, _empty(like, v, using, key_lengths))
+    _check(q, mask, key_lengths, causal, using)
+    with torch.cuda.device(q.device) if q.device.index != torch.cuda.current_device() else contextlib.nullcontext():
+        if key_lengths is not None:
+            out = LENGTHS[using](q, k, v, within(key_lengths, k.shape[2]), scale)
+        else:
             out = RUN[using](q, k, v, causal, scale)
-    else:
-        out = RUN[using](q, k, v, causal, scale)
-    return out if KERNELS[using].order == "tokens" else _laid_out(out, q, v, using)
+    tokens_first = KERNELS[using].order == "tokens"
+    return out if tokens_first else _laid_out(out, _empty(q, v, using, key_lengths))
 
 
-def _check_mask(mask: Tensor | None, kernel: str) -> None:
+def _check(q: Tensor, mask: Tensor | None, key_lengths: Tensor | None, causal: bool, kernel: str) -> None:
+    if kernel not in KERNELS:
+        raise ValueError(f"dkfuse::attention: there is no kernel {kernel!r}; known: {', '.join(KERNELS)}")
     if mask is not None and kernel != "sdpa":
         raise ValueError(f"dkfuse::attention: {kernel} takes no mask; give using='sdpa' for one of {list(mask.shape)}")
+    if key_lengths is None:
+        return
+    shape = list(key_lengths.shape)
+    if kernel != "sdpa" and kernel not in LENGTHS:
+        raise ValueError(f"dkfuse::attention: {kernel} takes no key_lengths; these do: sdpa, {', '.join(LENGTHS)}")
+    if mask is not None or causal:
+        other = "a mask" if mask is not None else "causal=True"
+        raise ValueError(f"dkfuse::attention: key_lengths and {other} do not go together; give one mask of both")
+    wrong = len(shape) != 1 or statically_known_true(shape[0] != q.shape[0])
+    if wrong or key_lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"dkfuse::attention: key_lengths are {key_lengths.dtype} {shape}; int32 or int64 [{q.shape[0]}] are needed"
+        )
+    if kernel == "cudnn" and statically_known_true(q.shape[0] != 1):
+        raise ValueError(f"dkfuse::attention: cudnn takes key_lengths of 1 sample, not {q.shape[0]}; use fa4 or flash")
 
 
-def _laid_out(out: Tensor, q: Tensor, v: Tensor, kernel: str) -> Tensor:
-    expected = _empty(q, v, kernel)
+def _laid_out(out: Tensor, expected: Tensor) -> Tensor:
     return out if out.stride() == expected.stride() else expected.copy_(out)
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from .attention_limits import LENGTHS, NO_LENGTHS, ONE_PACKED
 from .registry import Constraint
 from .unsupported import Unsupported
 
@@ -49,7 +50,7 @@ class AttentionKernel:
     def problem(self, arguments: Mapping[str, Any], capability: int) -> Unsupported | None:
         """Why this kernel cannot serve the call on a GPU of this compute capability (80, 90, ...); None where it can.
 
-        arguments: q, k, v `[B, H, S, d]`, mask, causal, as the op takes them; tensors may be fake.
+        arguments: q, k, v `[B, H, S, d]`, mask, key_lengths, causal, as the op takes them; tensors may be fake.
         """
         if capability < self.oldest or (self.newest is not None and capability > self.newest):
             limit = f"from sm{self.oldest}" + (f" to sm{self.newest}" if self.newest is not None else " on")
@@ -176,11 +177,13 @@ KERNELS: dict[str, AttentionKernel] = {
             (
                 *_HALF_COMMON,
                 _upto(128),
+                LENGTHS,
+                ONE_PACKED,
                 Constraint("empty", "more than one key", _cudnn_keys),
                 Constraint("runtime", "cuDNN 9.15.1 or newer, not switched off, not deterministic", _cudnn_state),
             ),
         ),
-        AttentionKernel("flash", (*_HALF_COMMON, _upto(256))),
+        AttentionKernel("flash", (*_HALF_COMMON, _upto(256), LENGTHS)),
         AttentionKernel(
             "efficient",
             (
@@ -188,12 +191,13 @@ KERNELS: dict[str, AttentionKernel] = {
                 *_COMMON,
                 Constraint("groups", "as many heads of k and v as of q", _no_groups),
                 _upto(1024),
+                NO_LENGTHS,
             ),
             order="tokens",
         ),
         AttentionKernel(
             "fa4",
-            (*_HALF_COMMON, _head_dim("d % 8 == 0, d <= 256 on sm90, else d <= 128", _fa4_head_dim)),
+            (*_HALF_COMMON, _head_dim("d % 8 == 0, d <= 256 on sm90, else d <= 128", _fa4_head_dim), LENGTHS),
             order="tokens",
             distributions=("flash-attn-4", "fa4"),
             tested=("4.0.0b20", "4.0.0b20"),
@@ -201,7 +205,7 @@ KERNELS: dict[str, AttentionKernel] = {
         ),
         AttentionKernel(
             "fa3",
-            (*_HALF_COMMON, _upto(256)),
+            (*_HALF_COMMON, _upto(256), NO_LENGTHS),
             order="tokens",
             oldest=90,
             newest=90,
@@ -211,7 +215,7 @@ KERNELS: dict[str, AttentionKernel] = {
         ),
         AttentionKernel(
             "sage",
-            (*_HALF_COMMON, _upto(128)),
+            (*_HALF_COMMON, _upto(128), NO_LENGTHS),
             order="tokens",
             distributions=("sageattention",),
             module="sageattention",

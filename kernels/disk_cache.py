@@ -1,4 +1,4 @@
-"""Compiled kernels on disk, for providers that compile at run time.
+"""Compiled kernels and measured times on disk.
 
     cubin = cached_bytes(("nvrtc", "sm_90", options, source), build)
 
@@ -6,7 +6,8 @@ An entry's name is the hash of the given parts, dkfuse's sources and torch's ver
 them is another entry. Its file is a digest and the bytes it is of: what was cut short or changed is built again. Files
 are written beside and renamed, so that processes may share the folder; on a read-only or full disk nothing is kept.
 
-The folder is `kernels` in DKFUSE_CACHE_DIR, in `dkfuse.cache_dir` of the last compilation, or beside Inductor's cache.
+The folder is that of the kind (`kernels`, `attention`) in DKFUSE_CACHE_DIR, in `dkfuse.cache_dir` of the last
+compilation, or beside Inductor's cache.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 log = logging.getLogger("dkfuse")
 DIGEST = 32
 MAGIC = b"dkfuse1\n"
-KINDS = {"kernels": ".bin", "records": ".json", "attention": ".json"}
+KINDS = {"kernels": ".bin", "records": ".json", "attention": ".bin"}
 
 _chosen: list[str] = []  # `dkfuse.cache_dir`, while a compilation that sets it was the last one
 _unwritable: set[Path] = set()
@@ -59,25 +60,28 @@ def cached_bytes(parts: tuple[str, ...], build: Callable[[], bytes]) -> bytes:
     return found
 
 
-def get(parts: tuple[str, ...]) -> bytes | None:
-    """The bytes that were put under `parts`; None where there are none, or not the same ones any more."""
-    path = _path(parts)
+def get(parts: tuple[str, ...], kind: str = "kernels", folder: str | None = None) -> bytes | None:
+    """The bytes that were put under `parts`; None where there are none, or not the same ones any more.
+
+    kind: the folder in `root()`, or in `folder` where one is given.
+    """
+    path = _path(parts, kind, folder)
     try:
         content = path.read_bytes()
     except OSError as error:
         if not isinstance(error, FileNotFoundError):
-            log.debug("dkfuse: the kernel cache %s cannot be read: %s", path, error)
+            log.debug("dkfuse: the cache %s cannot be read: %s", path, error)
         return None
     digest, data = content[len(MAGIC) : len(MAGIC) + DIGEST], content[len(MAGIC) + DIGEST :]
     if content.startswith(MAGIC) and hashlib.sha256(data).digest() == digest:
         return data
-    log.debug("dkfuse: the cached kernel %s is damaged and is built again", path)
+    log.debug("dkfuse: the cached file %s is damaged and is made again", path)
     return None
 
 
-def put(parts: tuple[str, ...], data: bytes) -> None:
+def put(parts: tuple[str, ...], data: bytes, kind: str = "kernels", folder: str | None = None) -> None:
     """Keep `data` under `parts`. Where that is not possible it is logged once a folder, at level debug."""
-    path = _path(parts)
+    path = _path(parts, kind, folder)
     temporary = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,17 +95,17 @@ def put(parts: tuple[str, ...], data: bytes) -> None:
                 os.unlink(temporary)
         if path.parent not in _unwritable:
             _unwritable.add(path.parent)
-            log.debug("dkfuse: compiled kernels are not kept, %s cannot be written: %s", path.parent, error)
+            log.debug("dkfuse: nothing is kept, %s cannot be written: %s", path.parent, error)
 
 
-def _path(parts: tuple[str, ...]) -> Path:
+def _path(parts: tuple[str, ...], kind: str, folder: str | None) -> Path:
     from dkfuse.store import source_hash
 
     digest = hashlib.sha256()
     for part in (source_hash(), torch.__version__, *parts):
         encoded = part.encode()
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
-    return root() / "kernels" / f"{digest.hexdigest()}.bin"
+    return (Path(folder) if folder else root()) / kind / f"{digest.hexdigest()}.bin"
 
 
 def contents() -> dict[str, list[Path]]:

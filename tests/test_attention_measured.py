@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 
 import pytest
 import torch
 
 from dkfuse import Status
+from dkfuse.kernels import disk_cache
 from dkfuse.seams import attention_choice, attention_measure
 
 from .attentions import install, on_gpu, rewritten, use_rows
@@ -23,9 +23,7 @@ def timed(monkeypatch):
     monkeypatch.setattr(attention_choice.compat, "inductor_config", lambda name: name == "max_autotune")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
-    monkeypatch.setattr(
-        attention_measure, "times", lambda tensors, causal, kernels, folder: {k: found[k] for k in kernels}
-    )
+    monkeypatch.setattr(attention_measure, "times", lambda tensors, causal, kernels, *_: {k: found[k] for k in kernels})
     install(monkeypatch, fa4="4.0.0b20")
     return found
 
@@ -72,7 +70,9 @@ def runs(monkeypatch):
     """Counts what is timed; nothing is known beforehand."""
     done = []
     monkeypatch.setattr(attention_measure, "_known", {})
-    monkeypatch.setattr(attention_measure, "_time", lambda tensors, causal, name: done.append(name) or 10.0 + len(done))
+    monkeypatch.setattr(
+        attention_measure, "_time", lambda tensors, causal, name, *_: done.append(name) or 10.0 + len(done)
+    )
     return done
 
 
@@ -89,18 +89,36 @@ def test_times_are_taken_once_and_kept(runs, tmp_path, monkeypatch):
     assert runs == ["cudnn", "flash", "fa4", "cudnn"]
 
 
-def test_a_broken_file_is_reported_and_replaced(runs, tmp_path, monkeypatch, caplog):
+def test_a_broken_file_is_replaced(runs, tmp_path, monkeypatch):
     tensors = [torch.empty(1, 2, 8, 16) for _ in range(3)]
     attention_measure.times(tensors, False, ["cudnn"], str(tmp_path))
-    (file,) = (tmp_path / "attention").glob("*.json")
-    for text in ("{", "[1]", '{"cudnn": []}'):
-        file.write_text(text)
+    (file,) = (tmp_path / "attention").iterdir()
+    whole = file.read_bytes()
+    for data in (b"", b"{", whole[:-1], whole.replace(b"11.0", b"99.0")):
+        file.write_bytes(data)
         monkeypatch.setattr(attention_measure, "_known", {})
-        with caplog.at_level(logging.WARNING, "dkfuse"):
-            caplog.clear()
-            attention_measure.times(tensors, False, ["cudnn"], str(tmp_path))
-        assert "cannot be read" in caplog.text
-        assert json.loads(file.read_text()) == {"cudnn": 10.0 + len(runs)}
+        expected = {"cudnn": 11.0 + len(runs)}
+        assert attention_measure.times(tensors, False, ["cudnn"], str(tmp_path)) == expected
+        monkeypatch.setattr(attention_measure, "_known", {})
+        assert attention_measure.times(tensors, False, ["cudnn"], str(tmp_path)) == expected
+    assert len(runs) == 5
+
+
+def test_calls_with_numbers_of_keys_are_other_calls(runs, tmp_path):
+    tensors = [torch.empty(1, 2, 8, 16) for _ in range(3)]
+    assert attention_measure.times(tensors, False, ["cudnn"], str(tmp_path)) == {"cudnn": 11.0}
+    assert attention_measure.times(tensors, False, ["cudnn"], str(tmp_path), True) == {"cudnn": 12.0}
+
+
+def test_times_are_files_of_the_cache(runs, tmp_path):
+    tensors = [torch.empty(1, 2, 8, 16) for _ in range(3)]
+    disk_cache.use(str(tmp_path))
+    try:
+        attention_measure.times(tensors, False, ["cudnn"], None)
+        (file,) = disk_cache.contents()["attention"]
+    finally:
+        disk_cache.use(None)
+    assert file.parent == tmp_path / "attention"
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(runs, tmp_path):
@@ -115,8 +133,8 @@ def test_a_kernel_that_fails_is_infinitely_slow_and_logged(tmp_path, monkeypatch
     with caplog.at_level(logging.WARNING, "dkfuse"):
         found = attention_measure.times(tensors, False, ["nothing of this name"], str(tmp_path))
     assert found == {"nothing of this name": float("inf")} and "nothing of this name failed" in caplog.text
-    (file,) = (tmp_path / "attention").glob("*.json")
-    assert json.loads(file.read_text()) == {}
+    (file,) = (tmp_path / "attention").iterdir()
+    assert file.read_bytes().endswith(b"{}")
 
 
 def test_a_kernel_that_cannot_be_built_leaves_the_attention_to_torch(monkeypatch):

@@ -1,7 +1,12 @@
 """`python -m dkfuse.bench.attention [SHAPE ...]`: speed of every installed attention kernel, and what a call costs.
 
-SHAPE is BxHxSxd, or BxHxSxKxd for K keys; left out, those of published diffusion transformers. TFLOP/s of
-4*B*H*S*K*d, bf16, q, k and v `[B, S, H, d]` in memory; the lines at the end are rows of `dkfuse.seams.attention_table`.
+SHAPE is BxHxSxd, or BxHxSxKxd for K keys; left out, those of published diffusion transformers. S and K may be sums, as
+25440+256 of image and text. TFLOP/s of 4*B*H*S*K*d, bf16, q, k and v `[B, S, H, d]` in memory; the lines at the end are
+rows of `dkfuse.seams.attention_table`.
+
+SHAPE:N, or --valid FRACTION for all shapes, measures attention of which only the first N keys of each sample, or that
+fraction of them, take part: torch's given a mask `[B, 1, 1, K]` ("dense" as bias, "bool") beside kernels that take the
+numbers, and torch's without a mask ("unmasked"). All K keys count for TFLOP/s, so that they compare as times do.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import torch.nn.functional as F
 
 from dkfuse.errors import first_line
 from dkfuse.kernels import attention_kernels
+from dkfuse.seams import attention_table
 
 from .kernels import NO_GPU
 
@@ -41,18 +47,28 @@ BUDGET = 0.1  # seconds per kernel and shape
 CALLS = 300
 
 
-def parse(text: str) -> tuple[int, int, int, int, int]:
-    """(B, H, S, K, d) of "BxHxSxd" or "BxHxSxKxd"; ValueError for anything else."""
-    numbers = [int(part) for part in text.lower().split("x")]
+Shape = tuple[int, int, int, int, int]
+
+
+def parse(text: str, fraction: float | None = None) -> tuple[Shape, int | None]:
+    """((B, H, S, K, d), keys that take part or None) of "BxHxSxd", "BxHxSxKxd", either with ":N" behind it.
+
+    fraction: of the keys, where no N is given. ValueError for anything else.
+    """
+    sizes, _, valid = text.lower().partition(":")
+    numbers = [sum(int(term) for term in part.split("+")) for part in sizes.split("x")]
     if len(numbers) == 4:
         numbers.insert(3, numbers[2])
     if len(numbers) != 5 or min(numbers) < 1:
         raise ValueError(f"{text!r} is not BxHxSxd or BxHxSxKxd")
     batch, heads, queries, keys, dim = numbers
-    return batch, heads, queries, keys, dim
+    taken = int(valid) if valid else None if fraction is None else max(1, round(fraction * keys))
+    if taken is not None and not 1 <= taken <= keys:
+        raise ValueError(f"{text!r}: {taken} of {keys} keys cannot take part")
+    return (batch, heads, queries, keys, dim), taken
 
 
-def tensors(shape: tuple[int, int, int, int, int]) -> list[torch.Tensor]:
+def tensors(shape: Shape) -> list[torch.Tensor]:
     batch, heads, queries, keys, dim = shape
     sizes = [(batch, tokens, heads, dim) for tokens in (queries, keys, keys)]
     return [torch.randn(size, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for size in sizes]
@@ -88,11 +104,33 @@ def calls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Callab
     }
 
 
-def overhead() -> dict[str, float]:
+def masked_calls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, valid: int) -> dict[str, Callable[[], Any]]:
+    """Torch's attention without a mask and with a dense one, and each installed kernel that takes numbers of keys."""
+    capability = 10 * torch.cuda.get_device_capability()[0]
+    lengths = torch.full((q.shape[0],), valid, dtype=torch.int32, device=q.device)
+    taken = (torch.arange(k.shape[2], device=q.device) < lengths[:, None])[:, None, None]
+    bias = torch.where(taken, 0.0, float("-inf")).to(q.dtype)
+    arguments = {"q": q, "k": k, "v": v, "mask": None, "key_lengths": lengths, "causal": False}
+    return {
+        "unmasked": lambda: F.scaled_dot_product_attention(q, k, v),
+        attention_table.DENSE: lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=bias),
+        "bool": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=taken),
+        **{
+            name: lambda name=name: torch.ops.dkfuse.attention(q, k, v, None, lengths, using=name)  # type: ignore[misc]
+            for name, kernel in attention_kernels.KERNELS.items()
+            if name != "sdpa"
+            and attention_kernels.version_of(name) is not None
+            and kernel.problem(arguments, capability) is None
+        },
+    }
+
+
+def overhead(valid: int | None = None) -> dict[str, float]:
     """Microseconds of CPU per call, of attention that is too small to keep a GPU busy."""
     q, k, v = tensors((1, 4, 128, 128, 64))
     found = {}
-    for name, call in {"torch sdpa": lambda: F.scaled_dot_product_attention(q, k, v), **calls(q, k, v)}.items():
+    plain = {"torch sdpa": lambda: F.scaled_dot_product_attention(q, k, v)}
+    for name, call in (masked_calls(q, k, v, valid) if valid else {**plain, **calls(q, k, v)}).items():
         for _ in range(20):
             call()
         torch.cuda.synchronize()
@@ -107,9 +145,10 @@ def overhead() -> dict[str, float]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dkfuse.bench.attention", description=__doc__)
     parser.add_argument("shapes", nargs="*", default=SHAPES, type=str)
+    parser.add_argument("--valid", type=float, metavar="FRACTION", help="how many of the keys take part, 0 to 1")
     options = parser.parse_args(arguments)
     try:
-        shapes = [parse(text) for text in options.shapes]
+        shapes = [parse(text, options.valid) for text in options.shapes]
     except ValueError as error:
         parser.error(str(error))
     if not torch.cuda.is_available():
@@ -122,10 +161,11 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[str] = []
     compiled: dict[str, float] = {}
     with torch.no_grad():
-        for shape in shapes:
+        for shape, valid in shapes:
             batch, heads, queries, keys, dim = shape
             speeds = {}
-            for name, call in calls(*tensors(shape)).items():
+            q, k, v = tensors(shape)
+            for name, call in (masked_calls(q, k, v, valid) if valid else calls(q, k, v)).items():
                 try:
                     taken, first = microseconds(call)
                 except Exception as error:
@@ -133,11 +173,16 @@ def main(arguments: list[str] | None = None) -> int:
                     continue
                 speeds[name] = round(4 * batch * heads * queries * keys * dim / taken * 1e-6, 1)
                 compiled[name] = max(compiled.get(name, 0.0), first)
-            print(f"{'x'.join(map(str, shape)):22}", "  ".join(f"{n} {s:.0f}" for n, s in speeds.items()), flush=True)
-            speeds.pop("sdpa", None)
+            text = "x".join(map(str, shape)) + (f":{valid}" if valid else "")
+            print(f"{text:22}", "  ".join(f"{n} {s:.0f}" for n, s in speeds.items()), flush=True)
+            for other in ("sdpa", "unmasked", "bool"):
+                speeds.pop(other, None)
             capability = 10 * torch.cuda.get_device_capability()[0]
-            rows.append(f"    Row({capability}, {dim}, {batch * heads}, {queries}, {keys}, {speeds}),")
-        print("CPU us per call:", "  ".join(f"{n} {t:.1f}" for n, t in overhead().items()))
+            columns = f"{{}}, {speeds}" if valid else f"{speeds}"
+            rows.append(f"    Row({capability}, {dim}, {batch * heads}, {queries}, {keys}, {columns}),")
+        for kind in sorted({valid is not None for _, valid in shapes}):
+            spent = "  ".join(f"{n} {t:.1f}" for n, t in overhead(100 if kind else None).items())
+            print(f"CPU us per call{', numbers of keys' if kind else ''}:", spent)
     print("longest first call, s:", "  ".join(f"{n} {t:.2f}" for n, t in compiled.items()))
     print("\n".join(rows))
     return 0

@@ -3,6 +3,9 @@
 A kernel of torch's own becomes its ATen op, which Inductor launches as it launches torch's choice; others become
 ``dkfuse::attention``. q, k and v stay the views they are; the strides of the result, which depend on the kernel, are
 carried on, and a transposing copy behind it goes where the kernel already writes `[B, S, H, d]`.
+
+A mask that is proved to say how many of the first keys take part (`key_lengths`) is not given on: the numbers are, made
+int32 once for all attentions that share them.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from ..settings import Settings
 from .attention_call import Call, calls
 from .attention_choice import RULE, decide
 from .common import described
+from .key_lengths import Numbers, numbers_of_keys
 from .seam import Seam
 from .strides import spread
 
@@ -30,9 +34,11 @@ OPAQUE = "dkfuse::attention"
 
 def find(graph: fx.Graph, settings: Settings) -> Iterator[Seam]:
     """One seam per attention in `graph`."""
+    numbers: Numbers = {}
     for call in list(calls(graph)):
         decision = decide(call, resolve_target(settings.target, call.device), settings)
-        shown = {"q": call.q, "k": call.k, "v": call.v, "mask": call.mask}
+        lengths = call.lengths.node if call.lengths is not None else None
+        shown = {"q": call.q, "k": call.k, "v": call.v, "mask": call.mask, "key_lengths": lengths}
         site = described(RULE, call.node, shown, Status.LEFT_TO_INDUCTOR)
         site.op, site.reason, site.attempts = OPAQUE, decision.reason, decision.attempts
         if decision.kernel is None:
@@ -42,14 +48,14 @@ def find(graph: fx.Graph, settings: Settings) -> Iterator[Seam]:
         site.status, site.kernel = Status.FUSED, decision.kernel
         if (native := _native(call, decision.kernel)) is not None:
             site.op = native[0]._schema.name
-        yield Seam(site, _Rewrite(graph, call, decision.kernel))
+        yield Seam(site, _Rewrite(graph, call, decision.kernel, numbers))
 
 
 class _Rewrite:
     """Puts one kernel in the place of one attention."""
 
-    def __init__(self, graph: fx.Graph, call: Call, kernel: str):
-        self.graph, self.call, self.kernel = graph, call, kernel
+    def __init__(self, graph: fx.Graph, call: Call, kernel: str, numbers: Numbers):
+        self.graph, self.call, self.kernel, self.numbers = graph, call, kernel, numbers
 
     def __call__(self) -> None:
         import dkfuse.kernels.attention  # noqa: F401  (registers torch.ops.dkfuse.attention)
@@ -64,7 +70,9 @@ class _Rewrite:
                 copy_origin(call.node, result)
             else:
                 options = {"causal": call.causal, "scale": call.scale, "gqa": call.grouped, "using": self.kernel}
-                result = self._insert(torch.ops.dkfuse.attention.default, (call.q, call.k, call.v, None), options)
+                lengths = numbers_of_keys(self.graph, call.lengths, call.q, self.numbers) if call.lengths else None
+                operands = call.q, call.k, call.v, None, lengths
+                result = self._insert(torch.ops.dkfuse.attention.default, operands, options)
         for old in call.results:
             old.replace_all_uses_with(result)
             self.graph.erase_node(old)
@@ -85,7 +93,7 @@ class _Rewrite:
 def _native(call: Call, kernel: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
     """(op, arguments after q, k and v, keyword arguments) of a kernel that is part of torch; None for others, and where
     the graph runs on a CPU while it is planned for a GPU."""
-    if call.device.type != "cuda":
+    if call.device.type != "cuda" or call.lengths is not None:
         return None
     scale = {"scale": call.scale}
     if kernel == "cudnn":

@@ -15,6 +15,7 @@ from dkfuse.kernels.attention_kernels import KERNELS
 from .. import compat
 from ..calls import bound_arguments
 from ..compat import statically_known_true
+from .key_lengths import KeyLengths, Unproved, prove
 
 aten = torch.ops.aten
 
@@ -30,7 +31,10 @@ OPS: dict[Any, str | None] = {
 
 @dataclass(frozen=True)
 class Call:
-    """One attention. Tensors are graph nodes; `values` are what the op ``dkfuse::attention`` is called with, fake."""
+    """One attention. Tensors are graph nodes; `values` are what the op ``dkfuse::attention`` is called with, fake.
+
+    lengths: what the mask is proved to say, the number of keys that take part; unproved: why it is not, for a mask.
+    """
 
     node: fx.Node
     q: fx.Node
@@ -41,12 +45,22 @@ class Call:
     scale: float | None
     dropout: float
     traced: str | None
+    lengths: KeyLengths | None = None
+    unproved: Unproved | None = None
 
     @property
     def values(self) -> dict[str, Any]:
-        tensors = {"q": self.q, "k": self.k, "v": self.v, "mask": self.mask}
+        mask = self.mask if self.lengths is None else None
+        tensors = {"q": self.q, "k": self.k, "v": self.v, "mask": mask}
         fakes = {n: node.meta["val"] if node is not None else None for n, node in tensors.items()}
-        return {**fakes, "causal": self.causal, "scale": self.scale}
+        return {**fakes, "key_lengths": self._lengths(), "causal": self.causal, "scale": self.scale}
+
+    def _lengths(self) -> torch.Tensor | None:
+        if self.lengths is None:
+            return None
+        q = self.q.meta["val"]
+        with q.fake_mode:
+            return torch.empty((q.shape[0],), dtype=torch.int32, device=q.device)
 
     @property
     def device(self) -> torch.device:
@@ -84,10 +98,10 @@ class Call:
         """
         if self.traced is not None:
             return self.traced
-        unmasked = {**self.values, "mask": None}
+        unmasked = {**self.values, "mask": None, "key_lengths": None}
         if capability // 10 in (9, 10) and KERNELS["cudnn"].problem(unmasked, capability) is None:
             return "cudnn"
-        if KERNELS["flash"].problem(self.values, capability) is None:
+        if self.mask is None and KERNELS["flash"].problem(self.values, capability) is None:
             return "flash"
         return "efficient" if KERNELS["efficient"].problem(unmasked, capability) is None else "math"
 
@@ -100,14 +114,30 @@ def calls(graph: fx.Graph) -> Iterator[Call]:
         given = bound_arguments(node)
         if not all(isinstance(given[n].meta.get("val"), torch.Tensor) for n in ("query", "key", "value")):
             continue
+        mask = given.get("attn_bias", given.get("attn_mask"))
+        lengths, unproved = _proved(mask, given["query"], given["key"], OPS[node.target] == "cudnn")
         yield Call(
             node,
             given["query"],
             given["key"],
             given["value"],
-            given.get("attn_bias", given.get("attn_mask")),
+            mask,
             bool(given.get("is_causal", False)),
             given.get("scale"),
             float(given.get("dropout_p", 0.0)),
             OPS[node.target],
+            lengths,
+            unproved,
         )
+
+
+def _proved(mask: fx.Node | None, q: fx.Node, k: fx.Node, cudnn: bool) -> tuple[KeyLengths | None, Unproved | None]:
+    if mask is None:
+        return None, None
+    try:
+        found = prove(mask, q.meta["val"].shape[0], k.meta["val"].shape[2], cudnn)
+        if (place := found.node.meta["val"].device) != q.meta["val"].device:
+            raise Unproved(f"the number of keys is on {place}, q on {q.meta['val'].device}")
+        return found, None
+    except Unproved as why:
+        return None, why

@@ -6,6 +6,9 @@
 
 A kernel that loses accuracy is taken on demand only. Attention that a kernel computes faster than the CPU calls it
 (`LAUNCH_BOUND`) stays with torch: the GPU would wait for the calls, and no timing of calls tells kernels apart there.
+
+Where the mask is proved to say how many of the first keys take part, kernels that take those numbers compete with
+torch's choice given the mask (`DENSE`), which may be the same kernel.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from ..rules import Code, Stage
 from ..settings import Settings
 from . import attention_measure, attention_table
 from .attention_call import Call
+from .attention_table import DENSE
 
 MARGIN = 1.03  # a smaller gain is noise between runs
 # Microseconds of CPU that a call costs, measured on a host with an H100 (torch 2.11, flash-attn-4 4.0.0b20): fa4 158.0,
@@ -58,11 +62,18 @@ def decide(call: Call, target: str, settings: Settings) -> Decision:
     capability = int(target[2:])
     chosen = call.chosen(capability)
     if settings.attention != "auto":
-        return _forced(call, KERNELS[settings.attention], chosen, capability)
+        return _why_masked(call, _forced(call, KERNELS[settings.attention], chosen, capability))
     able, attempts = _able(call, chosen, capability)
     if _measures(call):
         return _by_measurement(call, chosen, able, attempts, settings)
-    return _by_table(call, chosen, able, attempts, capability)
+    return _why_masked(call, _by_table(call, chosen, able, attempts, capability))
+
+
+def _why_masked(call: Call, decision: Decision) -> Decision:
+    """Say why the mask is not just a number of keys, where it stood in the way."""
+    if call.unproved is not None and decision.kernel is None:
+        decision.attempts.append(reason(call.unproved.code, call.unproved.message, Stage.SEMANTICS))
+    return decision
 
 
 def _semantics(call: Call) -> Reason | None:
@@ -75,7 +86,7 @@ def _semantics(call: Call) -> Reason | None:
 
 
 def _forced(call: Call, kernel: AttentionKernel, chosen: str, capability: int) -> Decision:
-    if kernel.name == chosen:
+    if kernel.name == chosen and call.lengths is None:
         return Decision(reason=reason("chosen", f"torch chose {chosen} as well"))
     if (problem := kernel.problem(call.values, capability)) is not None:
         return Decision(reason=reason(problem.code, problem.message), forbidden=True)
@@ -86,7 +97,7 @@ def _forced(call: Call, kernel: AttentionKernel, chosen: str, capability: int) -
 
 def _failure(call: Call, name: str) -> Reason | None:
     """Why a kernel that takes the call cannot be used all the same: its package is broken, it cannot be built."""
-    message = attention_measure.failure(name, call.values["q"], call.values["k"], call.causal)
+    message = attention_measure.failure(name, call.values["q"], call.values["k"], call.causal, call.lengths is not None)
     return reason("failed", f"{name} failed when it was tried: {message}") if message is not None else None
 
 
@@ -94,7 +105,7 @@ def _able(call: Call, chosen: str, capability: int) -> tuple[list[str], list[Rea
     """The kernels that could compute it unasked, installed or not, and why others could not."""
     able, attempts = [], []
     for kernel in KERNELS.values():
-        if kernel.lossy or kernel.name in ("sdpa", chosen):
+        if kernel.lossy or kernel.name == "sdpa" or (kernel.name == chosen and call.lengths is None):
             continue
         if (problem := kernel.problem(call.values, capability)) is not None:
             attempts.append(reason(problem.code, problem.message))
@@ -106,32 +117,33 @@ def _able(call: Call, chosen: str, capability: int) -> tuple[list[str], list[Rea
 
 
 def _measures(call: Call) -> bool:
-    """Whether kernels are timed now: asked for, on a GPU, without a mask, and for sizes that are known."""
+    """Whether kernels are timed now: asked for, on a GPU, without a mask or with numbers of keys, for known sizes."""
     sizes = [s for n in ("q", "k", "v") for t in (call.values[n],) for s in (*t.shape, *t.stride())]
     return (
         bool(compat.inductor_config("max_autotune"))
         and call.device.type == "cuda"
         and torch.cuda.is_available()
-        and call.mask is None
+        and (call.mask is None or call.lengths is not None)
         and all(isinstance(s, int) for s in sizes)
         and call.traced in KERNELS
     )
 
 
 def _by_measurement(call: Call, chosen: str, able: list[str], attempts: list[Reason], settings: Settings) -> Decision:
-    names = [chosen, *(name for name in able if version_of(name) is not None)]
+    rival = chosen if call.lengths is None else DENSE
+    names = [rival, *(name for name in able if version_of(name) is not None)]
     tensors = [call.values[n] for n in "qkv"]
-    found = attention_measure.times(tensors, call.causal, names, settings.cache_dir)
+    found = attention_measure.times(tensors, call.causal, names, settings.cache_dir, call.lengths is not None)
     best = min(names, key=lambda name: found[name])
     for name in names:
         if found[name] == float("inf"):
             attempts.append(reason("failed", f"{name} failed when it was timed; the log says how"))
         elif name != best:
             attempts.append(reason("slower", f"{name} took {found[name]:.0f} us, {best} {found[best]:.0f} us"))
-    if best == chosen or found[best] * MARGIN > found[chosen]:
-        return Decision(reason=reason("fastest", f"{chosen}, torch's choice, was the fastest timed"), attempts=attempts)
+    if best == rival or found[best] * MARGIN > found[rival]:
+        return Decision(reason=reason("fastest", f"{_torchs(call, chosen)}, was the fastest timed"), attempts=attempts)
     if found[best] < LAUNCH_BOUND:
-        return Decision(reason=_short(chosen, best, found[best]), attempts=attempts)
+        return Decision(reason=_short(_torchs(call, chosen), best, found[best]), attempts=attempts)
     return Decision(best, attempts=attempts)
 
 
@@ -140,11 +152,12 @@ def _by_table(call: Call, chosen: str, able: list[str], attempts: list[Reason], 
     if isinstance(speeds, Reason):
         return Decision(reason=speeds, attempts=attempts)
     assert sizes is not None
-    ranked = sorted((n for n in able if speeds.get(n, 0) >= MARGIN * speeds[chosen]), key=lambda n: -speeds[n])
+    rival, torchs = (chosen if call.lengths is None else DENSE), _torchs(call, chosen)
+    ranked = sorted((n for n in able if speeds.get(n, 0) >= MARGIN * speeds[rival]), key=lambda n: -speeds[n])
     for name in ranked:
-        gain = f"{speeds[name] / speeds[chosen]:.2f}x {chosen}, torch's choice"
+        gain = f"{speeds[name] / speeds[rival]:.2f}x {torchs}"
         if (taken := attention_table.microseconds(*sizes, speeds[name])) < LAUNCH_BOUND:
-            attempts.append(_short(chosen, name, taken))
+            attempts.append(_short(torchs, name, taken))
         elif version_of(name) is None:
             message = f"{name} was measured at {gain}, near this shape: {KERNELS[name].install}"
             attempts.append(reason("not_installed", message))
@@ -153,7 +166,7 @@ def _by_table(call: Call, chosen: str, able: list[str], attempts: list[Reason], 
         else:
             return Decision(name, attempts=attempts)
     useful = next((a for a in attempts if a.code in ("failed", "not_installed", "launch_bound")), None)
-    best = reason("fastest", f"{chosen}, torch's choice, is the fastest measured near this shape")
+    best = reason("fastest", f"{torchs}, is the fastest measured near this shape")
     return Decision(reason=useful or best, attempts=[a for a in attempts if a is not useful])
 
 
@@ -167,23 +180,29 @@ def _speeds(
     odd = [
         text
         for text, present in (
-            ("a mask", call.mask is not None),
+            ("a mask", call.mask is not None and call.lengths is None),
             ("a causal mask", call.causal),
             ("grouped heads", call.grouped),
             (f"{call.values['q'].dtype}", call.values["q"].dtype not in (torch.float16, torch.bfloat16)),
         )
         if present
     ]
-    row = attention_table.nearest(capability, *sizes)
-    if odd or row is None or chosen not in row.tflops:
+    counted = call.lengths is not None
+    speeds = attention_table.nearest(capability, *sizes, counted)
+    if odd or speeds is None or (DENSE if counted else chosen) not in speeds:
         where = "with " + " and ".join(odd) if odd else f"near head_dim {sizes[0]}, {sizes[2]} x {sizes[3]} tokens"
-        message = f"no kernels were measured {where} on sm{capability}: {chosen}, torch's choice, stays"
+        kind = " by numbers of keys" if counted else ""
+        message = f"no kernels were measured{kind} {where} on sm{capability}: {_torchs(call, chosen)}, stays"
         return reason("unmeasured", message), sizes
-    return row.tflops, sizes
+    return speeds, sizes
 
 
-def _short(chosen: str, name: str, microseconds: float) -> Reason:
-    limit = f"a call may cost the CPU up to {LAUNCH_BOUND:.0f} us, so {chosen}, torch's choice, stays"
+def _torchs(call: Call, chosen: str) -> str:
+    return f"{chosen}, torch's choice" if call.lengths is None else f"{chosen} with a dense mask, torch's choice"
+
+
+def _short(torchs: str, name: str, microseconds: float) -> Reason:
+    limit = f"a call may cost the CPU up to {LAUNCH_BOUND:.0f} us, so {torchs}, stays"
     return reason("launch_bound", f"{name} takes {microseconds:.0f} us here: {limit}")
 
 

@@ -4,11 +4,15 @@ One H100 80GB SXM, torch 2.11 with CUDA 13, cuDNN 9.19, flash-attn-4 4.0.0b20, b
 `flash` is torch's copy of FlashAttention 2. `cudnn` is the better of its two runs there, as torch's SDPA, which chooses
 it, and by name: they differ by up to 11 %, and what another kernel gains within that is no gain. The rows of 300 and
 256 keys are about as short as a call: fa4 is bound by calls there, at 256 keys all are.
+
+`lengths` are speeds where a mask says how many of the first keys take part, with `DENSE` for torch's choice given that
+mask as a `[B, 1, 1, Sk]` bias, and others by the numbers of keys; all keys count, also those that do not take part. By
+`python -m dkfuse.bench.attention 1x24x25440+256x128 --valid 1`; empty where it was not measured.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import log
 
 
@@ -22,6 +26,7 @@ class Row:
     queries: int
     keys: int
     tflops: dict[str, float]
+    lengths: dict[str, float] = field(default_factory=dict)
 
 
 TABLE = (
@@ -40,18 +45,25 @@ TABLE = (
     Row(90, 64, 32, 8064, 8064, {"cudnn": 477, "flash": 288, "efficient": 132, "fa4": 558}),
     Row(90, 96, 24, 4352, 4352, {"cudnn": 479, "flash": 281, "efficient": 132, "fa4": 544}),
 )
+DENSE = "dense"
 NEAR = 2.0  # a row speaks for shapes with up to twice as many queries, keys or (four times as many) heads, or as few
 
 
-def nearest(capability: int, head_dim: int, heads: int, queries: int, keys: int) -> Row | None:
-    """The row of this architecture and head_dim whose tokens are nearest; None where none is near."""
-    best: tuple[float, Row] | None = None
+def nearest(
+    capability: int, head_dim: int, heads: int, queries: int, keys: int, lengths: bool = False
+) -> dict[str, float] | None:
+    """The speeds of this architecture and head_dim whose tokens are nearest; None where none is near.
+
+    lengths: those with numbers of keys that take part.
+    """
+    best: tuple[float, dict[str, float]] | None = None
     for row in TABLE:
-        if (row.capability, row.head_dim) != (capability, head_dim) or not (heads and queries and keys):
+        speeds = row.lengths if lengths else row.tflops
+        if not speeds or (row.capability, row.head_dim) != (capability, head_dim) or not (heads and queries and keys):
             continue
         apart = [abs(log(queries / row.queries)), abs(log(keys / row.keys)), abs(log(heads / row.heads)) / 2]
         if max(apart) <= log(NEAR) and (best is None or sum(apart) < best[0]):
-            best = sum(apart), row
+            best = sum(apart), speeds
     return best[1] if best is not None else None
 
 

@@ -156,7 +156,7 @@ def test_kernels_are_timed_under_max_autotune(monkeypatch, tmp_path):
     q = random(1, 4096, 24, 128).transpose(1, 2)
     found = attention_measure.times([q, q, q], False, EXACT[1:], str(tmp_path))
     assert set(found) == set(EXACT[1:]) and all(10 < time < 1e5 for time in found.values()), found
-    assert len(list((tmp_path / "attention").glob("*.json"))) == 1
+    assert len(list((tmp_path / "attention").glob("*.bin"))) == 1
     _, _, (site,), _ = run("auto", {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"})
     assert site.reason is None or site.reason.code in ("fastest", "launch_bound"), site.reason
     assert {a.code for a in site.attempts} <= {"slower", "version", "runtime"}, site.attempts
