@@ -2,6 +2,7 @@
 
     out = softmax(scale * q k^T + mask) v          scale None: 1/sqrt(d); causal: key j only for queries i >= j
     key_lengths: mask = 0 where j < min(max(key_lengths[b], 1), Sk), else -inf
+    sure: a promise that key_lengths >= sure, which cuDNN needs (`attention_parts`): it gives NaN where it is broken
 
 Shapes: q `[B, H, S, d]`, k, v `[B, Hk, Sk, d]` (gqa: H a multiple of Hk), mask bool (True: take part) or of q's dtype,
 broadcasting to `[B, H, S, Sk]`, key_lengths int32 or int64 `[B]`; out `[B, H, S, d]`, in memory `[B, S, H, d]` or laid
@@ -28,7 +29,7 @@ from .attention_lengths import LENGTHS, as_mask, within
 # `using` names the kernel: Inductor cannot call an op with an argument `kernel`
 SCHEMA = (
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? key_lengths=None, *, bool causal=False, "
-    'float? scale=None, bool gqa=False, str using="sdpa") -> Tensor'
+    'float? scale=None, bool gqa=False, str using="sdpa", int sure=0) -> Tensor'
 )
 
 
@@ -68,6 +69,7 @@ def reference(
     scale: float | None = None,
     gqa: bool = False,
     using: str = "sdpa",
+    sure: int = 0,
 ) -> Tensor:
     """The op's definition, by torch, in the memory order of the kernel."""
     _check(q, mask, key_lengths, causal, using)
@@ -90,6 +92,7 @@ def _cuda(
     scale: float | None = None,
     gqa: bool = False,
     using: str = "sdpa",
+    sure: int = 0,
 ) -> Tensor:
     from .attention_run import RUN, readable
 
@@ -102,7 +105,7 @@ def _cuda(
     _check(q, mask, key_lengths, causal, using)
     with torch.cuda.device(q.device) if q.device.index != torch.cuda.current_device() else contextlib.nullcontext():
         if key_lengths is not None:
-            out = LENGTHS[using](q, k, v, within(key_lengths, k.shape[2]), scale)
+            out = LENGTHS[using](q, k, v, within(key_lengths, k.shape[2]), scale, sure)
         else:
             out = RUN[using](q, k, v, causal, scale)
     tokens_first = KERNELS[using].order == "tokens"
@@ -127,8 +130,6 @@ def _check(q: Tensor, mask: Tensor | None, key_lengths: Tensor | None, causal: b
         raise ValueError(
             f"dkfuse::attention: key_lengths are {key_lengths.dtype} {shape}; int32 or int64 [{q.shape[0]}] are needed"
         )
-    if kernel == "cudnn" and statically_known_true(q.shape[0] != 1):
-        raise ValueError(f"dkfuse::attention: cudnn takes key_lengths of 1 sample, not {q.shape[0]}; use fa4 or flash")
 
 
 def _laid_out(out: Tensor, expected: Tensor) -> Tensor:

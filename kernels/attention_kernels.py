@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .attention_limits import LENGTHS, NO_LENGTHS, ONE_PACKED
+from .attention_limits import LENGTHS, MOSTLY_SURE, NO_LENGTHS
 from .registry import Constraint
 from .unsupported import Unsupported
 
@@ -178,7 +178,7 @@ KERNELS: dict[str, AttentionKernel] = {
                 *_HALF_COMMON,
                 _upto(128),
                 LENGTHS,
-                ONE_PACKED,
+                MOSTLY_SURE,
                 Constraint("empty", "more than one key", _cudnn_keys),
                 Constraint("runtime", "cuDNN 9.15.1 or newer, not switched off, not deterministic", _cudnn_state),
             ),

@@ -1,4 +1,4 @@
-"""Attention of which each sample's first keys take part: ``LENGTHS[name](q, k, v, lengths, scale) -> out``.
+"""Attention of which each sample's first keys take part: ``LENGTHS[name](q, k, v, lengths, scale, sure) -> out``.
 
     out = softmax(scale * q k^T + (0 where j < n, else -inf)) v          n = min(max(lengths[b], 1), Sk)
 
@@ -7,7 +7,7 @@ q `[B, H, S, d]`, k, v `[B, Hk, Sk, d]`, lengths int32 `[B]` on the same device,
 CUDA graphs. What lies behind the first n keys is not read, or weighed with zero.
 
 fa4     FlashAttention 4 with `seqused_k`
-cudnn   cuDNN with packed sequences, through torch: one sample, whose keys end at n
+cudnn   cuDNN twice, through torch: to the first `sure` keys without a mask, to the others with one (`attention_parts`)
 flash   FlashAttention 2, torch's copy, with packed sequences that are used in part
 """
 
@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention_run
+from . import attention_parts, attention_run
 from .attention_run import readable
 
-LengthsRun = Callable[[Tensor, Tensor, Tensor, Tensor, "float | None"], Tensor]
+LengthsRun = Callable[[Tensor, Tensor, Tensor, Tensor, "float | None", int], Tensor]
 
 
 def within(lengths: Tensor, keys: int) -> Tensor:
@@ -45,25 +45,13 @@ def _fa4_function() -> Any:
     return flash_attn_varlen_func
 
 
-def fa4(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float | None) -> Tensor:
+def fa4(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float | None, sure: int = 0) -> Tensor:
     function = _fa4_function()
     q, k, v = (readable(t).transpose(1, 2) for t in (q, k, v))
     return function(q, k, v, seqused_k=lengths, softmax_scale=scale)[0].transpose(1, 2)
 
 
-def cudnn(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float | None) -> Tensor:
-    """cuDNN takes offsets of sequences, and the length of each from the next offset: so for one sample only."""
-    queries, keys = q.shape[2], k.shape[2]
-    starts = torch.arange(0, queries + 1, max(queries, 1), dtype=torch.int32, device=q.device)
-    key_starts = torch.nn.functional.pad(lengths, (1, 0))
-    packed = [_tokens_first(t)[0].transpose(0, 1) for t in (q, k, v)]
-    results = attention_run.aten._cudnn_attention_forward.default(
-        *packed, None, starts, key_starts, queries, keys, False, 0.0, False, False, scale=scale
-    )
-    return results[0].unsqueeze(0).transpose(1, 2)
-
-
-def flash(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float | None) -> Tensor:
+def flash(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float | None, sure: int = 0) -> Tensor:
     batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
     starts, key_starts = (
         torch.arange(0, batch * size + 1, max(size, 1), dtype=torch.int32, device=q.device) for size in (queries, keys)
@@ -75,13 +63,4 @@ def flash(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float | None)
     return results[0].unflatten(0, (batch, queries)).transpose(1, 2)
 
 
-def _tokens_first(tensor: Tensor) -> Tensor:
-    """`tensor` [B, H, S, d], or a copy where not all heads of a token come before the next token."""
-    tensor = readable(tensor)
-    _, heads, tokens, _ = tensor.shape
-    if tokens == 1 or tensor.stride(2) >= heads * tensor.stride(1):
-        return tensor
-    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-LENGTHS: dict[str, LengthsRun] = {"fa4": fa4, "cudnn": cudnn, "flash": flash}
+LENGTHS: dict[str, LengthsRun] = {"fa4": fa4, "cudnn": attention_parts.cudnn, "flash": flash}

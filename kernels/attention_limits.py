@@ -10,7 +10,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .registry import Constraint
 
-INT32 = 2**31 - 1
+PART = 8
 
 
 def _no_lengths(arguments: Mapping[str, Any]) -> str | None:
@@ -29,26 +29,16 @@ def _lengths(arguments: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _packed_lengths(arguments: Mapping[str, Any]) -> str | None:
-    """cuDNN through torch: offsets of packed sequences, whose differences are the lengths, in int32 elements."""
+def _mostly_sure(arguments: Mapping[str, Any]) -> str | None:
+    """Attention in two parts (`attention_parts`) pays where the part with a mask is short."""
     if arguments.get("key_lengths") is None:
         return None
-    q, k = arguments["q"], arguments["k"]
-    if not statically_known_true(q.shape[0] == 1):
-        return f"numbers of keys are taken for one sample only, there are {q.shape[0]}"
-    if arguments["capability"] // 10 not in (9, 10):
-        return f"numbers of keys are taken from sm90 to sm103, not on sm{arguments['capability']}"
-    if not statically_known_true(q.shape[1] == k.shape[1]):
-        return f"{q.shape[1]} heads of q share {k.shape[1]} of k and v: not together with numbers of keys"
-    for name in "qkv":
-        tensor = arguments[name]
-        if statically_known_true(tensor.shape[2] * tensor.stride(2) > INT32):
-            return f"{name} spans {tensor.shape[2] * tensor.stride(2)} elements, numbers of keys need at most {INT32}"
-        if not statically_known_true(tensor.stride(2) >= tensor.shape[1] * tensor.stride(1)):
-            return f"{name} has strides {list(tensor.stride())}: with numbers of keys it must be [B, S, H, d] in memory"
-    return None
+    keys, sure = arguments["k"].shape[2], arguments.get("sure", 0)
+    if isinstance(keys, int) and 0 < keys - sure <= keys // PART:
+        return None
+    return f"of {keys} keys {sure} are known to take part in any case: all but up to an eighth of them are needed"
 
 
 NO_LENGTHS = Constraint("key_lengths", "no number of keys per sample", _no_lengths)
 LENGTHS = Constraint("key_lengths", "numbers of keys int32 or int64 [B], not causal", _lengths)
-ONE_PACKED = Constraint("key_lengths", "numbers of keys: one sample, [B, S, H, d] in memory", _packed_lengths)
+MOSTLY_SURE = Constraint("key_lengths", "numbers of keys: all but an eighth of them in any case", _mostly_sure)

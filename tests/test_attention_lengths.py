@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import dkfuse
 import dkfuse.kernels.attention  # registers the op
 from dkfuse import Settings, Status, compat, seams, zoo
-from dkfuse.kernels import attention, attention_lengths, attention_run
+from dkfuse.kernels import attention, attention_lengths, attention_parts, attention_run
 from dkfuse.kernels.attention_kernels import KERNELS
 from dkfuse.seams import attention_choice, attention_measure
 from dkfuse.seams.attention_table import DENSE, Row
@@ -73,7 +73,6 @@ def test_is_the_attention_of_the_first_keys(dtype):
         ({"key_lengths": torch.tensor([3])}, r"int64 \[1\]; int32 or int64 \[2\]"),
         ({"key_lengths": torch.tensor([[3], [4]])}, r"int64 \[2, 1\]"),
         ({"using": "efficient"}, "efficient takes no key_lengths; these do: sdpa, fa4, cudnn, flash"),
-        ({"using": "cudnn"}, "cudnn takes key_lengths of 1 sample, not 2"),
     ],
 )
 def test_what_does_not_go_together_is_an_error(given, said):
@@ -107,24 +106,23 @@ def test_kernels_are_given_the_numbers_and_no_copies(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn.cute", package)
     attention_lengths._fa4_function.cache_clear()
     n = torch.tensor([4, 99])
-    for kernel, batch in (("fa4", 2), ("flash", 2), ("cudnn", 1)):
+    for kernel in ("fa4", "flash"):
         recorder.given.clear()
-        q, k, v = heads(Q[:batch], K[:batch], V[:batch])
-        out = attention._cuda(q, k, v, None, n[:batch], using=kernel)
+        q, k, v = heads(Q, K, V)
+        out = attention._cuda(q, k, v, None, n, using=kernel)
         ((args, kwargs),) = recorder.given
         assert [t.data_ptr() for t in args[:3]] == [t.data_ptr() for t in (q, k, v)], "copied"
         assert out.shape == q.shape and out.transpose(1, 2).is_contiguous()
-        if kernel == "cudnn":
-            assert args[3] is None and [t.tolist() for t in args[4:6]] == [[0, 10], [0, 4]] and args[6:8] == (10, 10)
-            assert args[4].dtype == args[5].dtype == torch.int32 and args[0].shape == (10, 4, 64)
-            continue
         assert kwargs["seqused_k"].tolist() == [4, 10] and kwargs["seqused_k"].dtype == torch.int32
         if kernel == "flash":
             assert [t.tolist() for t in args[3:5]] == [[0, 10, 20]] * 2 and args[0].shape == (20, 4, 64)
     attention_lengths._fa4_function.cache_clear()
-    heads_first = Q[:1].transpose(1, 2).contiguous()
-    attention._cuda(heads_first, heads_first, heads_first, None, n[:1], using="cudnn")
-    assert recorder.given[-1][0][0].stride() == (256, 64, 1)  # each token's heads together
+
+
+@pytest.mark.parametrize("sure", [0, 10])
+def test_cudnn_needs_keys_that_take_part_in_any_case_and_others(sure):
+    with pytest.raises(ValueError, match=f"0 < sure < 10 keys, sure is {sure}; fa4 and flash need no such promise"):
+        attention_parts.cudnn(*heads(Q, K, V), torch.tensor([4, 9]), None, sure)
 
 
 # -- what kernels take -------------------------------------------------------------------------------------------------
@@ -133,7 +131,7 @@ def test_kernels_are_given_the_numbers_and_no_copies(monkeypatch):
 def problem(kernel: str, batch: int = 1, capability: int = 90, **more):
     q, k, v = heads(Q[:batch], K[:batch], V[:batch])
     lengths = torch.ones(batch, dtype=torch.int32)
-    given = {"q": q, "k": k, "v": v, "mask": None, "causal": False, "key_lengths": lengths, **more}
+    given = {"q": q, "k": k, "v": v, "mask": None, "causal": False, "key_lengths": lengths, "sure": 9, **more}
     return KERNELS[kernel].problem(given, capability)
 
 
@@ -145,15 +143,12 @@ def test_constraints():
     for kernel in ("efficient", "fa3", "sage"):
         assert problem(kernel).code == "key_lengths" and "takes no number of keys" in problem(kernel).message
         assert problem(kernel, key_lengths=None) is None
-    assert [problem(kernel, batch=2) is None for kernel in TAKE] == [True, False, True]
-    assert "one sample only, there are 2" in problem("cudnn", batch=2).message
-    assert "not on sm80" in problem("cudnn", capability=80).message and problem("flash", capability=80) is None
     (grouped,) = heads(K[:1, :, :2])
-    assert "4 heads of q share 2" in problem("cudnn", k=grouped, v=grouped).message
-    assert problem("fa4", k=grouped, v=grouped) is None
-    assert "in memory" in problem("cudnn", q=Q[:1].transpose(1, 2).contiguous()).message
-    long = torch.empty(1, 2**21, 16, 128, dtype=BF16, device="meta").transpose(1, 2)
-    assert "at most 2147483647" in problem("cudnn", q=long, k=long, v=long).message
+    for kernel in TAKE:
+        assert problem(kernel, batch=2) is None and problem(kernel, k=grouped, v=grouped) is None
+    for few in (0, 8, 10):
+        assert f"of 10 keys {few} are known to take part" in problem("cudnn", sure=few).message
+        assert problem("fa4", sure=few) is None and problem("flash", sure=few) is None
 
 
 # -- the rewrite -------------------------------------------------------------------------------------------------------
@@ -161,7 +156,7 @@ def test_constraints():
 
 def masked(padding, q, k, v):
     """Attention of the keys up to the text that is there, three times; inputs in the order that graphs take them."""
-    n = 4 + padding[:, 4:].sum(dim=1, dtype=torch.int)
+    n = 9 + padding[:, 9:].sum(dim=1, dtype=torch.int)
     taken = (torch.arange(10).unsqueeze(0) < n.unsqueeze(1)).unsqueeze(1).unsqueeze(1)
     flat = [sdpa(t, k, v, attn_mask=taken) for t in (q, q * 2)]
     return flat[0] + flat[1] + sdpa(q, k, v, attn_mask=torch.where(taken, 0.0, float("-inf")).to(q.dtype))
@@ -203,8 +198,14 @@ def test_torchs_own_kernel_is_another_one_by_numbers_of_keys():
     module = on_cpu(masked, PADDING[:1], Q[:1], K[:1], V[:1])
     sites = seams.run(module.graph, Settings(target="sm90", attention="cudnn"))
     assert [(s.status, s.kernel) for s in sites] == [(Status.FUSED, "cudnn")] * 3
-    (site, *_) = seams.run(on_cpu(masked, PADDING, Q, K, V).graph, Settings(target="sm90", attention="cudnn"))
-    assert (site.status, site.reason.code) == (Status.REJECTED, "key_lengths") and "there are 2" in site.reason.message
+    assert [n.kwargs["sure"] for n in module.graph.nodes if n.target is OP] == [9] * 3
+
+    def few(n, q, k, v):
+        taken = torch.arange(10) < n[:, None]
+        return sdpa(q, k, v, attn_mask=taken[:, None, None])
+
+    site = rewritten(on_cpu(few, torch.tensor([9, 10]), Q, K, V), attention="cudnn")
+    assert (site.status, site.reason.code) == (Status.REJECTED, "key_lengths") and "0 are known" in site.reason.message
 
 
 def test_inductor_runs_it_and_makes_the_numbers_once():
@@ -268,7 +269,7 @@ def as_a_gpu_traces(op: str, out: float, dtype: torch.dtype = BF16, place: str =
 def test_masks_as_torch_gives_them_to_its_kernels(dtype):
     for op, out, kernel in (
         ("cudnn", -65504.0, "fa4"),
-        ("cudnn", float("-inf"), "cudnn"),
+        ("cudnn", float("-inf"), "fa4"),
         ("efficient", float("-inf"), "flash"),
     ):
         module = as_a_gpu_traces(op, out, dtype)
@@ -351,9 +352,9 @@ def _real(value) -> bool:
 def test_shapes_of_the_bench():
     from dkfuse.bench.attention import main, parse
 
-    assert parse("1x24x4608x128") == ((1, 24, 4608, 4608, 128), None)
-    assert parse("1X24x25440+256x128", 0.99) == ((1, 24, 25696, 25696, 128), 25439)
-    assert parse("2x16x4096x300x72:77", 0.5) == ((2, 16, 4096, 300, 72), 77)
+    assert parse("1x24x4608x128") == ((1, 24, 4608, 4608, 128), None, 0)
+    assert parse("1X24x25440+256x128", 0.99) == ((1, 24, 25696, 25696, 128), 25439, 25440)
+    assert parse("2x16x4096x300x72:77", 0.5) == ((2, 16, 4096, 300, 72), 77, 0)
     for wrong in ("1x24x4608", "1x24x4608x128:0", "1x24x4608x128:4609", "1x24xax128"):
         with pytest.raises(ValueError):
             parse(wrong)
@@ -398,13 +399,13 @@ def test_kernels_are_timed_by_numbers_of_keys(monkeypatch):
     found = {DENSE: 900.0, "cudnn": 500.0, "fa4": 400.0, "flash": 1000.0}
     monkeypatch.setattr(attention_choice, "_measures", lambda call: call.lengths is not None)
 
-    def times(tensors, causal, kernels, folder, lengths):
-        asked.append((kernels, lengths))
+    def times(tensors, causal, kernels, folder, lengths, sure):
+        asked.append((kernels, lengths, sure))
         return {k: found[k] for k in kernels}
 
     monkeypatch.setattr(attention_measure, "times", times)
     site = chosen(monkeypatch, LONG)
-    assert (site.kernel, asked[0]) == ("fa4", ([DENSE, "cudnn", "flash", "fa4"], True))
+    assert (site.kernel, asked[0]) == ("fa4", ([DENSE, "cudnn", "flash", "fa4"], True, 9))
     found["fa4"] = found["cudnn"] = 890.0
     assert chosen(monkeypatch, LONG).reason.code == "fastest"
 
@@ -413,14 +414,15 @@ def test_what_is_timed(monkeypatch, tmp_path):
     """All keys take part; torch's rival gets the mask that says so."""
     given = []
 
-    def call(operands, causal, kernel):
+    def call(operands, causal, kernel, sure):
         given.append((kernel, operands[3:]))
+        assert sure == 5
         raise RuntimeError("no GPU")
 
     monkeypatch.setattr(attention_measure, "_call", call)
     monkeypatch.setattr(attention_measure, "_known", {})
     q, k, _ = heads(Q, K[:, :6], V)
-    found = attention_measure.times([q, k, k], False, [DENSE, "fa4"], str(tmp_path), True)
+    found = attention_measure.times([q, k, k], False, [DENSE, "fa4"], str(tmp_path), True, 5)
     assert set(found.values()) == {float("inf")}
     (dense, (mask, none)), (fa4, (unmasked, numbers)) = given
     assert (dense, fa4, none, unmasked) == (DENSE, "fa4", None, None)

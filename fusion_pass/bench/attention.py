@@ -12,6 +12,7 @@ numbers, and torch's without a mask ("unmasked"). All K keys count for TFLOP/s, 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -50,10 +51,11 @@ CALLS = 300
 Shape = tuple[int, int, int, int, int]
 
 
-def parse(text: str, fraction: float | None = None) -> tuple[Shape, int | None]:
-    """((B, H, S, K, d), keys that take part or None) of "BxHxSxd", "BxHxSxKxd", either with ":N" behind it.
+def parse(text: str, fraction: float | None = None) -> tuple[Shape, int | None, int]:
+    """((B, H, S, K, d), keys that take part or None, those that do in any case) of "BxHxSxd" or "BxHxSxKxd", with ":N".
 
-    fraction: of the keys, where no N is given. ValueError for anything else.
+    fraction: of the keys, where no N is given. Of K = 25440+256 the first 25440 take part in any case. ValueError for
+    anything else.
     """
     sizes, _, valid = text.lower().partition(":")
     numbers = [sum(int(term) for term in part.split("+")) for part in sizes.split("x")]
@@ -65,7 +67,8 @@ def parse(text: str, fraction: float | None = None) -> tuple[Shape, int | None]:
     taken = int(valid) if valid else None if fraction is None else max(1, round(fraction * keys))
     if taken is not None and not 1 <= taken <= keys:
         raise ValueError(f"{text!r}: {taken} of {keys} keys cannot take part")
-    return (batch, heads, queries, keys, dim), taken
+    first, *more = sizes.split("x")[-2].split("+")
+    return (batch, heads, queries, keys, dim), taken, int(first) if more else 0
 
 
 def tensors(shape: Shape) -> list[torch.Tensor]:
@@ -104,19 +107,22 @@ def calls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Callab
     }
 
 
-def masked_calls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, valid: int) -> dict[str, Callable[[], Any]]:
+def masked_calls(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, valid: int, sure: int
+) -> dict[str, Callable[[], Any]]:
     """Torch's attention without a mask and with a dense one, and each installed kernel that takes numbers of keys."""
+    attention = functools.partial(torch.ops.dkfuse.attention, sure=sure)
     capability = 10 * torch.cuda.get_device_capability()[0]
     lengths = torch.full((q.shape[0],), valid, dtype=torch.int32, device=q.device)
     taken = (torch.arange(k.shape[2], device=q.device) < lengths[:, None])[:, None, None]
     bias = torch.where(taken, 0.0, float("-inf")).to(q.dtype)
-    arguments = {"q": q, "k": k, "v": v, "mask": None, "key_lengths": lengths, "causal": False}
+    arguments = {"q": q, "k": k, "v": v, "mask": None, "key_lengths": lengths, "sure": sure, "causal": False}
     return {
         "unmasked": lambda: F.scaled_dot_product_attention(q, k, v),
         attention_table.DENSE: lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=bias),
         "bool": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=taken),
         **{
-            name: lambda name=name: torch.ops.dkfuse.attention(q, k, v, None, lengths, using=name)  # type: ignore[misc]
+            name: functools.partial(attention, q, k, v, None, lengths, using=name)
             for name, kernel in attention_kernels.KERNELS.items()
             if name != "sdpa"
             and attention_kernels.version_of(name) is not None
@@ -130,7 +136,9 @@ def overhead(valid: int | None = None) -> dict[str, float]:
     q, k, v = tensors((1, 4, 128, 128, 64))
     found = {}
     plain = {"torch sdpa": lambda: F.scaled_dot_product_attention(q, k, v)}
-    for name, call in (masked_calls(q, k, v, valid) if valid else {**plain, **calls(q, k, v)}).items():
+    for name, call in (
+        masked_calls(q, k, v, valid, len(k[0, 0]) - 8) if valid else {**plain, **calls(q, k, v)}
+    ).items():
         for _ in range(20):
             call()
         torch.cuda.synchronize()
@@ -161,11 +169,11 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[str] = []
     compiled: dict[str, float] = {}
     with torch.no_grad():
-        for shape, valid in shapes:
+        for shape, valid, sure in shapes:
             batch, heads, queries, keys, dim = shape
             speeds = {}
             q, k, v = tensors(shape)
-            for name, call in (masked_calls(q, k, v, valid) if valid else calls(q, k, v)).items():
+            for name, call in (masked_calls(q, k, v, valid, sure) if valid else calls(q, k, v)).items():
                 try:
                     taken, first = microseconds(call)
                 except Exception as error:
@@ -180,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
             capability = 10 * torch.cuda.get_device_capability()[0]
             columns = f"{{}}, {speeds}" if valid else f"{speeds}"
             rows.append(f"    Row({capability}, {dim}, {batch * heads}, {queries}, {keys}, {columns}),")
-        for kind in sorted({valid is not None for _, valid in shapes}):
+        for kind in sorted({valid is not None for _, valid, _ in shapes}):
             spent = "  ".join(f"{n} {t:.1f}" for n, t in overhead(100 if kind else None).items())
             print(f"CPU us per call{', numbers of keys' if kind else ''}:", spent)
     print("longest first call, s:", "  ".join(f"{n} {t:.2f}" for n, t in compiled.items()))

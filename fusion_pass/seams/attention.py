@@ -70,6 +70,8 @@ class _Rewrite:
                 copy_origin(call.node, result)
             else:
                 options = {"causal": call.causal, "scale": call.scale, "gqa": call.grouped, "using": self.kernel}
+                if call.lengths is not None and self.kernel == "cudnn":
+                    options["sure"] = call.sure
                 lengths = numbers_of_keys(self.graph, call.lengths, call.q, self.numbers) if call.lengths else None
                 operands = call.q, call.k, call.v, None, lengths
                 result = self._insert(torch.ops.dkfuse.attention.default, operands, options)

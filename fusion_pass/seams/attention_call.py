@@ -15,7 +15,7 @@ from dkfuse.kernels.attention_kernels import KERNELS
 from .. import compat
 from ..calls import bound_arguments
 from ..compat import statically_known_true
-from .key_lengths import KeyLengths, Unproved, prove
+from .key_lengths import KeyLengths, Unproved, prove, sure
 
 aten = torch.ops.aten
 
@@ -53,7 +53,12 @@ class Call:
         mask = self.mask if self.lengths is None else None
         tensors = {"q": self.q, "k": self.k, "v": self.v, "mask": mask}
         fakes = {n: node.meta["val"] if node is not None else None for n, node in tensors.items()}
-        return {**fakes, "key_lengths": self._lengths(), "causal": self.causal, "scale": self.scale}
+        return {**fakes, "key_lengths": self._lengths(), "sure": self.sure, "causal": self.causal, "scale": self.scale}
+
+    @property
+    def sure(self) -> int:
+        """Keys that take part in any case, of those that the mask counts."""
+        return sure(self.lengths) if self.lengths is not None else 0
 
     def _lengths(self) -> torch.Tensor | None:
         if self.lengths is None:

@@ -133,7 +133,9 @@ def _by_measurement(call: Call, chosen: str, able: list[str], attempts: list[Rea
     rival = chosen if call.lengths is None else DENSE
     names = [rival, *(name for name in able if version_of(name) is not None)]
     tensors = [call.values[n] for n in "qkv"]
-    found = attention_measure.times(tensors, call.causal, names, settings.cache_dir, call.lengths is not None)
+    found = attention_measure.times(
+        tensors, call.causal, names, settings.cache_dir, call.lengths is not None, call.sure
+    )
     best = min(names, key=lambda name: found[name])
     for name in names:
         if found[name] == float("inf"):

@@ -29,20 +29,26 @@ _failures: dict[tuple[Any, ...], str | None] = {}
 
 
 def times(
-    tensors: list[torch.Tensor], causal: bool, kernels: list[str], folder: str | None, lengths: bool = False
+    tensors: list[torch.Tensor],
+    causal: bool,
+    kernels: list[str],
+    folder: str | None,
+    lengths: bool = False,
+    sure: int = 0,
 ) -> dict[str, float]:
     """Microseconds of each kernel for a call with q, k, v like `tensors` (fake, of known sizes); inf where it failed.
 
-    folder: the cache folder of the settings; lengths: with numbers of keys. The tensors that it is timed on are random,
+    folder: the cache folder of the settings; lengths: with numbers of keys, sure: of which so many take part
+    in any case. The tensors that it is timed on are random,
     on the same device.
     """
-    key = _key(tensors, causal, lengths)
+    key = _key(tensors, causal, lengths, sure)
     if key not in _known:
         _known[key] = _read(key, folder)
     if missing := [name for name in kernels if name not in _known[key]]:
         with compat.real_tensors(), torch.no_grad():
             real = [_random(t) for t in tensors]
-            _known[key].update({name: _time(real, causal, name, lengths) for name in missing})
+            _known[key].update({name: _time(real, causal, name, lengths, sure) for name in missing})
         _write(key, folder, _known[key])
     return {name: _known[key][name] for name in kernels}
 
@@ -67,7 +73,7 @@ def failure(kernel: str, q: torch.Tensor, k: torch.Tensor, causal: bool, lengths
 
 def _tried(tensors: list[torch.Tensor], causal: bool, kernel: str, lengths: bool = False) -> str | None:
     try:
-        _call(_operands(tensors, kernel, lengths), causal, kernel)
+        _call(_operands(tensors, kernel, lengths), causal, kernel, FEW - 1 if lengths else 0)
         torch.cuda.synchronize(tensors[0].device)
     except Exception as error:
         log.warning("dkfuse: attention kernel %s cannot be used: %s", kernel, first_line(error))
@@ -85,17 +91,17 @@ def _operands(tensors: list[torch.Tensor], kernel: str, lengths: bool) -> list[t
     return [*tensors, None, torch.full((q.shape[0],), k.shape[2], dtype=torch.int32, device=q.device)]
 
 
-def _call(operands: list[Any], causal: bool, kernel: str) -> torch.Tensor:
+def _call(operands: list[Any], causal: bool, kernel: str, sure: int) -> torch.Tensor:
     import dkfuse.kernels.attention  # noqa: F401  (registers the op)
 
     gqa = operands[0].shape[1] != operands[1].shape[1]
     using = "sdpa" if kernel == DENSE else kernel
-    return torch.ops.dkfuse.attention(*operands, causal=causal, gqa=gqa, using=using)
+    return torch.ops.dkfuse.attention(*operands, causal=causal, gqa=gqa, using=using, sure=sure)
 
 
-def _key(tensors: list[torch.Tensor], causal: bool, lengths: bool) -> tuple[str, ...]:
+def _key(tensors: list[torch.Tensor], causal: bool, lengths: bool, sure: int) -> tuple[str, ...]:
     calls = [(tuple(t.shape), t.stride(), str(t.dtype), str(t.device)) for t in tensors]
-    return f"{calls}{causal}{lengths}", compat.environment_fingerprint(), attention_kernels.versions()
+    return f"{calls}{causal}{lengths}{sure}", compat.environment_fingerprint(), attention_kernels.versions()
 
 
 def _random(like: torch.Tensor) -> torch.Tensor:
@@ -103,18 +109,18 @@ def _random(like: torch.Tensor) -> torch.Tensor:
     return torch.randn(extent, dtype=like.dtype, device=like.device).as_strided(tuple(like.shape), like.stride())
 
 
-def _time(tensors: list[torch.Tensor], causal: bool, kernel: str, lengths: bool = False) -> float:
+def _time(tensors: list[torch.Tensor], causal: bool, kernel: str, lengths: bool = False, sure: int = 0) -> float:
     """Median of single calls, in microseconds, after two that compile and warm up."""
     device = tensors[0].device
     try:
         operands = _operands(tensors, kernel, lengths)
         for _ in range(2):
-            _call(operands, causal, kernel)
+            _call(operands, causal, kernel, sure)
         torch.cuda.synchronize(device)
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]
         for start, end in events:  # without waiting, so that the GPU is busy while the next call is prepared
             start.record()
-            _call(operands, causal, kernel)
+            _call(operands, causal, kernel, sure)
             end.record()
         torch.cuda.synchronize(device)
         found = [start.elapsed_time(end) * 1e3 for start, end in events]

@@ -59,8 +59,32 @@ def prove(mask: fx.Node, batch: Any, keys: Any, cudnn: bool = False) -> KeyLengt
     if not chosen:
         texts = f"adds {found.inside} to the first keys and {found.outside} to the others"
         raise Unproved(f"the mask {texts}: only 0 and -inf are a choice of keys", "mask_values")
-    return found.lengths
+    return _unwrapped(found.lengths)
 
+
+def _unwrapped(lengths: KeyLengths) -> KeyLengths:
+    """The same numbers with a known addend taken out of the node: max(node + c, low) + add."""
+    node, low, add = lengths.node, lengths.low, lengths.add
+    while node.target is aten.add.Tensor and not node.kwargs:
+        parts = [a for a in node.args if isinstance(a, fx.Node)], [a for a in node.args if type(a) is int]
+        if [len(p) for p in parts] != [1, 1] or parts[0][0].meta["val"].dtype != node.meta["val"].dtype:
+            break
+        ((node,), (addend,)) = parts
+        low, add = low - addend, add + addend
+    return KeyLengths(node, low, add)
+
+
+def sure(lengths: KeyLengths) -> int:
+    """How many keys take part in any case: n = max(node, low) + add, and the sum of a padding mask is not negative."""
+    node = lengths.node
+    while node.target in _SAME_NUMBER:
+        (node,) = node.all_input_nodes
+    least = max(lengths.low, 0) if node.target in _SUMS else lengths.low
+    return max(least + lengths.add, 0)
+
+
+_SUMS = (aten.sum.dim_IntList, aten.sum.default, aten.count_nonzero.default, aten.count_nonzero.dim_IntList)
+_SAME_NUMBER = (prims.convert_element_type.default, aten._to_copy.default, aten.reshape.default, aten.view.default)
 
 Numbers = dict[tuple[KeyLengths, Any], fx.Node]
 
@@ -96,4 +120,4 @@ def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
     return node
 
 
-__all__ = ["KeyLengths", "Numbers", "Unproved", "numbers_of_keys", "prove"]
+__all__ = ["KeyLengths", "Numbers", "Unproved", "numbers_of_keys", "prove", "sure"]
