@@ -22,7 +22,7 @@ ENVIRONMENT_PREFIX = "DKFUSE_"
 TARGETS = ("current", "cpu", "sm80", "sm89", "sm90", "sm100")
 REMAINDERS = ("inductor", "eager")
 ROUNDINGS = ("fused", "eager")
-ATTENTIONS = ("auto", "sdpa", "fa4", "fa3", "cudnn", "flash", "efficient", "sage")
+ATTENTIONS = ("auto", "torch", "sdpa", "fa4", "fa3", "cudnn", "flash", "efficient", "sage")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 # Read by the command line only, therefore not an option of the backend.
 OTHER_VARIABLES = {"DKFUSE_DEBUG": "1 prints the traceback of an error that the command line reports in one sentence"}
@@ -117,8 +117,8 @@ class Settings:
     attention: str = _setting(
         "auto",
         _choice(*ATTENTIONS),
-        "attention kernel: auto (the fastest measured), sdpa (what torch chooses), or one of "
-        + ", ".join(ATTENTIONS[2:]),
+        "attention kernel: auto (the fastest measured), torch (of torch's own), sdpa (what torch chooses), or one of "
+        + ", ".join(ATTENTIONS[3:]),
     )
     origins: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
 
@@ -198,7 +198,7 @@ class Settings:
         self._check_attention()
 
     def _check_attention(self) -> None:
-        if self.attention in ("auto", "sdpa"):
+        if self.attention in ("auto", "torch", "sdpa"):
             return
         from dkfuse.kernels.attention_kernels import KERNELS, version_of
 

@@ -107,6 +107,6 @@ def test_a_missing_kernel_is_a_clear_error(monkeypatch):
 
 
 def test_values_that_are_not_allowed():
-    with pytest.raises(SettingsError, match=r"dkfuse\.attention='fa5'.*auto, sdpa, fa4"):
+    with pytest.raises(SettingsError, match=r"dkfuse\.attention='fa5'.*auto, torch, sdpa, fa4"):
         Settings.read({"dkfuse.attention": "fa5"}, {})
     assert Settings.read({}, {"DKFUSE_ATTENTION": "FA4"}).attention == "fa4"

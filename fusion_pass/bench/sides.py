@@ -3,7 +3,7 @@
 dkfuse        backend "dkfuse", with --mode and --attention
 inductor      backend "inductor" with --mode, and its own choice of attention
 max-autotune  mode "max-autotune-no-cudagraphs"
-plain         dkfuse as installed alone: weights read as not packed, torch's own attention
+plain         dkfuse as installed alone: weights read as not packed, torch's own kernels of attention
 eager         not compiled
 """
 
@@ -21,7 +21,7 @@ import torch
 from .results import OURS
 
 RIVALS = ("inductor", "max-autotune", "plain", "eager")
-PLAIN = {"dkfuse.attention": "sdpa", "dkfuse.rules": "-packed_projection"}
+PLAIN = {"dkfuse.attention": "torch", "dkfuse.rules": "-packed_projection"}
 PROFILES = 5
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
 WITH_GRAPHS = ("reduce-overhead", "max-autotune")

@@ -3,6 +3,7 @@
     asked for          the kernel of ``dkfuse.attention=...``, or a rejection that says what it does not take
     max-autotune       the fastest of the installed kernels, timed now
     otherwise          the fastest of the installed kernels in the table, at the nearest measured shape
+    =torch             the same, of the kernels that are part of torch
 
 A kernel that loses accuracy is taken on demand only. Attention that a kernel computes faster than the CPU calls it
 (`LAUNCH_BOUND`) stays with torch: the GPU would wait for the calls, and no timing of calls tells kernels apart there.
@@ -61,9 +62,9 @@ def decide(call: Call, target: str, settings: Settings) -> Decision:
         return Decision(reason=reason(Code.NO_KERNEL, f"attention on target {target} is left to torch"))
     capability = int(target[2:])
     chosen = call.chosen(capability)
-    if settings.attention != "auto":
+    if settings.attention not in ("auto", "torch"):
         return _why_masked(call, _forced(call, KERNELS[settings.attention], chosen, capability))
-    able, attempts = _able(call, chosen, capability)
+    able, attempts = _able(call, chosen, capability, settings.attention == "torch")
     if _measures(call):
         return _by_measurement(call, chosen, able, attempts, settings)
     return _why_masked(call, _by_table(call, chosen, able, attempts, capability))
@@ -101,11 +102,13 @@ def _failure(call: Call, name: str) -> Reason | None:
     return reason("failed", f"{name} failed when it was tried: {message}") if message is not None else None
 
 
-def _able(call: Call, chosen: str, capability: int) -> tuple[list[str], list[Reason]]:
-    """The kernels that could compute it unasked, installed or not, and why others could not."""
+def _able(call: Call, chosen: str, capability: int, builtin: bool) -> tuple[list[str], list[Reason]]:
+    """The kernels that could compute it unasked, installed or not, and why others could not; builtin: only torch's."""
     able, attempts = [], []
     for kernel in KERNELS.values():
         if kernel.lossy or kernel.name == "sdpa" or (kernel.name == chosen and call.lengths is None):
+            continue
+        if builtin and kernel.distributions:
             continue
         if (problem := kernel.problem(call.values, capability)) is not None:
             attempts.append(reason(problem.code, problem.message))
