@@ -5,14 +5,18 @@ Inductor joins pointwise ops with the reductions around them, which an opaque ke
 * it has no reduction and removes no copy (``pointwise``);
 * every reader of its result is pointwise: Inductor would finish them in the same kernel (``feeds_pointwise``);
 * a full-size operand is a pointwise result that exists only for this site and would have to be written to memory
-  (``pointwise_producer``), for instance the stream of a wider rule that did not match.
+  (``pointwise_producer``), for instance the stream of a wider rule that did not match;
+* there are very many short rows (``short_rows``): a program per row starts more slowly than memory delivers its row,
+  while Inductor gives several rows to one program.
 
-Measured reasons: a modulate-only kernel ran 2x slower than Inductor's own fusion (vllm-omni#3186).
+Measured reasons: a modulate-only kernel ran 2x slower than Inductor's own fusion (vllm-omni#3186); RMS norms of 1.07
+million rows of 128 took 636 us on an H100, Inductor's 182 us (`dkfuse bench kernels --case "short rows"`).
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -32,6 +36,10 @@ CASTS = (prims.convert_element_type.default, aten._to_copy.default)
 @functools.lru_cache(maxsize=4096)
 def _is_pointwise(target: Any) -> bool:
     return target in CASTS or torch.Tag.pointwise in getattr(target, "tags", ())
+
+
+ROW_BYTES = 2048  # what memory delivers (3.3 TB/s) while the next program starts (0.6 ns)
+MANY_ROWS = 1 << 16  # fewer are done in less than the 40 us that nobody notices
 
 
 def is_elementwise(node: fx.Node) -> bool:
@@ -61,6 +69,7 @@ def check(site: Candidate, claimed: Collection[fx.Node] = ()) -> None:
         names = ", ".join(sorted({str(u.target) for u in users})[:3])
         text = f"every reader of the result is pointwise ({names}): Inductor finishes them in the norm's own kernel"
         raise _left(Code.FEEDS_POINTWISE, text)
+    _check_rows(site)
     inside = site.interior | {n for name in site.outputs for n in site.output_nodes(name)}
     if (total := site.binding.terms.get("sum")) is not None:
         inside |= set(site.view.nodes(total))  # no part of the interior, also where nobody else reads it
@@ -74,6 +83,16 @@ def check(site: Candidate, claimed: Collection[fx.Node] = ()) -> None:
         if is_elementwise(node) and node.target is not aten.clone.default and only_read_in(node, inside):
             text = f"{name} is the result of {node.target}, which Inductor computes inside the norm's kernel"
             raise _left(Code.POINTWISE_PRODUCER, text + " and which would have to be written to memory here")
+
+
+def _check_rows(site: Candidate) -> None:
+    *outer, width = (n if isinstance(n, int) else None for n in site.shape)
+    if width is None or any(n is None for n in outer):
+        return
+    rows, moved = math.prod(n for n in outer if n is not None), traffic(site)[1]
+    if rows > MANY_ROWS and moved is not None and moved < ROW_BYTES * rows:
+        text = f"{rows} rows of {width} elements: Inductor gives several such rows to one program"
+        raise _left(Code.SHORT_ROWS, text)
 
 
 def _left(code: Code, text: str) -> Reject:

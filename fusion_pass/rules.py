@@ -53,6 +53,7 @@ class Code(str, enum.Enum):
     POINTWISE = "pointwise"  # no reduction, no removed copy
     FEEDS_POINTWISE = "feeds_pointwise"
     POINTWISE_PRODUCER = "pointwise_producer"
+    SHORT_ROWS = "short_rows"  # very many short ones
     NO_BIAS = "no_bias"
     NO_GAIN = "no_gain"  # moves no less memory than what Inductor makes of it
     NO_KERNEL = "no_kernel"

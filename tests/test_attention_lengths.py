@@ -389,6 +389,8 @@ def test_the_fastest_by_numbers_of_keys_is_taken(monkeypatch):
     assert chosen(monkeypatch, SLOW, attention="sdpa").reason.code == "disabled"
     fa4 = Row(90, 64, 4, 10, 10, SLOW.tflops, {DENSE: 1e-6, "cudnn": 2e-6, "fa4": 3e-6})
     assert [chosen(monkeypatch, fa4, attention=a).kernel for a in ("auto", "torch")] == ["fa4", "cudnn"]
+    site = chosen(monkeypatch, SLOW, attention="torch", roundings="eager")
+    assert site.kernel is None and "rounding" in [a.code for a in site.attempts]
 
 
 def test_rows_with_numbers_of_keys_say_nothing_of_others(monkeypatch):

@@ -146,7 +146,7 @@ def test_the_models_spelling_computes_the_op(case: Case) -> None:
 @pytest.mark.parametrize("op", ["norm_modulate", "residual_norm_modulate"])
 def test_norms_alone_are_what_the_libraries_take(op: str) -> None:
     alone = [case for case in CASES if case.op == op and case.alone]
-    assert {case.shape for case in alone} == {(1, 4096, 3840), (1, 8064, 2048)}
+    assert {(1, 4096, 3840), (1, 8064, 2048)} <= {case.shape for case in alone}
     for case in alone:
         small = dataclasses.replace(case, shape=(1, 4, case.shape[-1]))
         [(arguments, _)], _ = small.calls(small.inputs(0, "cpu"))

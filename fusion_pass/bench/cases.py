@@ -212,6 +212,7 @@ CASES: tuple[Case, ...] = (
         for op in ("norm_modulate", "residual_norm_modulate")
         for name, shape in (("Z-Image", (1, 4096, 3840)), ("LTX", (1, 8064, 2048)))
     ),
+    Case("Mochi heads, short rows", "norm_modulate", (1, 44520 * 24, 128), norm="rms", weight=True, alone=True),
     Case("SD3.5-L dual", "norm_modulate_dual", (2, 4096, 2432)),
     Case("SD3.5-L dual", "residual_norm_modulate_dual", (2, 4096, 2432)),
     Case("Flux, Qwen-Image", "gated_residual", (1, 4096, 3072)),

@@ -64,7 +64,7 @@ def decide(call: Call, target: str, settings: Settings) -> Decision:
     chosen = call.chosen(capability)
     if settings.attention not in ("auto", "torch"):
         return _why_masked(call, _forced(call, KERNELS[settings.attention], chosen, capability))
-    able, attempts = _able(call, chosen, capability, settings.attention == "torch")
+    able, attempts = _able(call, chosen, capability, settings)
     if _measures(call):
         return _by_measurement(call, chosen, able, attempts, settings)
     return _why_masked(call, _by_table(call, chosen, able, attempts, capability))
@@ -102,13 +102,17 @@ def _failure(call: Call, name: str) -> Reason | None:
     return reason("failed", f"{name} failed when it was tried: {message}") if message is not None else None
 
 
-def _able(call: Call, chosen: str, capability: int, builtin: bool) -> tuple[list[str], list[Reason]]:
-    """The kernels that could compute it unasked, installed or not, and why others could not; builtin: only torch's."""
+def _able(call: Call, chosen: str, capability: int, settings: Settings) -> tuple[list[str], list[Reason]]:
+    """The kernels that could compute it unasked, installed or not, and why others could not."""
     able, attempts = [], []
     for kernel in KERNELS.values():
         if kernel.lossy or kernel.name == "sdpa" or (kernel.name == chosen and call.lengths is None):
             continue
-        if builtin and kernel.distributions:
+        if settings.attention == "torch" and kernel.distributions:
+            continue
+        if kernel.name == "cudnn" and call.lengths is not None and settings.roundings == "eager":
+            text = "cudnn by numbers of keys is two attentions, each rounded before they are merged"
+            attempts.append(reason(Code.ROUNDING, text))
             continue
         if (problem := kernel.problem(call.values, capability)) is not None:
             attempts.append(reason(problem.code, problem.message))

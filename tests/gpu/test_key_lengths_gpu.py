@@ -64,7 +64,9 @@ def check(kernel: str, tensors: list[torch.Tensor], numbers: torch.Tensor, **opt
     out = torch.ops.dkfuse.attention(q, k, v, None, numbers, using=kernel, **options)
     assert (out.dtype, out.shape) == (q.dtype, q.shape)
     error, theirs = ((t.double() - exact).square().mean().sqrt().item() for t in (out, torchs))
-    assert error <= 1.25 * theirs + 1e-7, f"error {error:.3g}, torch's {theirs:.3g}"
+    # two parts are rounded before they are merged: sqrt(2) where the attention looks at few keys (test_many_tokens)
+    limit = 1.42 if kernel == "cudnn" else 1.25
+    assert error <= limit * theirs + 1e-7, f"error {error:.3g}, torch's {theirs:.3g}"
     mode = FakeTensorMode()
     with mode:
         fakes = [mode.from_tensor(t) for t in (q, k, v)]
@@ -107,14 +109,18 @@ def test_a_broken_promise_is_not_a_number():
 
 
 def test_many_tokens():
-    """As many as a video has: offsets and tiles far from the first."""
+    """As many as a video has: offsets and tiles far from the first. Normed q and k: at most 1.25 of torch's error."""
     q, k, v = (random(1, 20000, 2, 128, seed=i).transpose(1, 2) for i in range(3))
     n = torch.tensor([19876], device="cuda")
-    few = q[:, :, -64:]
+    few = q[:, :, -512:]
     exact = F.scaled_dot_product_attention(few.double(), k[:, :, :19876].double(), v[:, :, :19876].double())
+    torchs = F.scaled_dot_product_attention(q, k, v, mask(n, 20000))[:, :, -512:]
+    theirs = (torchs.double() - exact).square().mean().sqrt()
     for kernel in INSTALLED:
-        out = torch.ops.dkfuse.attention(q, k, v, None, n, using=kernel, sure=19800)[:, :, -64:]
-        assert (out.double() - exact).square().mean().sqrt() <= 0.01 * exact.square().mean().sqrt(), kernel
+        out = torch.ops.dkfuse.attention(q, k, v, None, n, using=kernel, sure=19800)[:, :, -512:]
+        error = (out.double() - exact).square().mean().sqrt()
+        print(f"{kernel}: {error / theirs:.3f} of torch's error")
+        assert error <= 1.25 * theirs, kernel
 
 
 # -- compiled ----------------------------------------------------------------------------------------------------------
