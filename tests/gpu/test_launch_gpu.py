@@ -21,7 +21,8 @@ def launchers() -> dict[str, bool]:
     """Of kernels of ours: whether each is launched statically."""
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
-    kernels = [o for o in gc.get_objects() if isinstance(o, CachingAutotuner) and o.compile_results]
+    # by type: isinstance asks an object for its class, and a proxy of something that is gone cannot say it
+    kernels = [o for o in gc.get_objects() if issubclass(type(o), CachingAutotuner) and o.compile_results]
     named = {str(k.inductor_meta.get("kernel_name")): k.is_statically_launchable() for k in kernels}
     return {name: static for name, static in named.items() if name.startswith("dkfuse_")}
 
