@@ -18,6 +18,7 @@ from .escapes import check_escapes, collect_interior
 from .operands import base_node, fake, text_shape
 from .pattern import Binding
 from .rules import Candidate, Code, Reject, Replaceable, Rule, Stage
+from .strides import read_by_strides
 from .terms import FLOATS, Term, TermView, broadcast_shape, same_shape, same_size, short_dtype
 from .views import is_view_of_input
 
@@ -144,11 +145,11 @@ def check_mutation(site: Replaceable) -> None:
 
 def check_layout(site: Replaceable) -> None:
     """Results need not have the strides that the model's values had: nobody may read them by strides."""
+    by_strides = read_by_strides(site.view.graph)
     for name in site.outputs:
         for node in site.output_nodes(name):
-            for user in node.users:
-                if user.target is torch.ops.aten.as_strided.default:
-                    raise Reject(Code.LAYOUT, f"{user.name} reads {node.name} by its strides (as_strided)")
+            if node in by_strides:
+                raise Reject(Code.LAYOUT, f"{node.name} is read by its strides (as_strided)")
 
 
 def rounding_flags(labels: dict[str, torch.dtype], x_dtype: torch.dtype) -> int:

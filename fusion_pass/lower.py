@@ -180,7 +180,7 @@ def _is_view_of(value: torch.Tensor, base: torch.Tensor, reshaped: bool) -> bool
         return True
     try:
         return base.view(value.shape).stride() == value.stride()
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # fake tensors raise the latter
         return False
 
 

@@ -42,6 +42,26 @@ def propagate(
                 heapq.heappush(pending, reader)
 
 
+def read_by_strides(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes whose strides may say what an `as_strided` reads: what it is computed from, up to the matmuls.
+
+    It means places in memory: with other strides it would read other values. A matmul's result has its own strides.
+    """
+    pending = [n for target in _BY_STRIDES for n in graph.find_nodes(op="call_function", target=target)]
+    found: set[fx.Node] = set()
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                if source.target not in _MATMULS:
+                    pending.append(source)
+    return found
+
+
+_BY_STRIDES = (aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default)
+_MATMULS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+
+
 def same_layout(one: Any, other: Any) -> bool:
     """Whether two values, tensors or lists of them, are known to have the same sizes, strides and dtypes."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):

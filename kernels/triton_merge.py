@@ -62,6 +62,7 @@ def _merge(
     out_at = sample * out_sb + head * out_sh + token * out_ss
     x = tl.load(a + a_at[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     y = tl.load(b + b_at[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    y = tl.where(n > sure, y, x)  # else y is of a key that does not take part, whatever is there
     merged = x + (y - x) * share[:, None]
     merged = tl.where(n >= sure, merged, float("nan"))
     tl.store(out + out_at[:, None] + columns[None, :], merged.to(out.dtype.element_ty), mask=inside)
@@ -69,6 +70,7 @@ def _merge(
 
 def merge(a: Tensor, la: Tensor, b: Tensor, lb: Tensor, lengths: Tensor, sure: int) -> Tensor:
     """The merged attention, `[B, S, H, d]` in memory; on the current device."""
+    a, b = (t if t.stride(-1) == 1 else t.contiguous() for t in (a, b))  # the kernel steps by 1 along d
     batch, heads, tokens, d = a.shape
     out = a.new_empty((batch, tokens, heads, d)).transpose(1, 2)
     grid = (triton.cdiv(heads * tokens, ROWS), batch)

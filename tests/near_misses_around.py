@@ -53,6 +53,31 @@ def in_fp64(x: T, s: T, t: T, w: T) -> T:
     return (ln(x.double()) * (1 + s.double()) + t.double()) @ w.double()
 
 
+# -- results that are read by their strides ----------------------------------------------------------------------------
+
+
+@near_miss("rejected:layout")
+def read_by_strides(x: T, s: T, t: T, w: T) -> T:
+    return (ln(x) * (1 + s) + t).as_strided((4, 8), (8, 2))
+
+
+@near_miss("rejected:layout")
+def read_by_strides_behind_a_view(x: T, s: T, t: T, w: T) -> T:
+    return (ln(x) * (1 + s) + t)[:, 1:].as_strided((4, 8), (8, 2)) @ w[:8]
+
+
+@near_miss("rejected:layout")
+def read_by_strides_behind_another_op(x: T, s: T, t: T, w: T) -> tuple[T, T]:
+    out = ln(x) * (1 + s) + t
+    return out.relu().as_strided((4, 8), (8, 2)), out @ w
+
+
+@near_miss("norm_modulate")
+def read_by_strides_behind_a_matmul(x: T, s: T, t: T, w: T) -> T:
+    """Harmless: a matmul's result has the strides that it always has."""
+    return ((ln(x) * (1 + s) + t) @ w).as_strided((4, 8), (8, 2))
+
+
 # -- values that are used elsewhere ------------------------------------------------------------------------------------
 
 

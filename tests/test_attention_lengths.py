@@ -194,6 +194,36 @@ def test_a_mask_that_is_read_elsewhere_stays_for_it():
         torch.testing.assert_close(ours, eager, rtol=0, atol=0)
 
 
+def test_attention_of_an_attention():
+    def twice(n, q, k, v):
+        taken = (torch.arange(10) < n[:, None])[:, None, None]
+        return F.scaled_dot_product_attention(sdpa_heads(q, k, v, taken), *heads(k, v), attn_mask=taken)
+
+    def sdpa_heads(q, k, v, taken):
+        return F.scaled_dot_product_attention(*heads(q, k, v), attn_mask=taken)
+
+    inputs = torch.tensor([4, 9]), Q, K, V
+    module = on_cpu(twice, *inputs)
+    sites = seams.run(module.graph, Settings(target="sm90", attention="flash"))
+    assert [s.status for s in sites] == [Status.FUSED] * 2
+    module.recompile()
+    torch.testing.assert_close(module(*inputs)[0], twice(*inputs), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("between", [lambda t: t, lambda t: t.relu(), lambda t: t[:, 1:]])
+def test_a_result_that_is_read_by_its_strides_stays(between):
+    def strided(n, q, k, v):
+        taken = (torch.arange(10) < n[:, None])[:, None, None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=taken)
+        return between(out).as_strided((2, 10, 32), (10 * 64, 64, 2))
+
+    inputs = torch.tensor([4, 9]), *(t.contiguous() for t in heads(Q, K, V))
+    module = on_cpu(strided, *inputs)
+    site = rewritten(module, attention="flash")
+    assert (site.status, site.reason.code) == (Status.REJECTED, "layout") and "as_strided" in site.reason.message
+    torch.testing.assert_close(module(*inputs)[0], strided(*inputs), rtol=0, atol=0)
+
+
 def test_torchs_own_kernel_is_another_one_by_numbers_of_keys():
     module = on_cpu(masked, PADDING[:1], Q[:1], K[:1], V[:1])
     sites = seams.run(module.graph, Settings(target="sm90", attention="cudnn"))

@@ -32,6 +32,9 @@ SPELLINGS = {
     "a number that may be negative": (lambda n, p: mask_of(n + 9), 0),
     "less than a sum": (lambda n, p: mask_of(9 - p[:, 9:].sum(1)), 0),
     "a sum and a negative number": (lambda n, p: mask_of(p.sum(1) - 3), 0),
+    "a sum that may overflow, then counted on": (lambda n, p: mask_of(p.sum(1).to(torch.int8).long() + 4), 0),
+    "a narrow sum": (lambda n, p: mask_of(p.sum(1, dtype=torch.int8).long() + 4), 0),
+    "up to a sum": (lambda n, p: ~(torch.arange(KEYS) > (p.sum(1) + 4)[:, None])[:, None, None], 5),
     "twice a number": (lambda n, p: mask_of(torch.add(p.sum(1), 3, alpha=2)), 0),
 }
 
@@ -87,3 +90,15 @@ else:
         la, lb = torch.tensor([[[300.0, -300.0]]]), torch.tensor([[[-300.0, 300.0]]])
         out = merge(a, la, b, lb, torch.tensor([9], dtype=torch.int32), 5)
         assert torch.equal(out[0, 0, :, 0], torch.tensor([1.0, 0.0]))
+
+    def test_what_lies_behind_the_keys_does_not_matter_where_only_the_sure_ones_take_part() -> None:
+        a, b = torch.ones(1, 1, 3, 8), torch.full((1, 1, 3, 8), float("inf"))
+        sums = torch.zeros(1, 1, 3)
+        assert torch.equal(merge(a, sums, b, sums, torch.tensor([5], dtype=torch.int32), 5), a)
+
+    def test_parts_with_the_elements_of_a_row_apart_are_read_all_the_same() -> None:
+        a, b = (torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+        sums, n = torch.zeros(2, 3, 5), torch.tensor([6, 7], dtype=torch.int32)
+        apart = a.mT.contiguous().mT, b.mT.contiguous().mT
+        assert apart[0].stride(-1) != 1
+        torch.testing.assert_close(merge(apart[0], sums, apart[1], sums, n, 5), (a + b) / 2)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dkfuse.seams.key_lengths import Unproved, prove
+from dkfuse.seams.key_lengths import Unproved, prove, sure
 
 from .masks import INF, KEYS, NEAR_MISSES, SPELLINGS, arange, mask_of, proved, same_mask, traced
 
@@ -47,6 +47,47 @@ def test_samples_must_be_those_of_q():
     with pytest.raises(Unproved, match="4 samples"):
         proved(build, torch.tensor([3, 7]), PADDING, batch=4)
     assert proved(build, torch.tensor([3]), ONE, batch=4).add == 0  # one number for all
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_numbers_overflow_as_they_do_in_the_graph(dtype):
+    most = torch.iinfo(dtype).max
+    n = torch.tensor([most - 2, 3, most], dtype=dtype)
+    same_mask(lambda n: (arange() < (n + 6)[:, None])[:, None, None], (n,))
+
+
+def test_numbers_far_from_those_of_any_key():
+    n = torch.tensor([2**62, 3, -(2**62)])
+    same_mask(lambda n: (arange() < (n - 2**62 - 2**62)[:, None])[:, None, None], (n,))
+
+
+def test_a_comparison_in_fewer_bits_than_the_number_has():
+    def build(n):  # torch compares with a 0-dim tensor in the dtype of the other
+        return (arange(dtype=torch.int32) < n[0])[None, None, None]
+
+    assert build(torch.tensor([2**32 + 3])).sum() == 3
+    with pytest.raises(Unproved, match=r"compares in torch\.int32"):
+        proved(build, torch.tensor([2**32 + 3]), batch=1)
+    same_mask(build, (torch.tensor([3], dtype=torch.int32),))
+
+
+def test_keys_joined_as_integers_are_no_truths():
+    def build(n):  # bitwise not of 1 is -2, which is true
+        integers = torch.cat([torch.ones(2, 4, dtype=torch.int64), arange(8) < n[:, None]], 1)
+        return (~((~integers).bool()))[:, None, None]
+
+    assert not build(torch.tensor([3, 7])).any()
+    with pytest.raises(Unproved, match="no boolean mask"):
+        proved(build, torch.tensor([3, 7]), batch=2)
+
+
+def test_symbolic_sizes_of_sums_that_are_viewed():
+    def build(p):
+        return (arange() < (p.sum(1).view(p.shape[0], 1) + 4))[:, None, None]
+
+    module = traced(build, torch.ones(3, 5, dtype=torch.int64), mode="symbolic")
+    mask = mask_of(module)
+    assert sure(prove(mask, mask.meta["val"].shape[0], KEYS)) == 4
 
 
 def test_symbolic_sizes_are_proved_without_a_guard():

@@ -7,6 +7,7 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dkfuse import compat, inline, joins, lower
 from dkfuse.fuse import plan
@@ -112,6 +113,10 @@ def test_what_is_a_view_of_all_of_a_buffer(base, target, arguments, same):
     view.meta["val"] = target(base, *arguments)
     assert lower.memory_of(view) is (node if same else view)
     assert not same or view.meta["val"].data_ptr() == base.data_ptr()
+    with FakeTensorMode() as mode:  # whose errors are others
+        node.meta["val"] = mode.from_tensor(base)
+        view.meta["val"] = target(node.meta["val"], *arguments)
+    assert lower.memory_of(view) is (node if same else view)
 
 
 def test_a_sum_that_nobody_reads_is_not_written():

@@ -10,6 +10,7 @@ int32 once for all attentions that share them.
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -17,12 +18,15 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..calls import bound_arguments
 from ..choose import resolve_target
 from ..replace import copy_origin
 from ..report import Status
+from ..rules import Code
 from ..settings import Settings
+from ..strides import read_by_strides
 from .attention_call import Call, calls
-from .attention_choice import RULE, decide
+from .attention_choice import RULE, Decision, decide, reason
 from .common import described
 from .key_lengths import Numbers, numbers_of_keys
 from .seam import Seam
@@ -35,8 +39,12 @@ OPAQUE = "dkfuse::attention"
 def find(graph: fx.Graph, settings: Settings) -> Iterator[Seam]:
     """One seam per attention in `graph`."""
     numbers: Numbers = {}
+    by_strides = read_by_strides(graph)
     for call in list(calls(graph)):
         decision = decide(call, resolve_target(settings.target, call.device), settings)
+        if decision.kernel is not None and call.node in by_strides:
+            text = f"{call.node.name} is read by its strides (as_strided), which other kernels change"
+            decision = Decision(reason=reason(Code.LAYOUT, text), forbidden=True)
         lengths = call.lengths.node if call.lengths is not None else None
         shown = {"q": call.q, "k": call.k, "v": call.v, "mask": call.mask, "key_lengths": lengths}
         site = described(RULE, call.node, shown, Status.LEFT_TO_INDUCTOR)
@@ -60,7 +68,9 @@ class _Rewrite:
     def __call__(self) -> None:
         import dkfuse.kernels.attention  # noqa: F401  (registers torch.ops.dkfuse.attention)
 
-        call, native = self.call, _native(self.call, self.kernel)
+        given = bound_arguments(self.call.node)  # which may be the results of seams applied since it was found
+        call = self.call = dataclasses.replace(self.call, q=given["query"], k=given["key"], v=given["value"])
+        native = _native(call, self.kernel)
         with self.graph.inserting_before(call.node):
             if native is not None:
                 target, args, kwargs = native

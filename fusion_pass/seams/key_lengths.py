@@ -23,7 +23,7 @@ from torch import fx
 
 from ..replace import copy_origin
 from ..symbols import arguments as with_symbols
-from .mask_reader import KEY, KeyLengths, Reader, Unproved, cast, varying
+from .mask_reader import INDICES, KEY, NARROW, KeyLengths, Reader, Unproved, cast, varying
 from .mask_views import same_size
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -59,28 +59,34 @@ def prove(mask: fx.Node, batch: Any, keys: Any, cudnn: bool = False) -> KeyLengt
     if not chosen:
         texts = f"adds {found.inside} to the first keys and {found.outside} to the others"
         raise Unproved(f"the mask {texts}: only 0 and -inf are a choice of keys", "mask_values")
-    return _unwrapped(found.lengths)
-
-
-def _unwrapped(lengths: KeyLengths) -> KeyLengths:
-    """The same numbers with a known addend taken out of the node: max(node + c, low) + add."""
-    node, low, add = lengths.node, lengths.low, lengths.add
-    while node.target is aten.add.Tensor and not node.kwargs:
-        parts = [a for a in node.args if isinstance(a, fx.Node)], [a for a in node.args if type(a) is int]
-        if [len(p) for p in parts] != [1, 1] or parts[0][0].meta["val"].dtype != node.meta["val"].dtype:
-            break
-        ((node,), (addend,)) = parts
-        low, add = low - addend, add + addend
-    return KeyLengths(node, low, add)
+    return found.lengths
 
 
 def sure(lengths: KeyLengths) -> int:
-    """How many keys take part in any case: n = max(node, low) + add, and the sum of a padding mask is not negative."""
-    node = lengths.node
-    while node.target in _SAME_NUMBER:
-        (node,) = node.all_input_nodes
-    least = max(lengths.low, 0) if node.target in _SUMS else lengths.low
-    return max(least + lengths.add, 0)
+    """How many keys take part in any case: n = max(node, low) + add, and a sum that is counted (`_SUMS`) of a padding
+    mask is not negative: n >= C + add for sum + C. Sums and additions are taken not to overflow int32 and int64.
+    """
+    node, more = lengths.node, 0
+    while node.meta["val"].dtype in INDICES:  # narrower integers overflow for as few as 128 keys
+        addends = _with_number(node)
+        if node.target in _SAME_NUMBER:
+            node = node.args[0]  # type: ignore[assignment]
+        elif addends is not None:
+            node, more = addends[0], more + addends[1]
+        else:
+            break
+    counted = node.target in _SUMS and node.meta["val"].dtype not in NARROW
+    return max((max(lengths.low, more) if counted else lengths.low) + lengths.add, 0)
+
+
+def _with_number(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """(x, C) of x + C in the dtype of x, or None."""
+    if node.target is not aten.add.Tensor or node.kwargs:
+        return None
+    nodes, numbers = [a for a in node.args if isinstance(a, fx.Node)], [a for a in node.args if type(a) is int]
+    if len(nodes) != 1 or len(numbers) != 1 or nodes[0].meta["val"].dtype != node.meta["val"].dtype:
+        return None
+    return nodes[0], numbers[0]
 
 
 _SUMS = (aten.sum.dim_IntList, aten.sum.default, aten.count_nonzero.default, aten.count_nonzero.dim_IntList)

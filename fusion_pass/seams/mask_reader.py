@@ -15,8 +15,8 @@ from ..compat import real_tensors
 from .mask_views import Axes, same_size, viewed
 
 aten, prims = torch.ops.aten, torch.ops.prims
-INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
-INDICES = (torch.int32, torch.int64)
+NARROW, INDICES = (torch.int8, torch.uint8, torch.int16), (torch.int32, torch.int64)
+INTEGERS = (*NARROW, *INDICES)
 KEY, BATCH = "key", "batch"
 
 
@@ -128,7 +128,7 @@ class Reader:
         return self._shifted(node, before, last, dim, sum(sizes))
 
     def padded(self, node: fx.Node, given: dict[str, Any]) -> Mask:
-        before, *others = given["pad"]
+        before, *others = given["pad"] or (0,)
         if any(not same_size(p, 0) for p in others):
             raise Unproved(f"{node.name} pads the mask by {list(given['pad'])}: only keys before it may be added")
         number = cast(given.get("value", 0), node.meta["val"].dtype)
@@ -147,6 +147,9 @@ class Reader:
         add = 1 if name in ("le", "gt") else 0
         inside = name in ("lt", "le")
         lengths, axes = _number(right)
+        common = torch.result_type(given["self"].meta["val"], given["other"].meta["val"])
+        if common.itemsize < right.meta["val"].dtype.itemsize:
+            raise Unproved(f"{node.name} compares in {common}, which need not hold {right}")
         return Mask(inside, not inside, replace(lengths, low=-add, add=add), _broadcast(node, [index, axes]))
 
     # -- helpers -------------------------------------------------------------------------------------------------------
@@ -176,7 +179,8 @@ class Reader:
         if by < 0:
             raise Unproved(f"{node.name} drops the first keys of a mask")
         # at least no key of `last` takes part: its number counts from 0, whatever it is
-        return replace(last, lengths=replace(last.lengths, add=last.lengths.add + by))
+        dtype, lengths = node.meta["val"].dtype, replace(last.lengths, add=last.lengths.add + by)
+        return replace(last, inside=cast(last.inside, dtype), outside=cast(last.outside, dtype), lengths=lengths)
 
 
 def _whole(node: fx.Node, mask: Mask) -> Mask:
