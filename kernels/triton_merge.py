@@ -55,15 +55,14 @@ def _merge(
     first = tl.load(la + sums_at, mask=rows_inside, other=0.0)
     second = tl.load(lb + sums_at, mask=rows_inside, other=0.0)
     share = 1.0 / (1.0 + tl.exp(first - second))
-    share = tl.where(n > sure, share, 0.0)
 
     a_at = sample * a_sb + head * a_sh + token * a_ss
     b_at = sample * b_sb + head * b_sh + token * b_ss
     out_at = sample * out_sb + head * out_sh + token * out_ss
     x = tl.load(a + a_at[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     y = tl.load(b + b_at[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    y = tl.where(n > sure, y, x)  # else y is of a key that does not take part, whatever is there
-    merged = x + (y - x) * share[:, None]
+    # n == sure: b is of a key that does not take part, whatever is there
+    merged = tl.where(n > sure, x + (y - x) * share[:, None], x)
     merged = tl.where(n >= sure, merged, float("nan"))
     tl.store(out + out_at[:, None] + columns[None, :], merged.to(out.dtype.element_ty), mask=inside)
 
