@@ -20,11 +20,11 @@ from .groups import grouped, in_place
 from .inline import inline
 from .opaque import lower_opaque
 from .replace import copy_origin, fake_arguments
+from .strides import RESHAPES
 from .symbols import arguments as with_symbols
 
 aten = torch.ops.aten
 
-RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 WHOLE_VIEWS = {
     *RESHAPES, aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default, aten.alias.default,
     aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,

@@ -19,6 +19,7 @@ from . import gain
 from .gain import is_elementwise, is_view
 from .readers import SPLITS
 from .recombine import COMPLEX
+from .strides import RESHAPES
 from .terms import TermView, getitem_source, same_size
 
 aten = torch.ops.aten
@@ -89,7 +90,7 @@ def _same_width(parts: object, dim: int) -> bool:
 
 def _merges_pairs(node: fx.Node) -> bool:
     """``[..., n, 2]`` or ``[..., 2, n]`` to ``[..., 2n]``."""
-    if node.target not in (aten.reshape.default, aten.view.default, aten._unsafe_view.default):
+    if node.target not in RESHAPES:
         return False
     before, after = node.args[0].meta["val"].shape, node.meta["val"].shape
     if len(before) < 2 or not after or 2 not in (before[-1], before[-2]):

@@ -13,6 +13,8 @@ from .compat import statically_known_true
 
 aten = torch.ops.aten
 
+RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)  # views, where strides allow it
+
 
 def propagate(
     start: fx.Node, users: Iterable[fx.Node] | None = None, instead: Callable[[fx.Node], fx.Node | None] | None = None

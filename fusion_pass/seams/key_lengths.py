@@ -23,8 +23,8 @@ from torch import fx
 
 from ..replace import copy_origin
 from ..symbols import arguments as with_symbols
+from ..terms import same_size
 from .mask_reader import INDICES, KEY, NARROW, KeyLengths, Reader, Unproved, cast, varying
-from .mask_views import same_size
 
 aten, prims = torch.ops.aten, torch.ops.prims
 

@@ -17,10 +17,11 @@ import torch
 from torch import fx
 
 from ..gain import is_view
+from ..strides import RESHAPES
 from ..terms import same_shape, same_size
 
 aten = torch.ops.aten
-KEEP_ROWS = (aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.alias.default)
+KEEP_ROWS = (*RESHAPES, aten.alias.default)
 TRANSPOSES = (aten.permute.default, aten.t.default)
 MATMULS = (aten.addmm.default, aten.mm.default, aten.bmm.default)
 

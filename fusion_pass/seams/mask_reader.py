@@ -12,7 +12,8 @@ from torch import fx
 
 from ..calls import bound_arguments
 from ..compat import real_tensors
-from .mask_views import Axes, same_size, viewed
+from ..terms import same_size
+from .mask_views import Axes, viewed
 
 aten, prims = torch.ops.aten, torch.ops.prims
 NARROW, INDICES = (torch.int8, torch.uint8, torch.int16), (torch.int32, torch.int64)

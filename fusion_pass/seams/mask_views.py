@@ -8,7 +8,8 @@ import torch
 from torch import fx
 
 from ..calls import bound_arguments
-from ..compat import statically_known_true
+from ..strides import RESHAPES
+from ..terms import same_size
 
 aten = torch.ops.aten
 Axes = tuple[str | None, ...]
@@ -21,12 +22,6 @@ _SAME = (
     aten.contiguous.default,
     aten.lift_fresh_copy.default,
 )
-_RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-
-
-def same_size(a: Any, b: Any) -> bool:
-    """Whether two sizes are equal for every value of their symbols."""
-    return bool(statically_known_true(a == b))
 
 
 def viewed(node: fx.Node) -> tuple[fx.Node, Dims]:
@@ -51,7 +46,7 @@ def _step(node: fx.Node, source: torch.Tensor) -> Dims | None:
     shape, rank = node.meta["val"].shape, source.dim()
     if node.target in _SAME:
         return tuple(range(rank))
-    if node.target in _RESHAPES:
+    if node.target in RESHAPES:
         return _reshaped(source.shape, shape)
     given = bound_arguments(node) if isinstance(node.target, torch._ops.OpOverload) else {}
     if node.target is aten.unsqueeze.default:

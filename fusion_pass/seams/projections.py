@@ -27,7 +27,7 @@ from ..replace import copy_origin, fake_arguments
 from ..report import Reason, Site, Status
 from ..rules import Code, Stage
 from ..settings import Settings
-from ..strides import propagate
+from ..strides import RESHAPES, propagate
 from .common import TILE, described, sms
 from .epilogue import problem
 from .gelu import find as gelus
@@ -45,7 +45,6 @@ VIEWS = {
     aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.expand.default,
     aten.alias.default, aten.detach.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int,
 }  # fmt: skip
-RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 
 
 def find(graph: fx.Graph, settings: Settings) -> Iterator[Seam]:
