@@ -18,7 +18,6 @@ from .escapes import check_escapes, collect_interior
 from .operands import base_node, fake, text_shape
 from .pattern import Binding
 from .rules import Candidate, Code, Reject, Replaceable, Rule, Stage
-from .strides import read_by_strides
 from .terms import FLOATS, Term, TermView, broadcast_shape, same_shape, same_size, short_dtype
 from .views import is_view_of_input
 
@@ -145,7 +144,7 @@ def check_mutation(site: Replaceable) -> None:
 
 def check_layout(site: Replaceable) -> None:
     """Results need not have the strides that the model's values had: nobody may read them by strides."""
-    by_strides = read_by_strides(site.view.graph)
+    by_strides = site.view.read_by_strides
     for name in site.outputs:
         for node in site.output_nodes(name):
             if node in by_strides:

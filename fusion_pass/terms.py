@@ -14,6 +14,7 @@ duplicated subexpressions (the graph has not been through CSE) are found equal b
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from torch import fx
 
 from .compat import statically_known_true
+from .strides import read_by_strides
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 NARROW = (torch.bfloat16, torch.float16)
@@ -134,6 +136,11 @@ class TermView:
                 term = self._read(node)
                 self._term[node] = term
                 self._nodes.setdefault(term, []).append(node)
+
+    @functools.cached_property
+    def read_by_strides(self) -> set[fx.Node]:
+        """Nodes whose strides an `as_strided` may depend on, see `strides.read_by_strides`."""
+        return read_by_strides(self.graph)
 
     def term(self, node: fx.Node) -> Term | None:
         return self._term.get(node)
