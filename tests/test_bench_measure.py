@@ -148,8 +148,8 @@ def test_arguments_of_the_sides() -> None:
     assert sides.arguments("max-autotune", options)["mode"] == "max-autotune-no-cudagraphs"
     assert sides.arguments(OURS, Options()) == {"backend": "dkfuse", "dynamic": False}
     plain = sides.arguments("plain", Options(attention="fa4"))
-    assert plain == {"backend": "dkfuse", "dynamic": False, "options": sides.PLAIN}
-    Settings.parse(None, sides.PLAIN)[0].check_names(seams.NAMES, ())
+    assert plain == {"backend": "dkfuse", "dynamic": False, "options": sides.PLAIN_OPTIONS}
+    Settings.parse(None, sides.PLAIN_OPTIONS)[0].check_names(seams.NAMES, ())
     assert options.graphs(OURS)
     assert not options.graphs("max-autotune")
 

@@ -9,7 +9,6 @@ copy(n)        microseconds of a copy that reads and writes n bytes in total
 
 from __future__ import annotations
 
-import functools
 import gc
 import time
 from collections.abc import Callable
@@ -60,7 +59,6 @@ class Cuda:
 
         self._torch = torch
         self.name = torch.cuda.get_device_name()
-        self.copy = functools.cache(self._copy)
 
     def synchronize(self) -> None:
         self._torch.cuda.synchronize()
@@ -100,7 +98,7 @@ class Cuda:
         self.synchronize()
         return self._torch.cuda.max_memory_allocated() / 2**30
 
-    def _copy(self, traffic: int) -> float:
+    def copy(self, traffic: int) -> float:
         from .timing import copy_microseconds
 
         return copy_microseconds(traffic)

@@ -60,13 +60,13 @@ def measure(
     peers: bool = False,
 ) -> dict[str, Any]:
     """One row. `peak`: bytes per microsecond of a large copy. `wanted`: providers, all by default."""
-    from .timing import microseconds, sets_needed
+    from .timing import copy_microseconds, microseconds, sets_needed
 
     first: Any = case.inputs(0)
     traffic = case.traffic(first)
     sets: list[Any] = [first, *(case.inputs(i) for i in range(1, sets_needed(traffic)))]
     reference = case.reference(first)
-    copy = _copy_microseconds(traffic)
+    copy = copy_microseconds(traffic)
     major, minor = torch.cuda.get_device_capability()
 
     def timed(calls: list[Callable[[], Any]], checked: bool = True) -> dict[str, float]:
@@ -97,13 +97,6 @@ def measure(
         row["peers"].append({"name": name, "part": part, **found})
     row["best"] = best(row)
     return row
-
-
-@functools.cache
-def _copy_microseconds(traffic: int) -> float:
-    from .timing import copy_microseconds
-
-    return copy_microseconds(traffic)
 
 
 def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from .results import OURS
+from .results import OURS, PLAIN
 
-RIVALS = ("inductor", "max-autotune", "plain", "eager")
-PLAIN = {"dkfuse.attention": "torch", "dkfuse.rules": "-packed_projection"}
+RIVALS = ("inductor", "max-autotune", PLAIN, "eager")
+PLAIN_OPTIONS = {"dkfuse.attention": "torch", "dkfuse.rules": "-packed_projection"}
 PROFILES = 5
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
 WITH_GRAPHS = ("reduce-overhead", "max-autotune")
@@ -52,7 +52,7 @@ class Options:
 
     def graphs(self, side: str) -> bool:
         """Whether a side runs as a CUDA graph."""
-        return side in (OURS, "inductor", "plain") and self.mode in WITH_GRAPHS
+        return side in (OURS, "inductor", PLAIN) and self.mode in WITH_GRAPHS
 
 
 def arguments(side: str, options: Options) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def arguments(side: str, options: Options) -> dict[str, Any]:
         return {"backend": "inductor", "mode": "max-autotune-no-cudagraphs", "dynamic": False}
     if side == "inductor":
         return {"backend": "inductor", "dynamic": False, **({"mode": mode} if mode else {})}
-    own = dict(PLAIN) if side == "plain" else {}
+    own = dict(PLAIN_OPTIONS) if side == PLAIN else {}
     if side == OURS and options.attention is not None:
         own = {"dkfuse.attention": options.attention}
     extra = {"options": {**own, **({"mode": mode} if mode else {})}} if own or mode else {}

@@ -7,6 +7,7 @@ a model. A graph has no CPU gaps. The result is the median over replays of the r
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -45,8 +46,9 @@ def microseconds(calls: Sequence[Callable[[], Any]], replays: int = 15) -> float
     return statistics.median(times)
 
 
+@functools.cache
 def copy_microseconds(traffic: int) -> float:
-    """Time of a `copy_` that reads and writes `traffic` bytes in total, timed the same way."""
+    """Time of a `copy_` that reads and writes `traffic` bytes in total, timed the same way, once for each size."""
     count = sets_needed(traffic)
     sources = [torch.randn(traffic // 4, device="cuda").to(torch.bfloat16) for _ in range(count)]
     targets = [torch.empty_like(source) for source in sources]
