@@ -21,6 +21,7 @@ aten = torch.ops.aten
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float | None, sure: int) -> Tensor:
     """cuDNN for both parts. lengths int32 `[B]` in 1..Sk, 0 < sure < Sk; NaN for a sample of less than `sure` keys."""
+    from .attention_lengths import as_mask
     from .triton_merge import merge
 
     if not 0 < sure < k.shape[2]:
@@ -30,9 +31,9 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float | None,
         )
     q, k, v = readable(q), readable(k), readable(v)
     a, la = _with_sums(q, k[:, :, :sure], v[:, :, :sure], None, scale)
-    # one key at least, so that no sum is over nothing: where n == sure, the merge takes a alone
-    rest = torch.arange(k.shape[2] - sure, device=q.device) < (lengths - sure).clamp_(min=1)[:, None]
-    bias = torch.zeros(rest.shape, dtype=q.dtype, device=q.device).masked_fill_(~rest, float("-inf"))[:, None, None]
+    # of one key at least, so that no sum is over nothing: where n == sure, the merge takes a alone
+    rest = as_mask(lengths - sure, k.shape[2] - sure)
+    bias = torch.zeros(rest.shape, dtype=q.dtype, device=q.device).masked_fill_(~rest, float("-inf"))
     b, lb = _with_sums(q, k[:, :, sure:], v[:, :, sure:], bias, scale)
     return merge(a, la, b, lb, lengths, sure)
 

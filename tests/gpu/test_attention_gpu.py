@@ -14,19 +14,11 @@ from dkfuse.kernels.attention_kernels import KERNELS, version_of
 from dkfuse.seams import attention_measure
 from dkfuse.seams.attention_call import calls
 
+from .on_device import capability, random
+
 pytestmark = pytest.mark.gpu
 BF16, FP16 = torch.bfloat16, torch.float16
 EXACT = [name for name, kernel in KERNELS.items() if not kernel.lossy and version_of(name) is not None]
-
-
-def capability() -> int:
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
-
-
-def random(*shape: int, dtype: torch.dtype = BF16, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return torch.randn(shape, device="cuda", generator=generator).to(dtype)
 
 
 def operands(layout: str, dim: int, keys: int, groups: int, dtype: torch.dtype) -> list[torch.Tensor]:

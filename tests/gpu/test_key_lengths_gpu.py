@@ -15,22 +15,14 @@ from dkfuse.kernels.attention_lengths import LENGTHS
 from dkfuse.seams import attention_measure
 from dkfuse.seams.attention_table import DENSE
 
+from .on_device import capability, random
+
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
 INSTALLED = [name for name in LENGTHS if version_of(name) is not None]
 KEYS, SURE = 300, 270
 NUMBERS = {"one": (1, 1), "few": (7, 7), "a tile": (128, 128), "all but one": (299, 299), "all": (300, 300)}
 MIXED = {"mixed": (7, 299), "ends": (1, 300), "beyond": (-3, 1000)}
-
-
-def capability() -> int:
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
-
-
-def random(*shape: int, dtype: torch.dtype = BF16, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return torch.randn(shape, device="cuda", generator=generator).to(dtype)
 
 
 def operands(layout: str, batch: int, dim: int = 128, dtype: torch.dtype = BF16) -> list[torch.Tensor]:
