@@ -113,6 +113,18 @@ def forget_kernels() -> None:
     clear_caches()
 
 
+def skip_vector_trial() -> None:
+    """Let Inductor write scalar code for what a graph computes on the CPU, unless the environment says otherwise.
+
+    Else the first side of a comparison pays for the C++ compiler's trial of what vectors the CPU has, once per set of
+    caches: a minute on a large host, for the rotary tables that some models make on the CPU.
+    """
+    import torch._inductor.config as config
+
+    if config.cpp.vec_isa_ok is None:
+        config.cpp.vec_isa_ok = False
+
+
 def quiet_autotuning() -> None:
     """No table on stderr for each matrix product that max-autotune tries kernels for."""
     import torch._inductor.select_algorithm as select_algorithm

@@ -142,3 +142,19 @@ def test_torchs_worker_processes_are_told_how_kernels_are_launched(monkeypatch):
     assert job == compat.WORKER_JOB
     assert set(after) - set(before) == set(compat.launch_options()), "torch tells them by itself: drop workers_told"
     assert before.items() <= after.items() and SubprocPool.submit is submit
+
+
+def test_the_cpus_vectors_are_not_tried_where_a_bench_says_so(monkeypatch):
+    """Picking what vectors the CPU has builds nothing once the trial is skipped; a user's own word stays."""
+    from torch._inductor import config, cpu_vec_isa
+
+    def built(*_):
+        raise AssertionError("the C++ compiler was tried")
+
+    monkeypatch.setattr(cpu_vec_isa.VecISA, "check_build", built)
+    monkeypatch.setattr(config.cpp, "vec_isa_ok", None)
+    compat.skip_vector_trial()
+    assert not any(bool(isa) for isa in cpu_vec_isa.supported_vec_isa_list)
+    monkeypatch.setattr(config.cpp, "vec_isa_ok", True)
+    compat.skip_vector_trial()
+    assert config.cpp.vec_isa_ok is True

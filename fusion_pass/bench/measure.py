@@ -108,18 +108,13 @@ def compare(
 
 
 def prime(device: Device) -> None:
-    """Profile a small model and compile it with both backends: imports, decompositions, compile workers.
-
-    And a small function for the CPU: models that make their rotary tables there would pay, with the first side, for the
-    C++ compiler's trial of what vectors the CPU has, a minute on a large host.
-    """
+    """Profile a small model and compile it with both backends: imports, decompositions, compile workers."""
     module = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU()).to(device.kind)
     with torch.no_grad(), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, caches_in(Path(folder)):
         inputs = torch.randn(32, 64, device=device.kind)
         device.profiled(lambda: module(inputs))  # before any CUDA graph is recorded
         for backend in ("inductor", OURS):
             torch.compile(module, backend=backend, dynamic=False)(inputs)
-        torch.compile(torch.sin, dynamic=False)(torch.ones(64))
         device.synchronize()
     compat.forget_compilations()
 

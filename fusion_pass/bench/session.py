@@ -36,6 +36,8 @@ def models(
     """
     out = console()
     compat.quiet_autotuning()
+    if device.kind != "cpu":
+        compat.skip_vector_trial()
     out.print(f"{device.name}, torch {torch.__version__}", style="bold")
     out.print()
     results: list[ModelResult] = []
