@@ -119,7 +119,7 @@ def test_a_model_that_fails_does_not_end_the_bench(
             raise ModelError("mochi has no such thing")
         return result
 
-    monkeypatch.setattr(cli_bench, "_device", lambda: types.SimpleNamespace(name="a <GPU>"))
+    monkeypatch.setattr(cli_bench, "_device", lambda: types.SimpleNamespace(name="a <GPU>", kind="cpu"))
     monkeypatch.setattr(measure, "prime", lambda _: None)
     monkeypatch.setattr(measure, "measure", measured)
     files = ["--json", tmp_path / "x.json", "--picture", tmp_path / "x.svg"]
