@@ -24,7 +24,8 @@ from torch import fx
 from ..replace import copy_origin
 from ..symbols import arguments as with_symbols
 from ..terms import same_size
-from .mask_reader import INDICES, KEY, NARROW, KeyLengths, Reader, Unproved, cast, varying
+from .mask_index import INDICES, KEY, NARROW, KeyLengths, Unproved, varying
+from .mask_reader import Reader, cast
 
 aten, prims = torch.ops.aten, torch.ops.prims
 

@@ -13,29 +13,10 @@ from torch import fx
 from ..calls import bound_arguments
 from ..compat import real_tensors
 from ..terms import same_size
+from .mask_index import BATCH, CASTS, KEY, KeyLengths, Unproved, broadcast, key_index, key_number, through, varying
 from .mask_views import Axes, viewed
 
 aten, prims = torch.ops.aten, torch.ops.prims
-NARROW, INDICES = (torch.int8, torch.uint8, torch.int16), (torch.int32, torch.int64)
-INTEGERS = (*NARROW, *INDICES)
-KEY, BATCH = "key", "batch"
-
-
-class Unproved(Exception):
-    """Why a mask is not known to be about numbers of keys; `code` aggregates in reports."""
-
-    def __init__(self, message: str, code: str = "mask"):
-        super().__init__(message)
-        self.message, self.code = message, code
-
-
-@dataclass(frozen=True)
-class KeyLengths:
-    """n = max(node, low) + add; `node` is an integer tensor of one element, or of one per sample in order."""
-
-    node: fx.Node
-    low: int = 0
-    add: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,7 +44,7 @@ class Reader:
         if node not in self.known:
             base, axes = viewed(node)
             found = self._computed(base)
-            self.known[node] = _whole(node, replace(found, axes=_through(found.axes, axes)))
+            self.known[node] = _whole(node, replace(found, axes=through(found.axes, axes)))
         return self.known[node]
 
     def _computed(self, node: fx.Node) -> Mask:
@@ -140,18 +121,18 @@ class Reader:
         """`arange < n` and what means the same; j <= n is j < n + 1."""
         name = str(node.target).split(".")[1]
         left, right = given["self"], given["other"]
-        index = _index(left)
+        index = key_index(left)
         if index is None:
-            index, right, name = _index(right), left, {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}[name]
+            index, right, name = key_index(right), left, {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}[name]
         if index is None or KEY not in index:
             raise Unproved(f"{node.name} compares {left} with {right}, neither is an arange of the keys")
         add = 1 if name in ("le", "gt") else 0
         inside = name in ("lt", "le")
-        lengths, axes = _number(right)
+        lengths, axes = key_number(right)
         common = torch.result_type(given["self"].meta["val"], given["other"].meta["val"])
         if common.itemsize < right.meta["val"].dtype.itemsize:
             raise Unproved(f"{node.name} compares in {common}, which need not hold {right}")
-        return Mask(inside, not inside, replace(lengths, low=-add, add=add), _broadcast(node, [index, axes]))
+        return Mask(inside, not inside, replace(lengths, low=-add, add=add), broadcast(node, [index, axes]))
 
     # -- helpers -------------------------------------------------------------------------------------------------------
 
@@ -168,7 +149,7 @@ class Reader:
             raise Unproved(f"{node.name} puts masks of different numbers of keys together")
         dtype = node.meta["val"].dtype
         inside, outside = (cast(function(*(getattr(p, s) for p in parts)), dtype) for s in ("inside", "outside"))
-        return Mask(inside, outside, next(iter(counts), None), _broadcast(node, [p.axes for p in parts]))
+        return Mask(inside, outside, next(iter(counts), None), broadcast(node, [p.axes for p in parts]))
 
     def _shifted(self, node: fx.Node, before: list[Mask], last: Mask, dim: int, by: Any) -> Mask:
         if any(p.lengths is not None for p in before) or last.lengths is None or last.axes[dim] != KEY:
@@ -193,66 +174,6 @@ def _whole(node: fx.Node, mask: Mask) -> Mask:
     return mask
 
 
-def varying(node: fx.Node) -> list[int]:
-    return [d for d, size in enumerate(node.meta["val"].shape) if not same_size(size, 1)]
-
-
-def _number(node: Any) -> tuple[KeyLengths, Axes]:
-    """An integer tensor that differs at most from sample to sample, and where."""
-    if not isinstance(node, fx.Node) or not isinstance(node.meta.get("val"), torch.Tensor):
-        raise Unproved(f"the number of keys is {node}, the same for every sample and no tensor")
-    base, axes = viewed(node)
-    value = base.meta["val"]
-    if value.dtype not in INTEGERS:
-        raise Unproved(f"the number of keys is a tensor of {value.dtype}, integers are needed")
-    dims = varying(base)
-    if len(dims) > 1:
-        raise Unproved(f"the number of keys is a tensor {list(value.shape)}: it differs in more than the sample")
-    return KeyLengths(base), tuple(BATCH if a is not None and a in dims else None for a in axes)
-
-
-def _index(node: Any) -> Axes | None:
-    """The dims of an arange from 0 in steps of 1, or None for another tensor. Raises Unproved for other aranges."""
-    if not isinstance(node, fx.Node) or not isinstance(node.meta.get("val"), torch.Tensor):
-        return None
-    base, axes = viewed(node)
-    if base.op != "call_function":
-        return None
-    given = bound_arguments(base) if isinstance(base.target, torch._ops.OpOverload) else {}
-    if base.target in _CASTS or (
-        base.target is aten.slice.Tensor and given.get("start") in (None, 0) and given.get("step", 1) == 1
-    ):
-        inner = _index(given.get("a", given.get("self")))
-    elif base.target in _ARANGES:
-        if given.get("start", 0) != 0 or given.get("step", 1) != 1:
-            raise Unproved(f"{base.name} counts from {given.get('start', 0)} in steps of {given.get('step', 1)}")
-        inner = (KEY,)
-    else:
-        return None
-    if inner is not None and base.meta["val"].dtype not in INDICES:
-        raise Unproved(f"{base.name} counts keys in {base.meta['val'].dtype}, int32 or int64 is needed")
-    return None if inner is None else _through(inner, axes)
-
-
-def _through(inner: Axes, axes: tuple[int | None, ...]) -> Axes:
-    """Axes of a view of what has the axes `inner`; axes: the dim of it that each dim of the view is."""
-    return tuple(inner[a] if a is not None else None for a in axes)
-
-
-def _broadcast(node: fx.Node, parts: list[Axes]) -> Axes:
-    """Axes of an elementwise result."""
-    rank = node.meta["val"].dim()
-    found: list[str | None] = [None] * rank
-    for axes in parts:
-        for dim, axis in enumerate(axes, rank - len(axes)):
-            if axis is not None and found[dim] not in (None, axis):
-                raise Unproved(f"{node.name} has a dim that counts keys and samples at once")
-            found[dim] = axis or found[dim]
-    if found.count(KEY) > 1 or found.count(BATCH) > 1:
-        raise Unproved(f"{node.name} differs from key to key or from sample to sample in more than one dim")
-    return tuple(found)
-
-
 def cast(number: Any, dtype: torch.dtype) -> Any:
     """`number` as a tensor of this dtype holds it: the least fp32 number is -inf in bf16."""
     with real_tensors():
@@ -261,8 +182,6 @@ def cast(number: Any, dtype: torch.dtype) -> Any:
 
 
 _ONES = {aten.ones.default: 1, aten.zeros.default: 0, aten.ones_like.default: 1, aten.zeros_like.default: 0}
-_CASTS = (prims.convert_element_type.default, aten._to_copy.default)
-_ARANGES = (prims.iota.default, aten.arange.default, aten.arange.start, aten.arange.start_step)
 _READERS: dict[Any, Callable[[Reader, fx.Node, dict[str, Any]], Mask]] = {
     **dict.fromkeys(_ONES, Reader.constant),
     **dict.fromkeys((aten.full.default, aten.full_like.default, aten.scalar_tensor.default), Reader.constant),
@@ -278,7 +197,7 @@ _READERS: dict[Any, Callable[[Reader, fx.Node, dict[str, Any]], Mask]] = {
     aten.logical_or.default: Reader.joined,
     aten.bitwise_and.Tensor: Reader.joined,
     aten.bitwise_or.Tensor: Reader.joined,
-    **dict.fromkeys(_CASTS, Reader.converted),
+    **dict.fromkeys(CASTS, Reader.converted),
     aten.slice.Tensor: Reader.cut,
     aten.cat.default: Reader.concatenated,
     aten.constant_pad_nd.default: Reader.padded,
