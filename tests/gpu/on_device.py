@@ -1,4 +1,4 @@
-"""What tests of attention on a GPU share: its compute capability, and random tensors on it."""
+"""What tests on a GPU share: its compute capability, and random tensors on it."""
 
 from __future__ import annotations
 
@@ -12,5 +12,6 @@ def capability() -> int:
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed)
+    """Normal numbers; other sizes and other seeds give others."""
+    generator = torch.Generator("cuda").manual_seed(seed + sum(shape))
     return torch.randn(shape, device="cuda", generator=generator).to(dtype)

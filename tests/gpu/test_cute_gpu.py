@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from .on_device import random
+
 pytestmark = pytest.mark.gpu
 pytest.importorskip("cutlass")
 
@@ -19,11 +21,6 @@ FP32_NOISE = 3e-6  # of the largest value of a row: what fp32 arithmetic may los
 WIDTHS = (256, 1024, 1152, 1536, 2048, 2432, 3072, 3840, 5120, 8192, 16384)
 NORM_DEFAULTS = {"weight": None, "bias": None, "scale": None, "shift": None, "norm": "layer", "eps": 1e-6}
 OFFSETS = {"weight_offset": 0.0, "scale_offset": 1.0, "roundings": 0}
-
-
-def random(*size: int, dtype: torch.dtype = BF16, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed + sum(size))
-    return torch.randn(size, device="cuda", generator=generator).to(dtype)
 
 
 def check(values: torch.Tensor, expected: torch.Tensor) -> None:

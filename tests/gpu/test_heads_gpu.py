@@ -13,15 +13,12 @@ from torch import Tensor
 import dkfuse
 from dkfuse import Status
 
+from .on_device import random
+
 pytestmark = pytest.mark.gpu
 
 BATCH, TEXT, IMAGE, HEADS, WIDTH = 2, 48, 256, 6, 64
 D = HEADS * WIDTH
-
-
-def random(*size: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed + sum(size))
-    return torch.randn(size, device="cuda", generator=generator).to(dtype)
 
 
 def interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from .on_device import random
+
 pytestmark = pytest.mark.gpu
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -17,11 +19,6 @@ DEVICE = "cuda"
 @pytest.fixture(autouse=True)
 def _ops() -> None:
     import dkfuse.kernels.ops  # noqa: F401  (registers torch.ops.dkfuse)
-
-
-def random(*size: int, dtype: torch.dtype = BF16, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator(DEVICE).manual_seed(seed + sum(size))
-    return torch.randn(size, device=DEVICE, generator=generator).to(dtype)
 
 
 def results_of(op: str, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -7,16 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from .on_device import random
+
 pytestmark = pytest.mark.gpu
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 LIMIT = {BF16: 2.4e-3, FP16: 3e-4}
 PACKAGES = {"sgl": "sgl_kernel", "flashinfer": "flashinfer"}
-
-
-def random(*size: int, dtype: torch.dtype = BF16, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed + sum(size))
-    return torch.randn(size, device="cuda", generator=generator, dtype=FP64).to(dtype)
 
 
 def runner(provider: str, op: str, arguments: dict[str, Any]) -> Any:
