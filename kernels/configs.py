@@ -66,8 +66,9 @@ def candidates(width: int) -> list[Config]:
         if not 1 <= num_warps <= MOST_WARPS:
             continue
         whole = with_warps(width, num_warps)
-        half = _of_chunks(width, whole.chunk // 2, num_warps)
-        found += [whole] + [half] * (half.chunk >= LANES * num_warps)
+        found.append(whole)
+        if whole.chunk >= 2 * LANES * num_warps:
+            found.append(_of_chunks(width, whole.chunk // 2, num_warps))
     return list(dict.fromkeys(found))[:CANDIDATES]
 
 
