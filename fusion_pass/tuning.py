@@ -100,14 +100,20 @@ def _timed(launches: Sequence[Launch], tensors: Mapping[str, Any]) -> Found | No
     times = tuning_clock.times(launches, tensors)
     if times is None:
         return None
+    found = best_of(times)
+    if log.isEnabledFor(logging.DEBUG):
+        texts = ", ".join(f"{x.config_text}: {min(t):.1f} us" for x, t in zip(launches, times, strict=True))
+        log.debug("dkfuse: %s timed, %s; taken: %s", _name(launches[0]), texts, launches[found.candidate].config_text)
+    return found
+
+
+def best_of(times: Sequence[tuple[float, float]]) -> Found:
+    """Which candidate is taken that took these times, in two series each; the first one is the table's."""
     if not any(map(_ran, times)):
         return Found(0, None)
     gains = [_gain(times[0], own) for own in times]
     best = max(range(len(gains)), key=gains.__getitem__)
     taken = best if gains[best] >= MARGIN else 0
-    if log.isEnabledFor(logging.DEBUG):
-        texts = ", ".join(f"{x.config_text}: {min(t):.1f} us" for x, t in zip(launches, times, strict=True))
-        log.debug("dkfuse: %s timed, %s; taken: %s", _name(launches[0]), texts, launches[taken].config_text)
     return Found(taken, round(gains[taken], 3) if taken and _ran(times[0]) else 1.0)
 
 
@@ -163,4 +169,4 @@ def _write(key: tuple[str, ...], choices: Sequence[Any], found: Found) -> None:
     disk_cache.put(key, json.dumps({"config": repr(choices[found.candidate]), "gain": found.gain}).encode(), KIND)
 
 
-__all__ = ["Found", "Tuned", "tuned"]
+__all__ = ["Found", "Tuned", "best_of", "tuned"]

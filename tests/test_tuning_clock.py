@@ -171,3 +171,22 @@ def test_candidates_are_compiled_together(driver: None, caplog: pytest.LogCaptur
     assert {k.metadata.num_warps for k in compiled} >= {x.num_warps for x in good}
     assert len(compiled) >= 2 and all("ld.global" in k.asm["ptx"] for k in compiled)
     assert rope[0].kernel.device_caches[0][0]
+
+
+def test_the_bench_says_which_entries_could_be_mended() -> None:
+    from dkfuse.bench.tune import line
+
+    row: dict[str, Any] = {"op": "norm_modulate", "case": "Flux", "shape": [1, 4096, 3072]}
+    times = {"4 warps": [20.0, 20.1], "8 warps": [19.0, 18.9]}
+    row["candidates"] = [{"config": name, "microseconds": own} for name, own in times.items()]
+    assert line({**row, "taken": 1, "gain": 1.053}).endswith("1.058  4 warps  <- 8 warps, 1.05x")
+    assert line({**row, "taken": 0, "gain": 1.0}).endswith("4 warps  (8 warps within the noise)")
+    assert line({**row, "problem": "too little memory"}).endswith("1x4096x3072        too little memory")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_bench_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    from dkfuse.bench import tune
+    from dkfuse.bench.kernels import NO_GPU
+
+    assert tune.main([]) == NO_GPU and "needs an NVIDIA GPU" in capsys.readouterr().err
