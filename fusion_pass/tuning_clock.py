@@ -1,9 +1,10 @@
 """Kernel launches timed side by side on a GPU, on tensors of their own.
 
 Inputs are cold: launches rotate among sets of tensors that together exceed the L2 cache several times, as in
-`dkfuse.bench.timing`. A round is one series of launches of every candidate, queued while the GPU is kept busy, so that
-no launch waits for the CPU; candidates take turns, so that clocks drift for all of them. Random numbers come from a
-generator of its own, results are written to memory of its own, and all of it is given back.
+`dkfuse.bench.timing`, unless that takes more than MOST_SETS. A round is one series of launches of every candidate,
+queued while the GPU is kept busy, so that no launch waits for the CPU; candidates take turns, so that clocks drift for
+all of them. Random numbers come from a generator of its own, results are written to memory of its own, and all of it is
+given back.
 """
 
 from __future__ import annotations
