@@ -175,4 +175,14 @@ def _verdict(
             others[name] = {"code": "not_first" if behind else "not_asked", "message": message}
     ratio = None if runs is None else crossovers.ratio(runs, op, wanted, [arguments])
     head = {"op": op, "shape": text, "dtype": dtype_name, "target": wanted, "provider": runs, "reason": reason}
-    return {**head, "speed_against_triton": ratio, "others": [{"provider": n, **why} for n, why in others.items()]}
+    config = _table_config(op, arguments) if runs == "triton" else None
+    why_not = [{"provider": name, **why} for name, why in others.items()]
+    return {**head, "config": config, "speed_against_triton": ratio, "others": why_not}
+
+
+def _table_config(op: str, arguments: dict[str, Any]) -> str:
+    """How the Triton kernel would be launched, unless max-autotune times it."""
+    from dkfuse.kernels.launch import candidates
+
+    first = candidates(op, arguments, {"out": arguments["x"]})[0]
+    return "; ".join(map(str, first if isinstance(first, tuple) else [first]))

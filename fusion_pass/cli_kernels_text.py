@@ -46,6 +46,8 @@ def print_verdicts(found: list[dict[str, Any]]) -> None:
         title.append(verdict["provider"] or "left to Inductor", "bold green" if verdict["provider"] else "bold yellow")
         if verdict["speed_against_triton"] and verdict["provider"] != "triton":
             title.append(f", {verdict['speed_against_triton']:.2f} of Triton's speed", "dim")
+        if verdict.get("config"):
+            title.append(f", {verdict['config']}", "dim")
         console.print(title)
         if verdict["reason"] and verdict["reason"] not in [other["message"] for other in verdict["others"]]:
             for line in _wrapped(verdict["reason"], width, "  "):

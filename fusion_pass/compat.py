@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
@@ -98,6 +98,24 @@ def inductor_config(name: str) -> Any:
     import torch._inductor.config as config
 
     return getattr(config, name)
+
+
+TIMING = ("max_autotune", "max_autotune_pointwise")
+
+
+def asked_to_time(options: Mapping[str, Any]) -> tuple[bool, ...]:
+    """Inductor's settings that make it time kernels, as they will be under `options`."""
+    return tuple(bool(options.get(name, inductor_config(name))) for name in (*TIMING, "deterministic"))
+
+
+def autotunes_pointwise() -> bool:
+    """Whether Inductor is to time what it generates, and not forbidden to for the sake of equal results."""
+    return any(inductor_config(name) for name in TIMING) and not inductor_config("deterministic")
+
+
+def keep_busy(cycles: int) -> None:
+    """Have the GPU do nothing for so many of its cycles, while more is queued."""
+    torch.cuda._sleep(cycles)
 
 
 def forget_compilations() -> None:

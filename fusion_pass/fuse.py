@@ -47,6 +47,7 @@ class Plan:
     taken: list[Candidate | HeadSite] = field(default_factory=list)
     record: Graph = field(default_factory=lambda: Graph(index=0, nodes=0, seconds=0.0))
     refused: list[fx.Node] = field(default_factory=list)
+    states: list[State] = field(default_factory=list)  # of the record's sites, in their order
 
 
 @dataclass
@@ -115,8 +116,11 @@ def run(graph: fx.Graph, settings: Settings, lowered: bool = True) -> Graph:
     calls = replace(graph, what.view, what.taken)
     if lowered:
         lower(graph, calls)
+        records.add_launches(what.record.sites, what.states)
     else:
         lower_opaque(graph, calls, eager=True)
+    for call in calls:
+        call.meta.pop("dkfuse_site", None)  # a graph that is kept keeps no plan
     what.record.seconds = time.perf_counter() - started
     return what.record
 
@@ -150,7 +154,7 @@ class Planner:
         _absorb(self.states)
         record = Graph(index=0, nodes=len(self.view.order), seconds=0.0, sites=records.sites(self.states, self.view))
         record.seconds = time.perf_counter() - started
-        return Plan(self.view, self.taken, record, self.refused)
+        return Plan(self.view, self.taken, record, self.refused, list(self.states.values()))
 
     def _try(self, rule: Rule, term: Term) -> bool:
         best: tuple[State, Reject] | None = None

@@ -7,7 +7,7 @@ in between, no operand depends on the result, no operand is an input that the gr
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -23,6 +23,9 @@ from .pattern import Binding
 from .report import Reason
 from .rules import Code, Reject, Rule
 from .terms import FLOATS, NARROW, Term, TermView, same_shape, same_size, short_dtype
+
+if TYPE_CHECKING:
+    from .tuning import Tuned
 
 aten = torch.ops.aten
 
@@ -54,6 +57,7 @@ class HeadSite:
     passed_over: tuple[Reason, ...] = ()
     bytes_before: int | None = None
     bytes_after: int | None = None
+    launched: list[Tuned] = field(default_factory=list)  # as of `Candidate`
     binding: Binding = field(default_factory=Binding)
     casts: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)  # behind views of the root: the op rounds instead
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import compat, joins
+from . import compat, joins, tuning
 from .calls import bound_arguments, op_name, replace_results, result_names
 from .groups import grouped, in_place
 from .inline import inline
@@ -62,7 +62,7 @@ def _device(call: fx.Node) -> torch.device:
 
 def lower_to_triton(graph: fx.Graph, call: fx.Node, parts: dict[tuple[fx.Node, str], joins.Part]) -> None:
     """The op as a Triton kernel node: outputs allocated, then written by one launch."""
-    from dkfuse.kernels.launch import plan
+    from dkfuse.kernels.launch import candidates, plan
 
     nodes = bound_arguments(call)
     fakes = {k: v.meta["val"] if isinstance(v, fx.Node) else v for k, v in nodes.items()}
@@ -72,7 +72,15 @@ def lower_to_triton(graph: fx.Graph, call: fx.Node, parts: dict[tuple[fx.Node, s
     places = {n: parts[call, n] for n in outputs if (call, n) in parts}
     written = {**outputs, **{n: p.join.part(p.start, p.length) for n, p in places.items()}}
     offsets = {n: p.join.offset(p.start) for n, p in places.items()}
-    launch = plan(op_name(call), fakes, written, sm_count=_sm_count(fakes["x"].device), offsets=offsets)
+    memory = {n: places[n].join.cat.meta["val"] if n in places else v for n, v in outputs.items()}
+
+    def planned(config: Any) -> Any:
+        sms = _sm_count(fakes["x"].device)
+        return plan(op_name(call), fakes, written, sm_count=sms, offsets=offsets, config=config)
+
+    best = tuning.tuned(planned, lambda: candidates(op_name(call), fakes, written), {**fakes, **memory})
+    launch = best.launch
+    _note([call], best)
     inputs = {k: v for k, v in nodes.items() if isinstance(v, fx.Node)}
     with graph.inserting_before(call):
         buffers = {n: _buffer(graph, v, places.get(n), list(inputs.values())) for n, v in outputs.items()}
@@ -84,7 +92,7 @@ def lower_to_triton(graph: fx.Graph, call: fx.Node, parts: dict[tuple[fx.Node, s
 
 def lower_group(graph: fx.Graph, calls: list[fx.Node], parts: dict[tuple[fx.Node, str], joins.Part]) -> None:
     """Several norm_rope calls as one launch; parts of one joint tensor are written through one pointer."""
-    from dkfuse.kernels.rope_launch import Call, plan_group
+    from dkfuse.kernels.rope_launch import Call, candidates, plan_group
 
     inputs: dict[str, fx.Node] = {}
     planned, alias, owners = [], {}, {}
@@ -113,10 +121,17 @@ def lower_group(graph: fx.Graph, calls: list[fx.Node], parts: dict[tuple[fx.Node
         if first != f"{i}.out":
             alias[f"{i}.out"] = first
         owners.setdefault(first, call.meta["val"])
-    launch = plan_group(planned, alias=alias)
+    places = {label: parts.get((calls[int(label.split(".")[0])], "out")) for label in owners}
+    memory = {n: p.join.cat.meta["val"] if (p := places[n]) is not None else v for n, v in owners.items()}
+    best = tuning.tuned(
+        lambda config: plan_group(planned, alias=alias, config=config),
+        lambda: candidates(planned),
+        {**{label: node.meta["val"] for label, node in inputs.items()}, **memory},
+    )
+    launch = best.launch
+    _note(calls, best)
     with graph.inserting_before(calls[-1]):
         tensors = list(inputs.values())
-        places = {label: parts.get((calls[int(label.split(".")[0])], "out")) for label in owners}
         buffers = {label: _buffer(graph, value, places[label], tensors) for label, value in owners.items()}
         buffers.update((label, inputs[label]) for label in alias.values() if label.endswith(".x"))
         items = _launch(graph, launch, inputs, buffers, calls[-1])
@@ -126,6 +141,13 @@ def lower_group(graph: fx.Graph, calls: list[fx.Node], parts: dict[tuple[fx.Node
             _advance(place.join, result)
         call.replace_all_uses_with(result)
         graph.erase_node(call)
+
+
+def _note(calls: list[fx.Node], best: tuning.Tuned) -> None:
+    """Tell the sites that the calls are of how they are launched."""
+    for call in calls:
+        if (site := call.meta.get("dkfuse_site")) is not None:
+            site.launched.append(best)
 
 
 def _launch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,17 @@ def sites(states: dict[object, State], view: TermView) -> list[Site]:
         counts[f"{where}:{state.anchor.kind}"] += 1
         names[id(state)] = f"{where}:{state.anchor.kind}#{counts[f'{where}:{state.anchor.kind}'] - 1}"
     return [_site(state, names, view) for state in states.values()]
+
+
+def add_launches(sites: Iterable[Site], states: Iterable[State]) -> None:
+    """Say of each of `sites`, the records of `states`, how the Triton kernels that compute it are launched."""
+    for record, state in zip(sites, states, strict=True):
+        launched = state.site.launched if state.site is not None else []
+        if not launched:
+            continue
+        record.config = "; ".join(dict.fromkeys(best.launch.config_text for best in launched))
+        gains = [best.gain for best in launched if best.gain is not None]
+        record.config_by, record.config_gain = ("timing", max(gains)) if gains else ("table", None)
 
 
 def _site(state: State, names: dict[int, str], view: TermView) -> Site:

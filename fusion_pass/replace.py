@@ -75,7 +75,7 @@ def _insert(graph: fx.Graph, view: TermView, site: Candidate, renamed: dict[fx.N
     anchor = site.output_nodes("out")[0]
     with graph.inserting_before(anchor):
         call = op_call(graph, view, site.op, site.operands, site.attributes, renamed)
-        call.meta["dkfuse_kernel"] = site.kernel
+        call.meta["dkfuse_kernel"], call.meta["dkfuse_site"] = site.kernel, site
         copy_origin(anchor, call)
         results = _results(graph, call)
     for name in site.outputs:

@@ -35,7 +35,7 @@ def insert(
     with graph.inserting_before(nodes[0]):
         for part in site.calls:
             call = op_call(graph, view, part.op, part.operands, {**part.attributes, "order": order}, renamed, tables)
-            call.meta["dkfuse_kernel"] = site.kernel
+            call.meta["dkfuse_kernel"], call.meta["dkfuse_site"] = site.kernel, site
             copy_origin(nodes[0], call)
             calls.append(call)
         result = calls[0] if site.heads.dim is None else _joined(graph, calls, site.heads.dim, nodes[0])

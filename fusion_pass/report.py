@@ -3,7 +3,7 @@
     {schema, model, torch, target,
      graphs: [{index, nodes, seconds, from_cache, note}],
      sites:  [{graph, id, family, status, rule, op, kernel, reason, attempts, passed_over, source, module, shapes,
-               dtype, bytes_before, bytes_after, with_site, term}],
+               dtype, bytes_before, bytes_after, with_site, config, config_by, config_gain, term}],
      seams:  as sites,
      totals: {sites, fused, left_to_inductor, rejected, unmatched, coverage, kernels, seams, seams_taken}}
 
@@ -83,6 +83,9 @@ class Site:
     bytes_before: int | None = None
     bytes_after: int | None = None
     with_site: str | None = None  # the wider site whose kernel does this site's work too
+    config: str | None = None  # how its Triton kernel is launched: "4 warps, 3 x 1024 columns"
+    config_by: str | None = None  # who chose that: "table", or "timing" under max-autotune
+    config_gain: float | None = None  # timed: the table's time by its time; 1.0 where the table's was taken
     term: str | None = None  # for an unmatched site: its canonical form
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import fx
@@ -18,6 +18,9 @@ from torch import fx
 from .pattern import Binding, Pattern
 from .report import Reason
 from .terms import Term, TermView
+
+if TYPE_CHECKING:
+    from .tuning import Tuned
 
 
 class Stage(str, enum.Enum):
@@ -144,6 +147,7 @@ class Candidate:
     family: str = ""
     bytes_before: int | None = None
     bytes_after: int | None = None
+    launched: list[Tuned] = field(default_factory=list)  # the Triton launches that compute it, once lowered
 
     @property
     def operands(self) -> dict[str, Term]:

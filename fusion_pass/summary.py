@@ -170,8 +170,22 @@ def notes(coverage: Coverage) -> list[str]:
     for note, found in by_note.items():
         indices = ", ".join(map(str, found[:8])) + (", …" if len(found) > 8 else "")
         lines.append(f"graph{'s' if len(found) > 1 else ''} {indices}: {note}")
+    if (text := timed(coverage)) is not None:
+        lines.append(text)
     failed = Counter(r.message for site in coverage.sites for r in site.passed_over if r.code == "kernel_failed")
     return lines + [f"{count(times, 'site')}: {message}" for message, times in failed.items()]
+
+
+def timed(coverage: Coverage) -> str | None:
+    """What timing launch configurations brought; None where none were timed."""
+    gains = [site.config_gain for site in coverage.sites if site.config_by == "timing" and site.config_gain is not None]
+    if not gains:
+        return None
+    faster = [gain for gain in gains if gain > 1]
+    text = f"{count(len(gains), 'site')} with a timed launch configuration: "
+    if not faster:
+        return text + "the table's was the fastest for each"
+    return text + f"{len(faster)} faster than with the table's, by up to {max(faster) - 1:.0%}"
 
 
 def label(status: Status) -> str:

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 VECTOR = 8  # elements of a 16-byte access in half precision
 
 
+def in_warps(number: int) -> str:
+    """1 warp, 2 warps."""
+    return f"{number} warp{'s' if number > 1 else ''}"
+
+
 @dataclass(frozen=True)
 class Config:
     """`chunk` elements per chunk (a power of two), `chunks` of them per row."""
@@ -15,6 +20,14 @@ class Config:
     chunks: int
     num_warps: int
     num_stages: int = 1
+
+    def __str__(self) -> str:
+        return f"{in_warps(self.num_warps)}, {self.chunks} x {self.chunk} columns"
+
+
+LANES = 32
+CANDIDATES = 6  # configurations of one launch that are timed, at most
+MOST_WARPS = 16
 
 
 def _power_of_two(n: int) -> int:
@@ -38,5 +51,27 @@ def choose(width: int) -> Config:
 
 def with_warps(width: int, num_warps: int) -> Config:
     """Chunks of one 16-byte access per lane, as many as the row takes."""
-    chunk = min(VECTOR * 32 * num_warps, _power_of_two(width))
+    return _of_chunks(width, VECTOR * LANES * num_warps, num_warps)
+
+
+def candidates(width: int) -> list[Config]:
+    """What is worth timing for rows of `width` elements, at most CANDIDATES, that of `choose` first.
+
+    Half and twice the warps, each also with chunks of half the access: fp32 rows then take one of 16 bytes, and rows
+    that are no multiple of a chunk waste less.
+    """
+    first = choose(width)
+    found = [first]
+    for num_warps in (first.num_warps, 2 * first.num_warps, first.num_warps // 2):
+        if not 1 <= num_warps <= MOST_WARPS:
+            continue
+        whole = with_warps(width, num_warps)
+        found.append(whole)
+        if whole.chunk >= 2 * LANES * num_warps:
+            found.append(_of_chunks(width, whole.chunk // 2, num_warps))
+    return list(dict.fromkeys(found))[:CANDIDATES]
+
+
+def _of_chunks(width: int, chunk: int, num_warps: int) -> Config:
+    chunk = min(chunk, _power_of_two(width))
     return Config(chunk=chunk, chunks=-(-width // chunk), num_warps=num_warps)

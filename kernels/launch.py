@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from . import configs
 from .axes import Axis, Int, collapse, inner_stride
 from .configs import Config, choose
 from .picks import PICKED, first_rows, is_pair
@@ -42,6 +43,7 @@ class Launch:
     scalars: run-time integers (row counts, strides, offsets), int or SymInt
     constants: tl.constexpr parameters
     Together the three name every parameter of `kernel`, which is specialised to what this call uses.
+    config: what the last two and the sizes of blocks among `constants` were made from, one for each call in the launch
     """
 
     kernel: Any
@@ -51,6 +53,12 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    config: tuple[Any, ...] = ()
+
+    @property
+    def config_text(self) -> str:
+        """`config` in words, as reports show it."""
+        return "; ".join(dict.fromkeys(map(str, self.config)))
 
 
 def plan(
@@ -60,7 +68,7 @@ def plan(
     *,
     sm_count: int,
     offsets: Mapping[str, Int] | None = None,
-    config: Config | None = None,
+    config: Any = None,
 ) -> Launch:
     """The launch of `op` for these arguments and output tensors; raises `Unsupported` as `supports` reports it.
 
@@ -69,7 +77,7 @@ def plan(
         is not written ("sum" where sum_dtype is None)
     sm_count: multiprocessors of the target
     offsets: output -> element offset from its data pointer, for writing into a slice of a bigger buffer
-    config: overrides the tuned configuration
+    config: overrides the tuned configuration, as one of `candidates`
     """
     reason = supports(op, arguments)
     if reason is not None:
@@ -128,7 +136,18 @@ def plan(
         constants=_constants(arguments, pointwise, shape[-1], len(axes), chosen),
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
+        config=(chosen,),
     )
+
+
+def candidates(op: str, arguments: Mapping[str, Any], outputs: Mapping[str, Any]) -> list[Any]:
+    """Values of `plan`'s `config` that are worth timing for such a call, a few; first the one that `plan` takes."""
+    if op == "norm_rope":
+        from .rope_launch import Call
+        from .rope_launch import candidates as rope_candidates
+
+        return list(rope_candidates([Call(arguments, outputs["out"])]))
+    return list(configs.candidates(arguments["x"].shape[-1]))
 
 
 def _expression(value: Int | None, width: int) -> str | None:
@@ -188,7 +207,11 @@ def _constants(arguments: Mapping[str, Any], pointwise: bool, width: int, axes: 
 
 def run(launch: Launch, tensors: Mapping[str, Any]) -> None:
     """Launch on real tensors; `tensors` maps op arguments and outputs to tensors."""
+    launch.kernel[launch.grid](**keywords(launch, tensors))
+
+
+def keywords(launch: Launch, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """What the kernel is called with, and compiled for."""
     pointers = {parameter: tensors[name] for parameter, name in launch.tensors.items()}
-    launch.kernel[launch.grid](
-        **pointers, **launch.scalars, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages
-    )
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    return {**pointers, **launch.scalars, **launch.constants, **options}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .configs import VECTOR, WARPS
+from .configs import LANES, VECTOR, WARPS, in_warps
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,10 @@ class RopeConfig:
     num_stages: int = 1
     repeat: bool = True
 
+    def __str__(self) -> str:
+        return f"{in_warps(self.num_warps)}, {self.blocks} x {self.rows} rows{'' if self.repeat else ', shared'}"
 
-LANES = 32
+
 MANY = 256  # beyond so many rows along the tile axis, their number does not matter
 MAX_BLOCKS = 8
 MOST = 6144  # elements that a program takes by choice; a norm across more needs all of them in one
@@ -34,11 +36,17 @@ def choose_rope(columns: int, part: int, rows: int | None, across: bool, num_war
     Both are padded to powers of two, part <= columns. num_warps: only configurations with so many, where several calls
     share a launch.
     """
+    return ranked(columns, part, rows, across, num_warps)[0]
+
+
+def ranked(columns: int, part: int, rows: int | None, across: bool, num_warps: int | None = None) -> list[RopeConfig]:
+    """`choose_rope`'s configuration, then the others by what is expected of them."""
     known = None if rows is not None and rows > MANY and not across else rows
     measured = MEASURED.get((columns, known, across))
+    found = sorted(_candidates(part, known, across, num_warps), key=lambda c: _cost(c, columns, part, known))
     if measured is not None and num_warps in (None, measured.num_warps):
-        return measured
-    return min(_candidates(part, known, across, num_warps), key=lambda c: _cost(c, columns, part, known))
+        found = [measured, *(c for c in found if c != measured)]
+    return found
 
 
 def _candidates(part: int, rows: int | None, across: bool, num_warps: int | None) -> list[RopeConfig]:

@@ -8,18 +8,20 @@ with symbolic sizes, which are never guarded on. Triton is imported when a plan 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .axes import Int
+from .configs import CANDIDATES, MOST_WARPS
 from .launch import Launch, check_output
-from .rope_configs import RopeConfig, choose_rope
+from .rope_configs import RopeConfig, choose_rope, ranked
 from .rope_support import NAMES, ROTATIONS, TABLES, supports_rope, with_defaults
 from .rope_views import Rows, see
 
 POINTERS = (*NAMES, "out")
+Configs = tuple[RopeConfig, ...]  # one for each call of a launch, all with the same warps
 LAYOUT_ROWS = 256  # strides of up to so many rows belong to the layout and are fixed in the kernel,
 MAX_HEADS = 128  # and so do sizes of the tile axis up to this
 
@@ -39,27 +41,45 @@ class Call:
 def plan_rope(
     arguments: Mapping[str, Any], outputs: Mapping[str, Any], *, offsets: Mapping[str, Int], config: Any = None
 ) -> Launch:
-    """`launch.plan` for norm_rope; config is a RopeConfig."""
+    """`launch.plan` for norm_rope; config is a RopeConfig, or one of `candidates`."""
     if outputs.get("out") is None:
         raise ValueError(f"plan('norm_rope') needs the output tensor 'out'; got {sorted(outputs)}.")
     return _planned({"": Call(arguments, outputs["out"], offsets.get("out", 0))}, {}, config)
 
 
 def plan_group(
-    calls: Sequence[Call], *, alias: Mapping[str, str] | None = None, config: RopeConfig | None = None
+    calls: Sequence[Call], *, alias: Mapping[str, str] | None = None, config: RopeConfig | Configs | None = None
 ) -> Launch:
     """One launch of all `calls`; raises `Unsupported` as `supports` reports it for the first call that says no.
 
     Launch.tensors names them "0.x", "0.weight", ..., "0.out", "1.x", ...
     alias: name -> name of the same tensor, as {"2.cos": "0.cos", "1.out": "0.out"}; one pointer serves both. Views that
         start elsewhere are not the same tensor; an output's offset is what tells parts of one buffer apart.
+    config: overrides the tuned configuration, of all calls or, as `candidates` gives them, of each
     """
     if not calls:
         raise ValueError("plan_group needs at least one call.")
     return _planned({f"{i}.": call for i, call in enumerate(calls)}, alias or {}, config)
 
 
-def _planned(calls: Mapping[str, Call], alias: Mapping[str, str], config: RopeConfig | None) -> Launch:
+def candidates(calls: Sequence[Call]) -> list[Configs]:
+    """What is worth timing for a launch of `calls`, at most CANDIDATES; the configuration of `plan_group` first.
+
+    The same tiles with operands spread through shared memory or not, the next best tiles, and both with half and twice
+    the warps.
+    """
+    seen = [_seen(call) for call in calls]
+    table = tuple(_configs(seen, None))
+    found = [table, tuple(replace(c, repeat=not c.repeat) for c in table)]
+    for num_warps in (table[0].num_warps, 2 * table[0].num_warps, table[0].num_warps // 2):
+        if not 1 <= num_warps <= MOST_WARPS:
+            continue
+        orders = [ranked(*_measures(rows), num_warps=num_warps) for rows in seen]
+        found += [tuple(order[min(i, len(order) - 1)] for order in orders) for i in range(2)]
+    return list(dict.fromkeys(found))[:CANDIDATES]
+
+
+def _planned(calls: Mapping[str, Call], alias: Mapping[str, str], config: RopeConfig | Configs | None) -> Launch:
     """`calls` by the prefix of their tensors' names."""
     from .specialize import dispatch
     from .triton_rope import rope_rows
@@ -105,6 +125,7 @@ def _planned(calls: Mapping[str, Call], alias: Mapping[str, str], config: RopeCo
         constants={},
         num_warps=configs[0].num_warps,
         num_stages=configs[0].num_stages,
+        config=tuple(configs),
     )
 
 
@@ -116,8 +137,10 @@ def _seen(call: Call) -> Rows:
     return see(arguments, check_output("out", call.out, tuple(arguments["x"].shape)))
 
 
-def _configs(seen: list[Rows], config: RopeConfig | None) -> list[RopeConfig]:
+def _configs(seen: list[Rows], config: RopeConfig | Configs | None) -> list[RopeConfig]:
     """A configuration per call, all with the warps of the one whose programs are largest."""
+    if isinstance(config, tuple):
+        return list(config)
     if config is not None:
         return [config] * len(seen)
     alone = [choose_rope(*_measures(rows)) for rows in seen]

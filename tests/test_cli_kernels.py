@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -110,3 +111,14 @@ def test_cache_commands(run, tmp_path, monkeypatch):
     assert json.loads(run("cache", "info", "--json")[1])["kernels"]["files"] == 0
     assert (tmp_path / "mine.txt").exists()
     disk_cache.use(None)
+
+
+@pytest.mark.parametrize(("op", "shape"), [("norm_modulate", "1x4096x3072"), ("norm_rope", "1x4096x24x128")])
+def test_how_it_would_be_launched(run, op, shape):
+    """The table's configuration; that of other providers is their own."""
+    arguments = ["kernels", op, "--shape", shape, "--dtype", "bf16", "--target"]
+    code, out, _ = run(*arguments, "sm90")
+    assert code == 0 and re.search(r"triton, 4 warps, 3 x (1024 columns|8 rows)", out)
+    code, out, _ = run(*arguments, "cpu", "--json")
+    (verdict,) = json.loads(out)
+    assert (verdict["provider"], verdict["config"]) == ("native", None)

@@ -16,6 +16,28 @@ CHECKED_ROWS = 512
 
 
 @dataclass(frozen=True)
+class Launching:
+    """A case's launch by its configuration, those that are worth timing, and the tensors by the launch's names."""
+
+    plan: Callable[[Any], Any]
+    configs: Callable[[], list[Any]]
+    tensors: dict[str, Any]
+    results: tuple[Tensor, ...]
+
+    def caller(self, config: Any = None) -> Callable[[], tuple[Tensor, ...]]:
+        """A call that launches it, planned once."""
+        from dkfuse.kernels.launch import run
+
+        launch = self.plan(config)
+
+        def call() -> tuple[Tensor, ...]:
+            run(launch, self.tensors)
+            return self.results
+
+        return call
+
+
+@dataclass(frozen=True)
 class Case:
     """One call of `op` on x of `shape`. `parameters` is the dtype of gate, scale and shift, `residual` the stream's.
 
@@ -101,20 +123,22 @@ class Case:
         """Rows that are normed, and their width."""
         return self.shape[0] * self.shape[1], self.shape[2]
 
-    def launcher(self, operands: dict[str, Tensor | None]) -> Callable[[], tuple[Tensor, ...]]:
-        """A call that launches our kernel on `operands`, planned once, as a compiled program does it."""
-        from dkfuse.kernels.launch import plan, run
+    def launch(self, operands: dict[str, Tensor | None]) -> Launching:
+        """Our kernel on `operands`."""
+        from dkfuse.kernels.launch import candidates, plan
 
         [(arguments, outputs)], results = self.calls(operands)
         sms = torch.cuda.get_device_properties(0).multi_processor_count
-        launch = plan(self.op, arguments, outputs, sm_count=sms)
-        tensors = {**arguments, **outputs}
+        return Launching(
+            lambda config: plan(self.op, arguments, outputs, sm_count=sms, config=config),
+            lambda: candidates(self.op, arguments, outputs),
+            {**arguments, **outputs},
+            results,
+        )
 
-        def call() -> tuple[Tensor, ...]:
-            run(launch, tensors)
-            return results
-
-        return call
+    def launcher(self, operands: dict[str, Tensor | None]) -> Callable[[], tuple[Tensor, ...]]:
+        """A call that launches our kernel on `operands`, planned once, as a compiled program does it."""
+        return self.launch(operands).caller()
 
     def checked(self, results: Sequence[Tensor]) -> list[Tensor]:
         """The rows whose error is measured."""

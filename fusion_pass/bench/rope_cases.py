@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cases import Launching
+
 BF16 = torch.bfloat16
 CHECKED_ROWS = 256  # of each stream
 
@@ -115,10 +117,9 @@ class RopeCase:
         rows = self.projections * self.batch * sum(self.lengths)
         return (rows, self.heads * self.d) if whole else (rows * self.heads, self.d)
 
-    def launcher(self, operands: dict[str, Tensor], config: Any = None) -> Callable[[], tuple[Tensor, ...]]:
-        """One launch for all projections and streams, each writing its part of the joint results; planned once."""
-        from dkfuse.kernels.launch import run
-        from dkfuse.kernels.rope_launch import Call, plan_group
+    def launch(self, operands: dict[str, Tensor]) -> Launching:
+        """One launch for all projections and streams, each writing its part of the joint results."""
+        from dkfuse.kernels.rope_launch import Call, candidates, plan_group
 
         results = tuple(torch.empty(self.shape, device="cuda", dtype=BF16) for _ in range(self.projections))
         calls, tensors, alias = [], {}, {}
@@ -131,13 +132,13 @@ class RopeCase:
                 alias.update({f"{i}.{n}": f"{first}.{n}" for n in ("cos", "sin") if n in arguments})
             if i >= self.projections:
                 alias[f"{i}.out"] = f"{i % self.projections}.out"
-        launch = plan_group(calls, alias=alias, config=config)
+        return Launching(
+            lambda config: plan_group(calls, alias=alias, config=config), lambda: candidates(calls), tensors, results
+        )
 
-        def call() -> tuple[Tensor, ...]:
-            run(launch, tensors)
-            return results
-
-        return call
+    def launcher(self, operands: dict[str, Tensor], config: Any = None) -> Callable[[], tuple[Tensor, ...]]:
+        """A call that launches it, planned once."""
+        return self.launch(operands).caller(config)
 
     def checked(self, results: Sequence[Tensor]) -> list[Tensor]:
         """The rows whose error is measured, of every stream."""
