@@ -82,7 +82,11 @@ class _Rewrite:
                 options = {"causal": call.causal, "scale": call.scale, "gqa": call.grouped, "using": self.kernel}
                 if call.lengths is not None and self.kernel == "cudnn":
                     options["sure"] = call.sure
-                lengths = numbers_of_keys(self.graph, call.lengths, call.q, self.numbers) if call.lengths else None
+                lengths = None
+                if call.lengths is not None:
+                    keys = call.k.meta["val"].shape[2]
+                    lengths = numbers_of_keys(self.graph, call.lengths, call.q, keys, self.numbers)
+                    options["bounded"] = isinstance(keys, int)
                 operands = call.q, call.k, call.v, None, lengths
                 result = self._insert(torch.ops.dkfuse.attention.default, operands, options)
         for old in call.results:
