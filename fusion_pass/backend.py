@@ -34,6 +34,7 @@ from .versions import check_torch
 
 log = logging.getLogger("dkfuse")
 HOOK = "post_grad_custom_pre_pass"
+MODES = ("max_autotune", "triton.cudagraphs")  # Inductor's options that choices depend on (`seams.attention_choice`)
 
 
 def dkfuse(gm: fx.GraphModule, example_inputs: Any, *, mode: str | None = None, options: dict | None = None) -> Any:
@@ -105,7 +106,8 @@ def _compile(gm: fx.GraphModule, inputs: Any, way: _Way) -> Any:
     known = memory.Inputs.of(gm, inputs) if way.packed else None
     runs = known.runs() if known is not None else []
     context = _Context(settings, known)
-    record = Record(graph_key(gm, inputs, settings, runs), settings.cache_dir)
+    modes = [options.get(name, compat.inductor_config(name)) for name in MODES]
+    record = Record(graph_key(gm, inputs, settings, (runs, modes)), settings.cache_dir)
     users = options.get(HOOK, compat.inductor_config(HOOK))
     users = [p for p in (users if isinstance(users, (list, tuple)) else [users]) if p is not None]
 

@@ -19,7 +19,7 @@ from dkfuse.kernels.attention_kernels import KERNELS
 from dkfuse.seams import attention_choice, attention_measure
 from dkfuse.seams.attention_table import DENSE, Row
 
-from .attentions import BF16, install, on_cpu, rewritten, sdpa, targets, use_rows
+from .attentions import BF16, install, on_cpu, rewritten, sdpa, targets, unhurried, use_rows
 
 aten = torch.ops.aten
 OP = torch.ops.dkfuse.attention.default
@@ -412,6 +412,7 @@ def test_what_was_not_measured_stays(monkeypatch):
 
 
 def test_the_fastest_by_numbers_of_keys_is_taken(monkeypatch):
+    unhurried(monkeypatch)
     site = chosen(monkeypatch, SLOW)
     assert (site.status, site.kernel) == (Status.FUSED, "cudnn")  # by the speeds with numbers, not the others
     even = Row(90, 64, 4, 10, 10, SLOW.tflops, {DENSE: 1e-6, "cudnn": 1.01e-6})
@@ -429,6 +430,7 @@ def test_rows_with_numbers_of_keys_say_nothing_of_others(monkeypatch):
 
 
 def test_kernels_are_timed_by_numbers_of_keys(monkeypatch):
+    unhurried(monkeypatch)
     asked = []
     found = {DENSE: 900.0, "cudnn": 500.0, "fa4": 400.0, "flash": 1000.0}
     monkeypatch.setattr(attention_choice, "_measures", lambda call: call.lengths is not None)

@@ -11,6 +11,7 @@ int32 once for all attentions that share them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -25,6 +26,7 @@ from ..report import Status
 from ..rules import Code
 from ..settings import Settings
 from ..strides import read_by_strides
+from . import cpu_bound
 from .attention_call import Call, calls
 from .attention_choice import RULE, Decision, decide, reason
 from .common import described
@@ -40,8 +42,10 @@ def find(graph: fx.Graph, settings: Settings) -> Iterator[Seam]:
     """One seam per attention in `graph`."""
     numbers: Numbers = {}
     by_strides = read_by_strides(graph)
-    for call in list(calls(graph)):
-        decision = decide(call, resolve_target(settings.target, call.device), settings)
+    found = list(calls(graph))
+    load = functools.cache(lambda: cpu_bound.load(graph, found))  # as the graph is before seams change it
+    for call in found:
+        decision = decide(call, resolve_target(settings.target, call.device), settings, load)
         if decision.kernel is not None and call.node in by_strides:
             text = f"{call.node.name} is read by its strides (as_strided), which other kernels change"
             decision = Decision(reason=reason(Code.LAYOUT, text), forbidden=True)
