@@ -242,7 +242,7 @@ def _agrees(
             return False
         expected = expected.transpose(1, 2)
         out = torch.full_like(expected, float("nan"))
-        direct.into(out, *(t.transpose(1, 2) for t in (q, k, v)), lengths)
+        direct.into(out, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), lengths)
         same = torch.equal(out.view(torch.int16), expected.view(torch.int16))
         _compared[id(direct.kernel)] = direct.kernel, same
         if not same:

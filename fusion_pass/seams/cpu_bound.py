@@ -2,14 +2,15 @@
 
     gpu = sum of max(flops / speed, bytes / memory) over GEMMs, convolutions and attentions
           + (their activations, once more) / memory            what lies between reads or writes each of them
-    cpu = 20 us * 2.4 * (GEMMs + convolutions + attentions)
+    cpu = 20 us * (2.4 * (GEMMs + convolutions + attentions) + 1 * GEMMs of up to 16 rows, counted here alone)
     a kernel whose calls cost the CPU `extra` more is left out where     cpu + calls * extra > gpu
 
 flops: 2 M N K of a GEMM, 4 B H S Sk d of an attention. The GPU's figures are what an H100 reaches in whole models (a
 GEMM at its power limit), the CPU's were measured on its host without CUDA graphs: Inductor's PixArt-Sigma launches 2.4
-kernels per GEMM or attention, one each 20 us. Both are rough, and no reason to do anything else than not to take a
-kernel for its GPU time where that is not what the forward waits for. Of a graph with work of unknown size (symbols
-without an example, other libraries' ops) nothing is said.
+kernels per GEMM or attention, one each 20 us; a modulation of one vector per sample is a GEMM of few rows, with nothing
+of its own to launch besides. Both are rough, and reason only not to take a kernel for its GPU time where that is not
+what the forward waits for. Of a graph with work of unknown size (symbols without an example, other libraries' ops)
+nothing is said.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .attention_call import Call
 aten = torch.ops.aten
 GEMM_SPEED, ATTENTION_SPEED, MEMORY = 600e12, 500e12, 2.5e12  # FLOP/s, FLOP/s, bytes/s
 LAUNCH, LAUNCHES = 20e-6, 2.4  # seconds of CPU, and how many for a GEMM or an attention with what belongs to it
+FEW_ROWS = 16
 KNOWN = ("aten", "prims", "inductor", "dkfuse")  # namespaces whose other ops are small work
 
 # where the factors are among the arguments
@@ -42,6 +44,7 @@ GEMMS: dict[Any, tuple[int, int]] = {
     aten._int_mm.default: (0, 1),
     aten.convolution.default: (0, 1),
 }
+FLAT = (aten.mm.default, aten.addmm.default)  # whose rows are the first operand's
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Load:
 
 def load(graph: fx.Graph, calls: Iterable[Call]) -> Load | None:
     """The load of `graph`, whose attentions are `calls`; None where the size of some work is not known."""
-    gpu, heavy = 0.0, 0
+    gpu, launches = 0.0, 0.0
     for node in graph.nodes:
         if node.op != "call_function":
             continue
@@ -88,9 +91,10 @@ def load(graph: fx.Graph, calls: Iterable[Call]) -> Load | None:
         moved, between = _bytes(*operands, written), _bytes(*read, written)
         if flops is None or moved is None or between is None:
             return None
-        heavy += 1
+        few = node.target in FLAT and compat.hint(operands[0].shape[0]) in range(FEW_ROWS + 1)
+        launches += 1 if few else LAUNCHES
         gpu += max(flops / speed, moved / MEMORY) + between / MEMORY
-    return Load(gpu, LAUNCH * LAUNCHES * heavy, Counter(_kind(c) for c in calls))
+    return Load(gpu, LAUNCH * launches, Counter(_kind(c) for c in calls))
 
 
 def _kind(call: Call) -> Any:
