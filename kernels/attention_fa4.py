@@ -51,7 +51,7 @@ class Direct:
     shape: tuple[int, ...]  # of out, `[B, S, H, d]`
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
-        out = torch.empty(self.shape, dtype=q.dtype, device=q.device)
+        out = q.new_empty(self.shape)
         self.into(out, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), lengths)
         return out.transpose(1, 2)
 

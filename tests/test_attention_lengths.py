@@ -182,6 +182,31 @@ def test_attentions_are_rewritten_and_share_their_numbers(batch):
     torch.testing.assert_close(module(*inputs)[0], masked(*inputs), rtol=0, atol=0)
 
 
+def test_numbers_are_bounded_once_in_the_graph():
+    """Which is what the call promises, so that the kernel's own bounds cost no launch."""
+
+    def both(n, q, k, v):
+        def taken(keys):
+            return (torch.arange(keys) < n[:, None])[:, None, None]
+
+        return sdpa(q, k, v, attn_mask=taken(10)), sdpa(q, k[:, :6], v[:, :6], attn_mask=taken(6))
+
+    inputs = torch.tensor([2**40, -9]), Q, K, V
+    module = on_cpu(both, *inputs)
+    sites = seams.run(module.graph, Settings(target="sm90", attention="fa4"))
+    assert [s.kernel for s in sites] == ["fa4"] * 2
+    calls = [n for n in module.graph.nodes if str(n.target) == "dkfuse.attention.default"]
+    assert all(c.kwargs == {"using": "fa4", "bounded": True} for c in calls)
+    graph = module.graph
+    graph.erase_node(graph.find_nodes(op="output")[0])
+    graph.output(tuple(c.args[4] for c in calls))
+    module.recompile()
+    found = module(*inputs)
+    assert [t.tolist() for t in found] == [[10, 1], [6, 1]]
+    assert all(attention_lengths.within(t, 10, True) is t for t in found)
+    assert attention_lengths.within(inputs[0], 10, True).tolist() == [10, 1]  # not of the promised form
+
+
 def test_a_mask_that_is_read_elsewhere_stays_for_it():
     def both(n, q, k, v):
         bias = torch.where(torch.arange(10) < n[:, None], 0.0, float("-inf")).to(q.dtype)[:, None, None]

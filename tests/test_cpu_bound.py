@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -96,12 +99,18 @@ def test_nothing_is_said_of_work_of_unknown_size():
     assert cpu_bound.load(module.graph, []) is None
 
 
+@functools.cache
+def one_attention() -> tuple[Any, Any]:
+    graph = transformer(256, 0).graph
+    call = next(calls(graph))
+    return call, cpu_bound.load(graph, [call]).alike
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.floats(0, 400), st.floats(0, 400))
 def test_more_work_never_takes_a_kernel_away(gpu, more, cpu, extra, dearer):
     """Nor do fewer launches, or cheaper calls."""
-    call = next(calls(transformer(256, 0).graph))
-    alike = load(transformer(256, 0)).alike
+    call, alike = one_attention()
 
     def left_out(gpu, cpu, extra):
         return cpu_bound.Load(gpu, cpu, alike).too_slow(call, extra) is not None
@@ -163,3 +172,67 @@ def test_not_under_cuda_graphs(monkeypatch, options, timed):
     assert (site.kernel == "fa4") == bool(options)
     assert ("fa4" in asked) == (timed and bool(options))
     assert ("cpu_bound" in [r.code for r in (site.reason, *site.attempts) if r]) != bool(options)
+
+
+# -- published sizes ---------------------------------------------------------------------------------------------------
+
+
+def stack(blocks: int, linears: list[tuple[int, int, int]], attentions: list[tuple[int, int, int, int, int]]) -> Any:
+    """So many blocks of linears (rows, in, out) and attentions (batch, heads, queries, keys, head_dim)."""
+    with FakeTensorMode():
+        pairs = [[torch.empty(s, device="cuda", dtype=BF16) for s in ((m, k), (k, n))] for m, k, n in linears]
+        threes = [
+            [torch.empty(b, h, t, d, device="cuda", dtype=BF16) for t in (s, sk, sk)] for b, h, s, sk, d in attentions
+        ]
+
+    def run(pairs, threes):
+        found = []
+        for _ in range(blocks):
+            found += [x @ w for x, w in pairs] + [OPS["cudnn"](*t, False, 0.0)[0] for t in threes]
+        return found
+
+    return make_fx(run)(pairs, threes)
+
+
+def joint(batch: int, image: int, text: int, width: int, head_dim: int) -> tuple[list, list]:
+    """A block of image and text streams with projections, MLPs of four times the width and modulations of their own."""
+    rows = batch * image, batch * text
+    linears = [(r, width, width) for r in rows for _ in range(4)]
+    linears += [size for r in rows for size in ((r, width, 4 * width), (r, 4 * width, width))]
+    linears += [(batch, width, 6 * width)] * 2
+    return linears, [(batch, width // head_dim, image + text, image + text, head_dim)]
+
+
+PIXART = (
+    [(4096, 1152, 1152)] * 6 + [(300, 1152, 1152)] * 2 + [(4096, 1152, 4608), (4096, 4608, 1152)],
+    [(1, 16, 4096, 4096, 72), (1, 16, 4096, 300, 72)],
+)
+DIT = (
+    [(256, 1152, 1152)] * 4 + [(256, 1152, 4608), (256, 4608, 1152), (1, 1152, 6912)],
+    [(1, 16, 256, 256, 72)],
+)
+WAN = (
+    [(32760, 5120, 5120)] * 6 + [(512, 5120, 5120)] * 2 + [(32760, 5120, 13824), (32760, 13824, 5120)],
+    [(1, 40, 32760, 32760, 128), (1, 40, 32760, 512, 128)],
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "bound"),
+    [
+        ("PixArt-Sigma 1024px", PIXART, True),
+        ("DiT-XL/2", DIT, True),
+        ("Flux", joint(1, 4096, 512, 3072, 128), False),
+        ("HunyuanVideo 480p", joint(1, 25440, 256, 3072, 128), False),
+        ("SD3.5-Large", joint(1, 4096, 333, 2432, 64), False),
+        ("SD3.5-Large, batch 2", joint(2, 4096, 333, 2432, 64), False),
+        ("Wan-14B", WAN, False),
+    ],
+)
+def test_published_sizes(name, block, bound):
+    module = stack(3, *block)
+    found = load(module)
+    call = next(calls(module.graph))
+    assert found.alike[cpu_bound._kind(call)] == 3
+    for extra in (5.0, 131.0):
+        assert (found.too_slow(call, extra) is not None) == bound, (name, found.gpu, found.cpu)
