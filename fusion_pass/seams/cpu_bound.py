@@ -75,19 +75,21 @@ def load(graph: fx.Graph, calls: Iterable[Call]) -> Load | None:
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        if (factors := GEMMS.get(node.target)) is not None:
-            operands = [node.args[i].meta["val"] for i in factors]
-            flops = _gemm(node, *operands)
-            speed, read = GEMM_SPEED, operands[:1]
+        factors = GEMMS.get(node.target)
+        if factors is not None:
+            nodes, speed = [node.args[i] for i in factors], GEMM_SPEED
         elif node.target in ATTENTIONS:
-            operands = read = [a.meta["val"] for a in node.args[:3]]
-            flops, speed = _attention(*operands), ATTENTION_SPEED
+            nodes, speed = [node.args[i] for i in range(3)], ATTENTION_SPEED
         elif getattr(node.target, "namespace", "aten") in KNOWN:
             continue
         else:
             return None
-        written = node.meta["val"]
+        operands, written = [n.meta.get("val") for n in nodes], node.meta.get("val")
         written = written[0] if isinstance(written, (tuple, list)) else written
+        if not all(isinstance(t, torch.Tensor) for t in (*operands, written)):
+            return None
+        read = operands[:1] if factors is not None else operands  # what is not a weight
+        flops = _gemm(node, *operands) if factors is not None else _attention(*operands)
         moved, between = _bytes(*operands, written), _bytes(*read, written)
         if flops is None or moved is None or between is None:
             return None
