@@ -105,7 +105,7 @@ def _compile(gm: fx.GraphModule, inputs: Any, way: _Way) -> Any:
     known = memory.Inputs.of(gm, inputs) if way.packed else None
     runs = known.runs() if known is not None else []
     context = _Context(settings, known)
-    record = Record(graph_key(gm, inputs, settings, (runs, compat.asked_to_time(options))), settings.cache_dir)
+    record = Record(graph_key(gm, inputs, settings, (runs, compat.modes(options))), settings.cache_dir)
     users = options.get(HOOK, compat.inductor_config(HOOK))
     users = [p for p in (users if isinstance(users, (list, tuple)) else [users]) if p is not None]
 

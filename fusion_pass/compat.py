@@ -103,9 +103,10 @@ def inductor_config(name: str) -> Any:
 TIMING = ("max_autotune", "max_autotune_pointwise")
 
 
-def asked_to_time(options: Mapping[str, Any]) -> tuple[bool, ...]:
-    """Inductor's settings that make it time kernels, as they will be under `options`."""
-    return tuple(bool(options.get(name, inductor_config(name))) for name in (*TIMING, "deterministic"))
+def modes(options: Mapping[str, Any]) -> tuple[bool, ...]:
+    """Inductor's settings that our choices depend on, as they will be under `options`."""
+    names = (*TIMING, "deterministic", "triton.cudagraphs")
+    return tuple(bool(options.get(name, inductor_config(name))) for name in names)
 
 
 def autotunes_pointwise() -> bool:

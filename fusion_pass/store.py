@@ -52,7 +52,7 @@ def source_hash() -> str:
 def graph_key(gm: fx.GraphModule, inputs: Iterable[Any], settings: Settings, runs: object = ()) -> str:
     """The name of a graph's record: the traced code, what it is called with, the options, and who runs it.
 
-    `runs` says which inputs lie side by side: the code may read them as one tensor; and whether kernels are timed.
+    `runs` says which inputs lie side by side, as the code may read them as one tensor, and what else it depends on.
     """
     digest = hashlib.sha256()
     chosen = replace(settings, report=None, log=None, cache_dir=None)  # these change no graph

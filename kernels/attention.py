@@ -3,6 +3,7 @@
     out = softmax(scale * q k^T + mask) v          scale None: 1/sqrt(d); causal: key j only for queries i >= j
     key_lengths: mask = 0 where j < min(max(key_lengths[b], 1), Sk), else -inf
     sure: a promise that key_lengths >= sure, which cuDNN needs (`attention_parts`): it gives NaN where it is broken
+    bounded: a promise that 1 <= key_lengths <= Sk, which saves a launch; where it is broken, memory behind k is read
 
 Shapes: q `[B, H, S, d]`, k, v `[B, Hk, Sk, d]` (gqa: H a multiple of Hk), mask bool (True: take part) or of q's dtype,
 broadcasting to `[B, H, S, Sk]`, key_lengths int32 or int64 `[B]`; out `[B, H, S, d]`, in memory `[B, S, H, d]` or laid
@@ -23,13 +24,15 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from . import attention_fa4
 from .attention_kernels import HALF, KERNELS
 from .attention_lengths import LENGTHS, as_mask, within
+from .attention_run import RUN, readable
 
 # `using` names the kernel: Inductor cannot call an op with an argument `kernel`
 SCHEMA = (
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? key_lengths=None, *, bool causal=False, "
-    'float? scale=None, bool gqa=False, str using="sdpa", int sure=0) -> Tensor'
+    'float? scale=None, bool gqa=False, str using="sdpa", int sure=0, bool bounded=False) -> Tensor'
 )
 
 
@@ -70,6 +73,7 @@ def reference(
     gqa: bool = False,
     using: str = "sdpa",
     sure: int = 0,
+    bounded: bool = False,
 ) -> Tensor:
     """The op's definition, by torch, in the memory order of the kernel."""
     _check(q, mask, key_lengths, causal, using)
@@ -93,9 +97,12 @@ def _cuda(
     gqa: bool = False,
     using: str = "sdpa",
     sure: int = 0,
+    bounded: bool = False,
 ) -> Tensor:
-    from .attention_run import RUN, readable
-
+    if using == "fa4" and mask is None:  # before the checks, which the first call of its kind has passed
+        found = attention_fa4.again(q, k, v, key_lengths, causal, scale, bounded)
+        if found is not None:
+            return found
     if using not in RUN:  # torch asks none of its kernels whether an address suits it
         like = q
         if q.dtype in HALF:
@@ -104,8 +111,10 @@ def _cuda(
         return _laid_out(out, _empty(like, v, using, key_lengths))
     _check(q, mask, key_lengths, causal, using)
     with torch.cuda.device(q.device) if q.device.index != torch.cuda.current_device() else contextlib.nullcontext():
-        if key_lengths is not None:
-            out = LENGTHS[using](q, k, v, within(key_lengths, k.shape[2]), scale, sure)
+        if using == "fa4":
+            out = attention_fa4.first(q, k, v, key_lengths, causal, scale, bounded)
+        elif key_lengths is not None:
+            out = LENGTHS[using](q, k, v, within(key_lengths, k.shape[2], bounded), scale, sure)
         else:
             out = RUN[using](q, k, v, causal, scale)
     tokens_first = KERNELS[using].order == "tokens"

@@ -26,8 +26,13 @@ from .attention_run import readable
 LengthsRun = Callable[[Tensor, Tensor, Tensor, Tensor, "float | None", int], Tensor]
 
 
-def within(lengths: Tensor, keys: int) -> Tensor:
-    """int32 `[B]`, one after the other: `lengths`, or where they are not in 1..keys the nearer of the two."""
+def within(lengths: Tensor, keys: int, bounded: bool = False) -> Tensor:
+    """int32 `[B]`, one after the other: `lengths`, or where they are not in 1..keys the nearer of the two.
+
+    bounded: they are in 1..keys, so that nothing is launched for those that have this form.
+    """
+    if bounded and lengths.dtype is torch.int32 and lengths.is_contiguous():
+        return lengths
     return lengths.clamp(1, keys).to(torch.int32).contiguous()
 
 

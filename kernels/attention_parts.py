@@ -21,7 +21,6 @@ aten = torch.ops.aten
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float | None, sure: int) -> Tensor:
     """cuDNN for both parts. lengths int32 `[B]` in 1..Sk, 0 < sure < Sk; NaN for a sample of less than `sure` keys."""
-    from .attention_lengths import as_mask
     from .triton_merge import merge
 
     if not 0 < sure < k.shape[2]:
@@ -32,8 +31,8 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float | None,
     q, k, v = readable(q), readable(k), readable(v)
     a, la = _with_sums(q, k[:, :, :sure], v[:, :, :sure], None, scale)
     # of one key at least, so that no sum is over nothing: where n == sure, the merge takes a alone
-    rest = as_mask(lengths - sure, k.shape[2] - sure)
-    bias = torch.zeros(rest.shape, dtype=q.dtype, device=q.device).masked_fill_(~rest, float("-inf"))
+    out_of_it = torch.arange(sure, k.shape[2], device=q.device) >= lengths.clamp(min=sure + 1)[:, None]
+    bias = q.new_zeros(out_of_it.shape).masked_fill_(out_of_it, float("-inf"))[:, None, None, :]
     b, lb = _with_sums(q, k[:, :, sure:], v[:, :, sure:], bias, scale)
     return merge(a, la, b, lb, lengths, sure)
 

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from dkfuse import Settings, compat, seams
 from dkfuse.kernels import attention_kernels
 from dkfuse.report import Site
-from dkfuse.seams import attention_choice, attention_table
+from dkfuse.seams import attention_choice, attention_table, cpu_bound
 from dkfuse.seams.attention_table import Row
 
 aten = torch.ops.aten
@@ -117,3 +117,8 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> t
     """Attention of `[B, S, H, d]` tensors, as diffusers writes it."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).flatten(2)
+
+
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretend that launches cost the CPU nothing, for graphs so small that they would be all there is."""
+    monkeypatch.setattr(cpu_bound.Load, "too_slow", lambda *_: None)

@@ -11,7 +11,7 @@ from dkfuse.kernels.attention_kernels import KERNELS
 from dkfuse.seams import attention_choice, attention_table
 from dkfuse.seams.attention_call import calls
 
-from .attentions import BF16, install, on_cpu, on_gpu, rewritten, sdpa, targets, use_rows
+from .attentions import BF16, install, on_cpu, on_gpu, rewritten, sdpa, targets, unhurried, use_rows
 
 FA4 = "4.0.0b20"
 MEASURED = attention_table.TABLE
@@ -211,6 +211,7 @@ def test_new_strides_reach_the_pointwise_code_behind():
 
 def test_symbolic_sizes_use_the_example_and_add_no_guard(monkeypatch):
     install(monkeypatch, fa4=FA4)
+    unhurried(monkeypatch)
     x = torch.randn(2, 16, 4, 64, dtype=BF16)
 
     def attention(q, k, v):

@@ -19,7 +19,7 @@ from dkfuse.kernels.attention_kernels import KERNELS
 from dkfuse.seams import attention_choice, attention_measure
 from dkfuse.seams.attention_table import DENSE, Row
 
-from .attentions import BF16, install, on_cpu, rewritten, sdpa, targets, use_rows
+from .attentions import BF16, install, on_cpu, rewritten, sdpa, targets, unhurried, use_rows
 
 aten = torch.ops.aten
 OP = torch.ops.dkfuse.attention.default
@@ -180,6 +180,31 @@ def test_attentions_are_rewritten_and_share_their_numbers(batch):
     numbers = {n.args[4] for n in module.graph.nodes if str(n.target) == "dkfuse.attention.default"}
     assert len(numbers) == 1 and next(iter(numbers)).meta["val"].dtype == torch.int32
     torch.testing.assert_close(module(*inputs)[0], masked(*inputs), rtol=0, atol=0)
+
+
+def test_numbers_are_bounded_once_in_the_graph():
+    """Which is what the call promises, so that the kernel's own bounds cost no launch."""
+
+    def both(n, q, k, v):
+        def taken(keys):
+            return (torch.arange(keys) < n[:, None])[:, None, None]
+
+        return sdpa(q, k, v, attn_mask=taken(10)), sdpa(q, k[:, :6], v[:, :6], attn_mask=taken(6))
+
+    inputs = torch.tensor([2**40, -9]), Q, K, V
+    module = on_cpu(both, *inputs)
+    sites = seams.run(module.graph, Settings(target="sm90", attention="fa4"))
+    assert [s.kernel for s in sites] == ["fa4"] * 2
+    calls = [n for n in module.graph.nodes if str(n.target) == "dkfuse.attention.default"]
+    assert all(c.kwargs == {"using": "fa4", "bounded": True} for c in calls)
+    graph = module.graph
+    graph.erase_node(graph.find_nodes(op="output")[0])
+    graph.output(tuple(c.args[4] for c in calls))
+    module.recompile()
+    found = module(*inputs)
+    assert [t.tolist() for t in found] == [[10, 1], [6, 1]]
+    assert all(attention_lengths.within(t, 10, True) is t for t in found)
+    assert attention_lengths.within(inputs[0], 10, True).tolist() == [10, 1]  # not of the promised form
 
 
 def test_a_mask_that_is_read_elsewhere_stays_for_it():
@@ -412,6 +437,7 @@ def test_what_was_not_measured_stays(monkeypatch):
 
 
 def test_the_fastest_by_numbers_of_keys_is_taken(monkeypatch):
+    unhurried(monkeypatch)
     site = chosen(monkeypatch, SLOW)
     assert (site.status, site.kernel) == (Status.FUSED, "cudnn")  # by the speeds with numbers, not the others
     even = Row(90, 64, 4, 10, 10, SLOW.tflops, {DENSE: 1e-6, "cudnn": 1.01e-6})
@@ -429,6 +455,7 @@ def test_rows_with_numbers_of_keys_say_nothing_of_others(monkeypatch):
 
 
 def test_kernels_are_timed_by_numbers_of_keys(monkeypatch):
+    unhurried(monkeypatch)
     asked = []
     found = {DENSE: 900.0, "cudnn": 500.0, "fa4": 400.0, "flash": 1000.0}
     monkeypatch.setattr(attention_choice, "_measures", lambda call: call.lengths is not None)

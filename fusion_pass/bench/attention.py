@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from dkfuse.errors import first_line
-from dkfuse.kernels import attention_kernels
+from dkfuse.kernels import attention_kernels, attention_run
 from dkfuse.seams import attention_table
 
 from .kernels import NO_GPU
@@ -111,7 +111,7 @@ def masked_calls(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, valid: int, sure: int
 ) -> dict[str, Callable[[], Any]]:
     """Torch's attention without a mask and with a dense one, and each installed kernel that takes numbers of keys."""
-    attention = functools.partial(torch.ops.dkfuse.attention, sure=sure)
+    attention = functools.partial(torch.ops.dkfuse.attention, sure=sure, bounded=True)
     capability = 10 * torch.cuda.get_device_capability()[0]
     lengths = torch.full((q.shape[0],), valid, dtype=torch.int32, device=q.device)
     taken = (torch.arange(k.shape[2], device=q.device) < lengths[:, None])[:, None, None]
@@ -132,10 +132,13 @@ def masked_calls(
 
 
 def overhead(valid: int | None = None) -> dict[str, float]:
-    """Microseconds of CPU per call, of attention that is too small to keep a GPU busy."""
+    """Microseconds of CPU per call, of attention that is too small to keep a GPU busy; FlashAttention 4 also by its
+    own function, which our op calls only once (`attention_fa4`)."""
     q, k, v = tensors((1, 4, 128, 128, 64))
     found = {}
     plain = {"torch sdpa": lambda: F.scaled_dot_product_attention(q, k, v)}
+    if attention_kernels.version_of("fa4") is not None:
+        plain["fa4's function"] = lambda: attention_run.fa4(q, k, v, False, None)
     for name, call in (
         masked_calls(q, k, v, valid, len(k[0, 0]) - 8) if valid else {**plain, **calls(q, k, v)}
     ).items():

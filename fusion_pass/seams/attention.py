@@ -11,6 +11,7 @@ int32 once for all attentions that share them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -25,6 +26,7 @@ from ..report import Status
 from ..rules import Code
 from ..settings import Settings
 from ..strides import read_by_strides
+from . import cpu_bound
 from .attention_call import Call, calls
 from .attention_choice import RULE, Decision, decide, reason
 from .common import described
@@ -40,8 +42,10 @@ def find(graph: fx.Graph, settings: Settings) -> Iterator[Seam]:
     """One seam per attention in `graph`."""
     numbers: Numbers = {}
     by_strides = read_by_strides(graph)
-    for call in list(calls(graph)):
-        decision = decide(call, resolve_target(settings.target, call.device), settings)
+    found = list(calls(graph))
+    load = functools.cache(lambda: cpu_bound.load(graph, found))  # as the graph is before seams change it
+    for call in found:
+        decision = decide(call, resolve_target(settings.target, call.device), settings, load)
         if decision.kernel is not None and call.node in by_strides:
             text = f"{call.node.name} is read by its strides (as_strided), which other kernels change"
             decision = Decision(reason=reason(Code.LAYOUT, text), forbidden=True)
@@ -79,11 +83,7 @@ class _Rewrite:
                 result.meta["val"] = made.meta["val"][0]
                 copy_origin(call.node, result)
             else:
-                options = {"causal": call.causal, "scale": call.scale, "gqa": call.grouped, "using": self.kernel}
-                if call.lengths is not None and self.kernel == "cudnn":
-                    options["sure"] = call.sure
-                lengths = numbers_of_keys(self.graph, call.lengths, call.q, self.numbers) if call.lengths else None
-                operands = call.q, call.k, call.v, None, lengths
+                operands, options = self._ours(call)
                 result = self._insert(torch.ops.dkfuse.attention.default, operands, options)
         for old in call.results:
             old.replace_all_uses_with(result)
@@ -92,6 +92,25 @@ class _Rewrite:
             self.graph.erase_node(unread)
         self.graph.erase_node(call.node)
         spread(result)
+
+    def _ours(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What ``dkfuse::attention`` is called with, without defaults: each costs half a microsecond at each call."""
+        options: dict[str, Any] = {"using": self.kernel}
+        if call.causal:
+            options["causal"] = True
+        if call.scale is not None:
+            options["scale"] = call.scale
+        if call.grouped:
+            options["gqa"] = True
+        if call.lengths is None:
+            return (call.q, call.k, call.v), options
+        if self.kernel == "cudnn":
+            options["sure"] = call.sure
+        keys = call.k.meta["val"].shape[2]
+        if isinstance(keys, int):
+            options["bounded"] = True
+        lengths = numbers_of_keys(self.graph, call.lengths, call.q, keys, self.numbers)
+        return (call.q, call.k, call.v, None, lengths), options
 
     def _insert(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         node = self.graph.call_function(target, args, kwargs)

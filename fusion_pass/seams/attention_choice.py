@@ -6,7 +6,8 @@
     =torch             the same, of the kernels that are part of torch
 
 A kernel that loses accuracy is taken on demand only. Attention that a kernel computes faster than the CPU calls it
-(`LAUNCH_BOUND`) stays with torch: the GPU would wait for the calls, and no timing of calls tells kernels apart there.
+(`LAUNCH_BOUND`) stays with torch: the GPU would wait for the calls, and no timing of calls tells kernels apart there. A
+kernel whose calls cost more is no candidate where the whole graph is bound by the CPU (`cpu_bound`).
 
 Where the mask is proved to say how many of the first keys take part, kernels that take those numbers compete with
 torch's choice given the mask (`DENSE`), which may be the same kernel.
@@ -14,6 +15,8 @@ torch's choice given the mask (`DENSE`), which may be the same kernel.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +31,7 @@ from ..settings import Settings
 from . import attention_measure, attention_table
 from .attention_call import Call
 from .attention_table import DENSE
+from .cpu_bound import Load
 
 MARGIN = 1.03  # a smaller gain is noise between runs
 # Microseconds of CPU that a call costs, measured on a host with an H100 (torch 2.11, flash-attn-4 4.0.0b20): fa4 158.0,
@@ -35,7 +39,9 @@ MARGIN = 1.03  # a smaller gain is noise between runs
 # these, for every kernel: what is timed below it is the call. cuDNN in two parts costs 341, but is in the table for
 # sizes that take milliseconds only.
 LAUNCH_BOUND = 160.0
+MEASURED_ON = 9  # the compute capability that `cpu_bound` has figures of
 RULE = "attention"
+USEFUL = ("failed", "not_installed", "launch_bound", "cpu_bound")  # why the fastest is not taken
 
 
 @dataclass
@@ -52,8 +58,8 @@ def reason(code: Code | str, message: str, stage: Stage = Stage.KERNEL) -> Reaso
     return Reason(stage.value, str(getattr(code, "value", code)), message, RULE)
 
 
-def decide(call: Call, target: str, settings: Settings) -> Decision:
-    """What to do with `call` on `target` ("sm90", "cpu", ...)."""
+def decide(call: Call, target: str, settings: Settings, load: Callable[[], Load | None] = lambda: None) -> Decision:
+    """What to do with `call` on `target` ("sm90", "cpu", ...); load: what the graph that it is in asks of the CPU."""
     if (wrong := _semantics(call)) is not None:
         return Decision(reason=wrong, forbidden=True)
     if settings.attention == "sdpa" or not settings.allows(RULE):
@@ -66,9 +72,10 @@ def decide(call: Call, target: str, settings: Settings) -> Decision:
     if settings.attention not in ("auto", "torch"):
         return _why_masked(call, _forced(call, KERNELS[settings.attention], chosen, capability))
     able, attempts = _able(call, chosen, capability, settings)
+    slow = functools.partial(_slow, call, load if capability // 10 == MEASURED_ON else lambda: None)
     if _measures(call):
-        return _by_measurement(call, chosen, able, attempts, settings)
-    return _why_masked(call, _by_table(call, chosen, able, attempts, capability))
+        return _by_measurement(call, chosen, able, attempts, settings, slow)
+    return _why_masked(call, _by_table(call, chosen, able, attempts, capability, slow))
 
 
 def _why_masked(call: Call, decision: Decision) -> Decision:
@@ -124,6 +131,14 @@ def _able(call: Call, chosen: str, capability: int, settings: Settings) -> tuple
     return able, attempts
 
 
+def _slow(call: Call, load: Callable[[], Load | None], name: str) -> Reason | None:
+    """Why the CPU would not call kernel `name` as fast as the GPU works."""
+    extra = attention_table.extra(name, bool(KERNELS[name].distributions), call.lengths is not None)
+    found = load() if extra > 0 else None
+    message = found.too_slow(call, extra) if found is not None else None
+    return reason("cpu_bound", f"{name}: {message}") if message is not None else None
+
+
 def _measures(call: Call) -> bool:
     """Whether kernels are timed now: asked for, on a GPU, without a mask or with numbers of keys, for known sizes."""
     sizes = [s for n in ("q", "k", "v") for t in (call.values[n],) for s in (*t.shape, *t.stride())]
@@ -137,9 +152,21 @@ def _measures(call: Call) -> bool:
     )
 
 
-def _by_measurement(call: Call, chosen: str, able: list[str], attempts: list[Reason], settings: Settings) -> Decision:
+def _by_measurement(
+    call: Call,
+    chosen: str,
+    able: list[str],
+    attempts: list[Reason],
+    settings: Settings,
+    slow: Callable[[str], Reason | None],
+) -> Decision:
     rival = chosen if call.lengths is None else DENSE
-    names = [rival, *(name for name in able if version_of(name) is not None)]
+    names = [rival]
+    for name in able:
+        if version_of(name) is not None and (why := slow(name)) is not None:
+            attempts.append(why)
+        elif version_of(name) is not None:
+            names.append(name)
     tensors = [call.values[n] for n in "qkv"]
     found = attention_measure.times(
         tensors, call.causal, names, settings.cache_dir, call.lengths is not None, call.sure
@@ -157,7 +184,14 @@ def _by_measurement(call: Call, chosen: str, able: list[str], attempts: list[Rea
     return Decision(best, attempts=attempts)
 
 
-def _by_table(call: Call, chosen: str, able: list[str], attempts: list[Reason], capability: int) -> Decision:
+def _by_table(
+    call: Call,
+    chosen: str,
+    able: list[str],
+    attempts: list[Reason],
+    capability: int,
+    slow: Callable[[str], Reason | None],
+) -> Decision:
     speeds, sizes = _speeds(call, chosen, capability)
     if isinstance(speeds, Reason):
         return Decision(reason=speeds, attempts=attempts)
@@ -168,6 +202,8 @@ def _by_table(call: Call, chosen: str, able: list[str], attempts: list[Reason], 
         gain = f"{speeds[name] / speeds[rival]:.2f}x {torchs}"
         if (taken := attention_table.microseconds(*sizes, speeds[name])) < LAUNCH_BOUND:
             attempts.append(_short(torchs, name, taken))
+        elif (why := slow(name)) is not None:
+            attempts.append(why)
         elif version_of(name) is None:
             message = f"{name} was measured at {gain}, near this shape: {KERNELS[name].install}"
             attempts.append(reason("not_installed", message))
@@ -175,7 +211,7 @@ def _by_table(call: Call, chosen: str, able: list[str], attempts: list[Reason], 
             attempts.append(failed)
         else:
             return Decision(name, attempts=attempts)
-    useful = next((a for a in attempts if a.code in ("failed", "not_installed", "launch_bound")), None)
+    useful = next((a for a in attempts if a.code in USEFUL), None)
     best = reason("fastest", f"{torchs}, is the fastest measured near this shape")
     return Decision(reason=useful or best, attempts=[a for a in attempts if a is not useful])
 

@@ -48,6 +48,10 @@ TABLE = (
     Row(90, 128, 24, 67576, 67576, {}, {"dense": 401, "cudnn": 584, "flash": 354, "fa4": 690}),
 )
 DENSE = "dense"
+# Microseconds of CPU that a call costs more than torch's own attention (20), measured on that host; with numbers of
+# keys where True. OTHER: kernels that are not listed, if they are of a package or take such numbers.
+EXTRA = {("fa4", False): 131.0, ("fa4", True): 131.0, ("cudnn", True): 321.0}
+OTHER = 131.0
 NEAR = 2.0  # a row speaks for shapes with up to twice as many queries, keys or (four times as many) heads, or as few
 
 
@@ -67,6 +71,11 @@ def nearest(
         if max(apart) <= log(NEAR) and (best is None or sum(apart) < best[0]):
             best = sum(apart), speeds
     return best[1] if best is not None else None
+
+
+def extra(kernel: str, distributed: bool, lengths: bool) -> float:
+    """Microseconds of CPU that a call of `kernel` costs more than torch's own; distributed: it is of a package."""
+    return EXTRA.get((kernel, lengths), OTHER if distributed or lengths else 0.0)
 
 
 def microseconds(head_dim: int, heads: int, queries: int, keys: int, tflops: float) -> float:

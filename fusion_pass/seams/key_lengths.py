@@ -93,21 +93,24 @@ def _with_number(node: fx.Node) -> tuple[fx.Node, int] | None:
 _SUMS = (aten.sum.dim_IntList, aten.sum.default, aten.count_nonzero.default, aten.count_nonzero.dim_IntList)
 _SAME_NUMBER = (prims.convert_element_type.default, aten._to_copy.default, aten.reshape.default, aten.view.default)
 
-Numbers = dict[tuple[KeyLengths, Any], fx.Node]
+Numbers = dict[tuple[KeyLengths, Any, int], fx.Node]
 
 
-def numbers_of_keys(graph: fx.Graph, lengths: KeyLengths, q: fx.Node, known: Numbers) -> fx.Node:
-    """An int32 node `[B]` of max(1, n) for the samples of q `[B, H, S, d]`, made once per `known`, which it updates.
+def numbers_of_keys(graph: fx.Graph, lengths: KeyLengths, q: fx.Node, keys: Any, known: Numbers) -> fx.Node:
+    """An int32 node `[B]` of min(max(1, n), keys) for the samples of q `[B, H, S, d]`, made once per `known`.
+
+    keys: how many there are, an int or a symbol, which bounds nothing. `known` is updated.
 
     It is made at the insertion point of the first call: later ones must come after it.
     """
     batch = q.meta["val"].shape[0]
-    key = lengths, batch if isinstance(batch, int) else batch.node.expr
+    most = keys if isinstance(keys, int) else 2**31 - 1
+    key = lengths, batch if isinstance(batch, int) else batch.node.expr, most
     if key not in known:
         add, node = lengths.add, lengths.node
         node = _call(graph, prims.convert_element_type.default, node, torch.int64)
         node = _call(graph, aten.clamp_min.default, node, max(lengths.low, 1 - add))
-        node = _call(graph, aten.clamp_max.default, node, 2**31 - 1 - add)
+        node = _call(graph, aten.clamp_max.default, node, most - add)
         node = _call(graph, aten.add.Tensor, node, add) if add else node
         node = _call(graph, prims.convert_element_type.default, node, torch.int32)
         node = _call(graph, aten.reshape.default, node, [-1])
