@@ -10,7 +10,12 @@ import typer
 from .exits import ENVIRONMENT, Failure
 
 cache_app = typer.Typer(help="What dkfuse keeps on disk: kernels, coverage records and times.", no_args_is_help=True)
-TEXTS = {"kernels": "compiled kernel", "records": "coverage record", "attention": "timed attention", "gemm": "timed GEMM"}
+TEXTS = {
+    "kernels": "compiled kernel",
+    "records": "coverage record",
+    "attention": "timed attention",
+    "gemm": "timed GEMM",
+}
 
 
 @cache_app.command()

@@ -11,8 +11,8 @@ strides and addresses: what the kernel cannot read in place is copied.
 Dtypes: one floating dtype; fp16 and bf16 for "quack". Sums and `act` are fp32 (fp64 for fp64), rounded once.
 using: "cublas", what PyTorch has (SwiGLU is then a pass of its own, after a rounding), or "quack", whose GEMM computes
 `act` before it writes (`gemm_quack`), cut into `tiles` (`gemm_kernels.TILES`).
-Errors: ValueError for shapes and dtypes that do not fit, and for an act, a kernel or tiles that do not exist; ImportError
-where quack is missing. On a CPU, and by either kernel, the result is the definition.
+Errors: ValueError for shapes and dtypes that do not fit, and for an act, a kernel or tiles that do not exist;
+ImportError where quack is missing. On a CPU, and by either kernel, the result is the definition.
 """
 
 from __future__ import annotations

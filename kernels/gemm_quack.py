@@ -1,11 +1,11 @@
-"""quack's GEMM for Hopper: one product of bf16 or fp16 matrices, with what comes after it computed before it is written.
+"""quack's GEMM for Hopper: a product of bf16 or fp16 matrices, with what comes after it done before it is written.
 
     out = act(x @ weight.T + bias)        see `dkfuse.kernels.gemm`
 
 A persistent, warp-specialised kernel: TMA loads, two consumer warp groups that take turns at the tensor cores, so that
 one's epilogue runs under the other's products ("pingpong", as in CUTLASS). How it is cut is named by `tiles`
-(`gemm_kernels.TILES`); quack's autotuner is not asked. Kernels are compiled once per dtype, act, bias and tiles, not per
-shape, in 2 to 3 s, and kept on disk by quack.
+(`gemm_kernels.TILES`); quack's autotuner is not asked. Kernels are compiled once per dtype, act, bias and tiles, not
+per shape, in 2 to 3 s, and kept on disk by quack.
 
 A gated act takes the weight as it lies, [first half; second half]: TMA deals its rows out in turns, so that a thread
 has both values of a pair. A bias would have to lie like that too; it is dealt out by a copy of [N] elements a call.
@@ -98,7 +98,7 @@ def _made(dtype: torch.dtype, act: str, bias: bool, tiles: str, device: torch.de
 
 
 def compiled(dtype: torch.dtype, act: str, bias: bool, tiles: str, capability: tuple[int, int]) -> Any:
-    """The compiled kernel; it needs no GPU (with QUACK_ARCH and CUTE_DSL_ARCH set) and is compiled once in a process."""
+    """The compiled kernel, once for a process. It needs no GPU where QUACK_ARCH and CUTE_DSL_ARCH are set."""
     from quack.cute_dsl_utils import torch2cute_dtype_map
 
     element, cut = torch2cute_dtype_map[dtype], TILES[tiles]

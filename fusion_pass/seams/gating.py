@@ -2,9 +2,9 @@
 
 g and u are equally many columns of linears of one input: two linears, or the halves of one. A node is read as a
 product; its factors are columns c, and sigmoids of columns. Casts, views and copies are passed through, a quotient by
-1 + exp(-c) is a factor sigmoid(c). The first node behind a sigmoid whose factors are g, sigmoid(g) and u is the SwiGLU's
-result. Roundings inside do not matter, as long as they are to the linear's dtype or to a wider one (`Gating.narrowed`):
-the epilogue has none.
+1 + exp(-c) is a factor sigmoid(c). The first node behind a sigmoid whose factors are g, sigmoid(g) and u is the result
+of a SwiGLU. Roundings inside do not matter, as long as they are to the linear's dtype or to a wider one
+(`Gating.narrowed`): the epilogue has none.
 """
 
 from __future__ import annotations
@@ -76,8 +76,9 @@ def find(graph: fx.Graph, linears: dict[fx.Node, Linear]) -> Iterator[Gating]:
     reader = _Reader(linears)
     seen: set[fx.Node] = set()
     for node in graph.nodes:
-        found = reader.result(node) if any(kind == SIGMOID for kind, _ in reader.factors(node) or ()) else None
-        if found is not None and found.result not in seen:
+        if not reader.is_gate(node) or any(map(reader.is_gate, node.all_input_nodes)):
+            continue  # what follows a sigmoid is found from there
+        if (found := reader.result(node)) is not None and found.result not in seen:
             seen.add(found.result)
             yield _finish(found)
 
@@ -109,6 +110,10 @@ class _Reader:
     def __init__(self, linears: dict[fx.Node, Linear]):
         self.linears = linears
         self.known: dict[fx.Node, tuple[Factor, ...] | None] = {}
+
+    def is_gate(self, node: fx.Node) -> bool:
+        """Whether a factor of `node` is a sigmoid."""
+        return any(kind == SIGMOID for kind, _ in self.factors(node) or ())
 
     def result(self, sigmoid: fx.Node) -> Gating | None:
         """The SwiGLU that a node with the factor sigmoid(c) belongs to."""
@@ -210,27 +215,28 @@ def _passes(node: fx.Node) -> bool:
 
 def _taken(node: fx.Node) -> tuple[fx.Node, int, int] | None:
     """(a value, start, stop) where `node` is columns start .. stop of it, and all of its rows."""
+    args: list[Any] = list(node.args)
     if node.target is aten.slice.Tensor:
-        source, dim, start, stop, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
-        size = source.meta["val"].shape[-1]  # type: ignore[union-attr]
-        last = dim in (-1, source.meta["val"].dim() - 1)  # type: ignore[union-attr]
+        source, dim, start, stop, step = args + [0, None, None, 1][len(args) - 1 :]
+        size = source.meta["val"].shape[-1]
+        last = dim in (-1, source.meta["val"].dim() - 1)
         if not last or step != 1 or node.kwargs or not isinstance(size, int):
             return None
         if not all(v is None or isinstance(v, int) for v in (start, stop)):
             return None
         start, stop, _ = slice(start, stop).indices(size)
-        return source, start, stop  # type: ignore[return-value]
+        return source, start, stop
     if node.target is not operator.getitem:
         return None
-    split, index = node.args
+    split, index = args
     if not isinstance(split, fx.Node) or split.target not in (aten.split.Tensor, aten.split_with_sizes.default):
         return None
-    source, sizes, dim = (*split.args, *(0,)[len(split.args) - 2 :])
-    dim = split.kwargs.get("dim", dim)
+    source = split.args[0]
+    dim = split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)
     if not isinstance(source, fx.Node) or dim not in (-1, source.meta["val"].dim() - 1):
         return None
     widths = [part.shape[-1] for part in split.meta["val"]]
     if not all(isinstance(w, int) for w in widths):
         return None
-    start = sum(widths[:index])  # type: ignore[misc]
-    return source, start, start + widths[index]  # type: ignore[index]
+    start = sum(widths[:index])
+    return source, start, start + widths[index]

@@ -3,8 +3,8 @@
     x @ weight.T [+ bias]                 what is left of linears after the other seams, packed projections too
     gelu_tanh(x @ weight.T + bias)        what `epilogue` gave to cublasLt
 
-Both compute in fp32 and round once, so results differ by the order of sums alone. Products of fewer rows than
-`gemm_table.MIN_ROWS`, where no GEMM was faster than cuBLAS's, are not recorded unless quack's is asked for.
+Both compute in fp32 and round once, so results differ by the order of sums alone. Small products, of fewer rows than
+`gemm_table.MIN_ROWS` or as short as a call, stay cuBLAS's and are not recorded unless quack's is asked for.
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ class Product:
 def find(graph: fx.Graph, settings: Settings) -> Iterator[Seam]:
     """Every GEMM of a linear that is a matter of choice."""
     for product in _products(graph):
-        x = product.linear.x.meta["val"]
-        many = compat.hint(x.shape[0])
-        if settings.gemm != QUACK and (many is None or many < gemm_table.MIN_ROWS):
+        if settings.gemm != QUACK and _is_small(product.linear):
             continue
         values = {name: node.meta["val"] for name, node in _operands(product).items() if node is not None}
         reject, tiles = None, ""
@@ -77,6 +75,12 @@ def _read(node: fx.Node) -> Product | None:
         if transposed.target in TRANSPOSES:
             return Product(node, Linear(node, node, x, transposed.args[0], bias), "gelu")
     return None
+
+
+def _is_small(linear: Linear) -> bool:
+    sizes = [compat.hint(size) for size in (*linear.x.meta["val"].shape, linear.weight.meta["val"].shape[0])]
+    rows, k, columns = (size or 0 for size in sizes)
+    return rows < gemm_table.MIN_ROWS or gemm_table.microseconds(rows, columns, k) < gemm_choice.LAUNCH_BOUND
 
 
 def _operands(product: Product) -> dict[str, fx.Node | None]:

@@ -5,7 +5,9 @@
     max-autotune         the faster one, timed now
     otherwise            the faster one by the table, at the nearest measured product
 
-quack's is taken where it is expected to gain `MARGIN`; less is noise between runs.
+quack's is taken where it is expected to gain `MARGIN`; less is noise between runs. Products that take less than
+`LAUNCH_BOUND` stay with cuBLAS: a call of quack's costs the CPU more (25 us and the op's own 20, addmm 18 in all), and
+models of such products are bound by that.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from . import gemm_measure, gemm_table
 from .gemm_measure import Product
 
 MARGIN = 1.03
+LAUNCH_BOUND = 100.0  # microseconds
 RIVALS = {"none": "cuBLAS", "gelu": "cublasLt's epilogue", "silu": "cuBLAS and Inductor's pass"}
 
 
@@ -45,10 +48,10 @@ def choose(values: Mapping[str, Any], act: str, rule: str, settings: Settings, b
     capability = int(target[2:])
     if (unsupported := gemm_kernels.problem({**values, "act": act}, capability)) is not None:
         raise _left(unsupported.code, unsupported.message)
-    sizes = [compat.hint(size) for size in (x.shape[0], *values["weight"].shape)]
-    if any(size is None for size in sizes):
+    rows, (columns, k) = compat.hint(x.shape[0]), values["weight"].shape
+    if rows is None:
         raise _left(Code.SYMBOLIC, "the number of rows depends on data, and decides which GEMM is faster")
-    product = Product(*sizes, act, values.get("bias") is not None, x.dtype, x.device)  # type: ignore[arg-type]
+    product = Product(rows, columns, k, act, values.get("bias") is not None, x.dtype, x.device)
     if forced:
         tiles = _fastest(_expected(product, capability) or {})[0]
     elif _measures(x):
@@ -97,6 +100,9 @@ def _by_table(product: Product, capability: int) -> str:
     if product.rows < gemm_table.MIN_ROWS:
         text = f"{product.rows} rows: quack's GEMM was slower for all products of fewer than {gemm_table.MIN_ROWS}"
         raise _left(Code.NOT_FASTER, text)
+    if (taken := gemm_table.microseconds(product.rows, product.columns, product.k)) < LAUNCH_BOUND:
+        text = f"{_named(product)} takes about {taken:.0f} us: below {LAUNCH_BOUND:.0f} us the CPU's calls decide"
+        raise _left("launch_bound", text)
     gains = _expected(product, capability)
     if gains is None:
         text = f"no products were measured near {_named(product)} on sm{capability}: {_rival(product)} stays"
@@ -124,6 +130,8 @@ def _by_time(product: Product, settings: Settings) -> str:
     if product.rows < gemm_table.MIN_ROWS:
         text = f"{product.rows} rows: products of fewer than {gemm_table.MIN_ROWS} are not timed, cuBLAS was faster"
         raise _left(Code.NOT_FASTER, text)
+    if gemm_table.microseconds(product.rows, product.columns, product.k) < LAUNCH_BOUND:
+        return _by_table(product, gemm_kernels.CAPABILITY)  # which says so
     found = gemm_measure.times(product, list(TILES), settings.cache_dir)
     best, gain = _fastest({name: found[CUBLAS] / time for name, time in found.items() if name != CUBLAS})
     if gain < MARGIN:

@@ -75,7 +75,8 @@ def _chosen(found: Gating, settings: Settings) -> str:
     if (reader := found.escape()) is not None:
         raise Reject(Code.ESCAPES, f"{reader.name}, a value before the SwiGLU's result, has another reader")
     if (other := found.result.meta["val"].dtype) != linear.dtype or (other := found.narrowed()) is not None:
-        text = f"a value of the SwiGLU is {short_dtype(other)}, its linears and its epilogue are {short_dtype(linear.dtype)}"
+        own = short_dtype(linear.dtype)
+        text = f"a value of the SwiGLU is {short_dtype(other)}, its linears and the epilogue's result are {own}"
         raise Reject(Code.DTYPE, text)
     if linear.batched and not (mergeable(linear.x.meta["val"]) or is_elementwise(through_views(linear.x))):
         text = "the linear reads a slice of a batch, which would have to be copied to be one matrix"
@@ -131,9 +132,9 @@ def _why_apart(found: Gating) -> Reject | None:
         return None
     nodes = [node for linear in found.linears for node in _weights(linear)]
     if any(node.op != "placeholder" or memory.KEY not in node.meta for node in nodes):
-        text = "the weights of its two linears are not parameters of the compiled module, so they need not stay in place"
+        text = "the weights of its two linears are not parameters of the compiled module, so they may move"
         return Reject("unguarded", text, Stage.KERNEL, left=True)
-    text = "the weights of its two linears lie apart: dkfuse.pack(model), called before compiling, would lay them side by side"
+    text = "the weights of its two linears lie apart: call dkfuse.pack(model) before compiling to lay them side by side"
     return Reject("not_packed", text, Stage.KERNEL, left=True)
 
 
