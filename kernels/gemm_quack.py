@@ -16,6 +16,7 @@ Nothing synchronises or allocates here but that copy; launches go to PyTorch's c
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,9 @@ from .gemm_kernels import ALIGNMENT, DEFAULT_TILES, GATED, TILES
 
 SWIZZLE = 8  # the most clusters of a column of tiles that run side by side
 NAMES = {"gelu": "gelu_tanh_approx", "silu_first": "swiglu", "silu_second": "dkfuse_swiglu_second"}
+
+# what quack 0.5.3 makes the CuTe DSL say at each compilation of a kernel; it works all the same
+HARMLESS = r"Argument epilogue_args \(position \d+\) cannot be converted to a JitArgument for function '\w*quack"
 
 _calls: dict[tuple[Any, ...], Callable[[Tensor, Tensor, Tensor | None, Tensor], None]] = {}
 _lock = threading.Lock()
@@ -101,6 +105,7 @@ def compiled(dtype: torch.dtype, act: str, bias: bool, tiles: str, capability: t
     """The compiled kernel, once for a process. It needs no GPU where QUACK_ARCH and CUTE_DSL_ARCH are set."""
     from quack.cute_dsl_utils import torch2cute_dtype_map
 
+    warnings.filterwarnings("ignore", HARMLESS, UserWarning, r"cutlass\.base_dsl\.dsl$")
     element, cut = torch2cute_dtype_map[dtype], TILES[tiles]
     common: dict[str, Any] = {
         "a_dtype": element, "b_dtype": element, "c_dtype": None,

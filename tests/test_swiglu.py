@@ -377,7 +377,12 @@ def test_weights_that_moved_are_noticed() -> None:
 # -- models ------------------------------------------------------------------------------------------------------------
 
 # tiny z-image's feed-forwards are 682 wide, which no vector divides
-ZOO = {"auraflow": {"fused": 3}, "lumina2": {"fused": 3}, "flux2": {"fused": 2, "escapes": 1}, "z-image": {"alignment": 3}}
+ZOO = {
+    "auraflow": {"fused": 3},
+    "lumina2": {"fused": 3},
+    "flux2": {"fused": 2, "escapes": 1},
+    "z-image": {"alignment": 3},
+}
 
 
 @pytest.mark.parametrize("name", list(ZOO))

@@ -53,14 +53,14 @@ def choose(values: Mapping[str, Any], act: str, rule: str, settings: Settings, b
         raise _left(Code.SYMBOLIC, "the number of rows depends on data, and decides which GEMM is faster")
     product = Product(rows, columns, k, act, values.get("bias") is not None, x.dtype, x.device)
     if forced:
-        tiles = _fastest(_expected(product, capability) or {})[0]
+        tiles, gain = _fastest(_expected(product, capability) or {})
     elif _measures(x):
-        tiles = _by_time(product, settings)
+        tiles, gain = _by_time(product, settings)
     else:
-        tiles = _by_table(product, capability)
+        tiles, gain = _by_table(product, capability)
     if gemm_kernels.version() is None:
-        gain = "" if forced else f" was measured to be faster than {_rival(product)} near {_named(product)}"
-        raise _left(Code.NOT_INSTALLED, f"quack's GEMM{gain or ' is asked for'}: {INSTALL}")
+        text = f"quack's GEMM was measured at {gain:.2f}x {_rival(product)}, near {_named(product)}: {INSTALL}"
+        raise _left(Code.NOT_INSTALLED, text)
     if (message := gemm_kernels.untested()) is not None:
         raise _left(Code.UNTESTED_VERSION, message)
     if build and (failed := gemm_measure.failure(product, tiles)) is not None:
@@ -96,7 +96,7 @@ def _fastest(gains: Mapping[str, float]) -> tuple[str, float]:
     return best, gains.get(best, 1.0)
 
 
-def _by_table(product: Product, capability: int) -> str:
+def _by_table(product: Product, capability: int) -> tuple[str, float]:
     if product.rows < gemm_table.MIN_ROWS:
         text = f"{product.rows} rows: quack's GEMM was slower for all products of fewer than {gemm_table.MIN_ROWS}"
         raise _left(Code.NOT_FASTER, text)
@@ -111,7 +111,7 @@ def _by_table(product: Product, capability: int) -> str:
     if gain < MARGIN:
         text = f"{_rival(product)} is as fast at {_named(product)}: quack's GEMM is expected at {gain:.2f}x"
         raise _left(Code.NOT_FASTER, text)
-    return tiles
+    return tiles, gain
 
 
 def _measures(x: torch.Tensor) -> bool:
@@ -126,7 +126,7 @@ def _measures(x: torch.Tensor) -> bool:
     )
 
 
-def _by_time(product: Product, settings: Settings) -> str:
+def _by_time(product: Product, settings: Settings) -> tuple[str, float]:
     if product.rows < gemm_table.MIN_ROWS:
         text = f"{product.rows} rows: products of fewer than {gemm_table.MIN_ROWS} are not timed, cuBLAS was faster"
         raise _left(Code.NOT_FASTER, text)
@@ -137,4 +137,4 @@ def _by_time(product: Product, settings: Settings) -> str:
     if gain < MARGIN:
         text = f"{_rival(product)} took {found[CUBLAS]:.0f} us, quack's GEMM {found[best]:.0f} us"
         raise _left(Code.NOT_FASTER, text)
-    return best
+    return best, gain
