@@ -15,6 +15,7 @@ TEXTS = {
     "records": "coverage record",
     "attention": "timed attention",
     "launches": "timed launch",
+    "gemm": "timed GEMM",
 }
 
 

@@ -95,7 +95,18 @@ def _software(has_gpu: bool) -> list[Check]:
         else:
             needed = "optional; the zoo needs it" if extra == "diffusers" else "optional"
             checks.append(Check(name, "not installed", "optional", f"pip install 'dkfuse[{extra}]' ({needed})"))
-    return [*checks, _attention()]
+    return [*checks, _attention(), _gemm()]
+
+
+def _gemm() -> Check:
+    from dkfuse.kernels.gemm_kernels import INSTALL, untested, version
+
+    name, found = "quack (GEMMs on sm90)", version()
+    if found is None:
+        return Check(name, "not installed", "optional", f"{INSTALL} (optional; comes with FlashAttention 4)")
+    if (problem := untested()) is not None:
+        return Check(name, found, "warning", problem)
+    return Check(name, found)
 
 
 def _attention() -> Check:

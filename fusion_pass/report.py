@@ -37,7 +37,7 @@ FAMILIES = (
     "sandwich",
     "other_norm",
 )
-SEAMS = ("attention", "packed_projection", "split_projection", "gelu_epilogue")
+SEAMS = ("attention", "swiglu_epilogue", "packed_projection", "split_projection", "gelu_epilogue", "gemm_kernel")
 STAGES = ("structure", "semantics", "kernel")
 
 

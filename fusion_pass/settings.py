@@ -23,6 +23,7 @@ TARGETS = ("current", "cpu", "sm80", "sm89", "sm90", "sm100")
 REMAINDERS = ("inductor", "eager")
 ROUNDINGS = ("fused", "eager")
 ATTENTIONS = ("auto", "torch", "sdpa", "fa4", "fa3", "cudnn", "flash", "efficient", "sage")
+GEMMS = ("auto", "quack", "cublas")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 # Read by the command line only, therefore not an option of the backend.
 OTHER_VARIABLES = {"DKFUSE_DEBUG": "1 prints the traceback of an error that the command line reports in one sentence"}
@@ -120,6 +121,11 @@ class Settings:
         "attention kernel: auto (the fastest measured), torch (of torch's own), sdpa (what torch chooses), or one of "
         + ", ".join(ATTENTIONS[3:]),
     )
+    gemm: str = _setting(
+        "auto",
+        _choice(*GEMMS),
+        "GEMM of linears: auto (the fastest measured), quack (quack's wherever it can), or cublas (torch's)",
+    )
     origins: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
 
     @classmethod
@@ -196,6 +202,15 @@ class Settings:
                 if name not in known:
                     raise SettingsError(f"{PREFIX}{option}: there is no {what} {name!r}{did_you_mean(name, known)}")
         self._check_attention()
+        self._check_gemm()
+
+    def _check_gemm(self) -> None:
+        from dkfuse.kernels.gemm_kernels import DISTRIBUTION, INSTALL, untested, version
+
+        if self.gemm != "quack" or (version() is not None and untested() is None):
+            return
+        problem = untested() or f"needs {DISTRIBUTION}, which is not installed: {INSTALL}"
+        raise SettingsError(f"{PREFIX}gemm='quack': {problem}, or use {PREFIX}gemm=auto")
 
     def _check_attention(self) -> None:
         if self.attention in ("auto", "torch", "sdpa"):

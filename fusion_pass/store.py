@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dkfuse.kernels import attention_kernels, disk_cache, failures, registry
+from dkfuse.kernels import attention_kernels, disk_cache, failures, gemm_kernels, registry
 
 from . import compat
 from .report import Coverage, Graph
@@ -56,7 +56,7 @@ def graph_key(gm: fx.GraphModule, inputs: Iterable[Any], settings: Settings, run
     """
     digest = hashlib.sha256()
     chosen = replace(settings, report=None, log=None, cache_dir=None)  # these change no graph
-    kernels = (registry.fingerprint(), failures.fingerprint(), attention_kernels.versions())
+    kernels = (registry.fingerprint(), failures.fingerprint(), attention_kernels.versions(), gemm_kernels.fingerprint())
     chosen_by = (compat.environment_fingerprint(), *kernels, repr(chosen), repr(runs))
     for part in (source_hash(), *chosen_by, gm.code):
         digest.update(part.encode())

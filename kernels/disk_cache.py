@@ -6,8 +6,8 @@ An entry's name is the hash of the given parts, dkfuse's sources and torch's ver
 them is another entry. Its file is a digest and the bytes it is of: what was cut short or changed is built again. Files
 are written beside and renamed, so that processes may share the folder; on a read-only or full disk nothing is kept.
 
-The folder is that of the kind (`kernels`, `attention`, `launches`) in DKFUSE_CACHE_DIR, in `dkfuse.cache_dir` of the
-last compilation, or beside Inductor's cache.
+The folder is that of the kind (`kernels`, `attention`, `gemm`, `launches`) in DKFUSE_CACHE_DIR, in `dkfuse.cache_dir`
+of the last compilation, or beside Inductor's cache.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 log = logging.getLogger("dkfuse")
 DIGEST = 32
 MAGIC = b"dkfuse1\n"
-KINDS = {"kernels": ".bin", "records": ".json", "attention": ".bin", "launches": ".bin"}
+KINDS = {"kernels": ".bin", "records": ".json", **dict.fromkeys(("attention", "gemm", "launches"), ".bin")}
 
 _chosen: list[str] = []  # `dkfuse.cache_dir`, while a compilation that sets it was the last one
 _unwritable: set[Path] = set()

@@ -1,6 +1,6 @@
 """What kind of work a GPU kernel does, by its name in the profile.
 
-    gemm        matrix products and convolutions: cuBLAS(Lt), nvjet, CUTLASS, split-K reductions, Inductor's templates
+    gemm        matrix products and convolutions: cuBLAS(Lt), nvjet, CUTLASS, quack, split-K reductions, Inductor's templates
     attention   cuDNN, FlashAttention, memory-efficient attention, flex attention
     dkfuse      dkfuse's kernels, those of the libraries it calls for a fused op included
     inductor    kernels that Inductor generated
@@ -25,6 +25,7 @@ RULES: tuple[tuple[str, re.Pattern[str]], ...] = (  # the first that is found de
     (ATTENTION, re.compile(r"^triton_tem_.*flex_(?:attention|decoding)")),
     (GEMM, re.compile(r"^triton_tem_")),
     (INDUCTOR, re.compile(r"^triton_")),
+    (GEMM, re.compile(r"quack\w*gemm", re.IGNORECASE)),
     (DKFUSE, re.compile(r"dkfuse")),
     (DKFUSE, re.compile(r"flashinfer.*(?:norm|rotary|rope)|sgl_?kernel|sgl_(?:fused|rms)", re.IGNORECASE)),
     (ATTENTION, re.compile(r"flash|fmha|attention|sdpa|(?:^|\W|_)mha_|qk_int\d*_sv", re.IGNORECASE)),

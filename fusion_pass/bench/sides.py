@@ -3,7 +3,7 @@
 dkfuse        backend "dkfuse", with --mode and --attention
 inductor      backend "inductor" with --mode, and its own choice of attention
 max-autotune  mode "max-autotune-no-cudagraphs"
-plain         dkfuse as installed alone: weights read as not packed, torch's own kernels of attention
+plain         dkfuse as installed alone: weights read as not packed, torch's own kernels of attention and GEMMs
 eager         not compiled
 """
 
@@ -21,7 +21,7 @@ import torch
 from .results import OURS, PLAIN
 
 RIVALS = ("inductor", "max-autotune", PLAIN, "eager")
-PLAIN_OPTIONS = {"dkfuse.attention": "torch", "dkfuse.rules": "-packed_projection"}
+PLAIN_OPTIONS = {"dkfuse.attention": "torch", "dkfuse.gemm": "cublas", "dkfuse.rules": "-packed_projection"}
 PROFILES = 5
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
 WITH_GRAPHS = ("reduce-overhead", "max-autotune")

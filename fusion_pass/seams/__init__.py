@@ -1,9 +1,11 @@
 """Seams: what touches a GEMM or an attention, rewritten before the fused sites are looked for.
 
     attention     which kernel computes an attention
+    swiglu        silu(linear) * linear in one GEMM
     projections   linears of one input whose weights lie side by side, as one GEMM
     split         linear(cat([a, b])) as two GEMMs that add up
     epilogue      linear + tanh-GELU in one GEMM
+    gemm          which kernel computes a linear
 
 A seam that is taken changes the graph at once: the sites found later read the new layouts as facts. A seam that is not
 taken is recorded with its reason, like any other site.
@@ -21,16 +23,18 @@ from ..choose import resolve_target
 from ..report import SEAMS, Reason, Site, Status
 from ..rules import Code, Stage
 from ..settings import Settings
-from . import attention, epilogue, projections, split
+from . import attention, epilogue, gemm, projections, split, swiglu
 from .seam import Seam
 
 __all__ = ["FINDERS", "NAMES", "Seam", "run"]
 # in this order; each yields what it finds in the graph as the finders before it left it
 FINDERS: tuple[Callable[[fx.Graph, Settings], Iterator[Seam]], ...] = (
     attention.find,
+    swiglu.find,
     projections.find,
     split.find,
     epilogue.find,
+    gemm.find,
 )
 
 NAMES = SEAMS  # what `dkfuse.rules` calls them: the families of their sites

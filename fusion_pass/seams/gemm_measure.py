@@ -1,0 +1,143 @@
+"""GEMMs timed on the GPU that will run them, and kernels tried there, once per call and machine.
+
+Times are kept in the process and on disk (`disk_cache`, kind "gemm"), under the call, the GPU, torch and quack's
+version. Kernels take turns of a few milliseconds, since most products run at the GPU's power limit, which an idle GPU
+does not know; the fastest turn of each counts. cuBLAS's SwiGLU is its GEMM and one pass over the result, which Inductor
+makes of it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dkfuse.errors import first_line
+from dkfuse.kernels import disk_cache, gemm, gemm_kernels
+from dkfuse.kernels.gemm_kernels import CUBLAS, GATED, QUACK
+
+from .. import compat
+
+log = logging.getLogger("dkfuse")
+TURNS = 5
+TURN = 4.0  # milliseconds
+FEW = 8  # rows, and tiles of columns, to try a kernel with
+KIND = "gemm"
+_known: dict[tuple[str, ...], dict[str, float]] = {}
+_failures: dict[tuple[Any, ...], str | None] = {}
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product to be computed: ``[rows, k] @ [k, columns]``, of known sizes, contiguous."""
+
+    rows: int
+    columns: int
+    k: int
+    act: str
+    bias: bool
+    dtype: torch.dtype
+    device: torch.device
+
+
+def times(product: Product, tiles: list[str], folder: str | None) -> dict[str, float]:
+    """Microseconds of `gemm_kernels.CUBLAS` and of quack's GEMM by `tiles`; inf where it failed.
+
+    folder: the cache folder of the settings. The tensors that it is timed on are random, on the same device.
+    """
+    key = repr(product), compat.environment_fingerprint(), gemm_kernels.fingerprint()
+    if key not in _known:
+        found = disk_cache.get(key, KIND, folder)
+        _known[key] = json.loads(found) if found is not None else {}
+    names = [CUBLAS, *tiles]
+    if any(name not in _known[key] for name in names):
+        with compat.real_tensors(), torch.no_grad():
+            _known[key].update(_timed(product, names))
+        kept = {name: time for name, time in _known[key].items() if time != float("inf")}
+        disk_cache.put(key, json.dumps(kept).encode(), KIND, folder)
+    return {name: _known[key][name] for name in names}
+
+
+def failure(product: Product, tiles: str) -> str | None:
+    """What goes wrong when quack's kernel for such products is built and run once, on few rows; None: nothing does.
+
+    It is built here, rather than when the compiled code first runs. Without a GPU nothing is tried.
+    """
+    if product.device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    key = (tiles, product.act, product.bias, product.dtype, product.device)
+    if key not in _failures:
+        few = Product(FEW, 16 * FEW, 8 * FEW, product.act, product.bias, product.dtype, product.device)
+        with compat.real_tensors(), torch.no_grad():
+            _failures[key] = _tried(few, tiles)
+    return _failures[key]
+
+
+def _tried(product: Product, tiles: str) -> str | None:
+    try:
+        x, weight, bias = _operands(product)
+        found = torch.ops.dkfuse.linear(x, weight, bias, act=product.act, using=QUACK, tiles=tiles)
+        expected = gemm.reference(x, weight, bias, act=product.act)
+        if not torch.allclose(found.float(), expected.float(), rtol=0.02, atol=0.02):
+            return f"its result is wrong by {(found.float() - expected.float()).abs().max().item():.3g}"
+    except Exception as error:
+        log.warning("dkfuse: quack's GEMM cannot be used: %s", first_line(error))
+        return first_line(error)
+    return None
+
+
+def _operands(product: Product) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=product.device, dtype=product.dtype)
+
+    weight = random(product.columns, product.k) * product.k**-0.5
+    return random(product.rows, product.k), weight, random(product.columns) if product.bias else None
+
+
+def _timed(product: Product, names: list[str]) -> dict[str, float]:
+    x, weight, bias = _operands(product)
+    calls = {name: _call(name, product, x, weight, bias) for name in names}
+    found, repeats = dict.fromkeys(names, float("inf")), dict.fromkeys(names, 1)
+    for name in names:
+        try:
+            calls[name]()
+            milliseconds = _turn(calls[name], 3, product.device)
+            repeats[name] = max(3, round(TURN / max(milliseconds, 1e-3)))
+        except Exception as error:
+            log.warning("dkfuse: %s of %s failed when it was timed: %s", name, product, first_line(error))
+            del calls[name]
+    for _ in range(TURNS):
+        for name, call in calls.items():
+            found[name] = min(found[name], 1e3 * _turn(call, repeats[name], product.device))
+    return found
+
+
+def _call(
+    name: str, product: Product, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> Callable[[], Any]:
+    if name != CUBLAS:
+        return lambda: torch.ops.dkfuse.linear(x, weight, bias, act=product.act, using=QUACK, tiles=name)
+    if product.act not in GATED:
+        return lambda: gemm.by_cublas(x, weight, bias, product.act)
+
+    def gated() -> torch.Tensor:
+        first, second = torch.nn.functional.linear(x, weight, bias).chunk(2, -1)
+        return first * second
+
+    return gated
+
+
+def _turn(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
+    """Milliseconds of one of `repeats` calls."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end) / repeats
