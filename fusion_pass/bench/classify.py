@@ -1,6 +1,6 @@
 """What kind of work a GPU kernel does, by its name in the profile.
 
-    gemm        matrix products and convolutions: cuBLAS(Lt), nvjet, CUTLASS, quack, split-K reductions, Inductor's templates
+    gemm        matrix products and convolutions: cuBLAS(Lt), nvjet, CUTLASS, quack, split-K, Inductor's templates
     attention   cuDNN, FlashAttention, memory-efficient attention, flex attention
     dkfuse      dkfuse's kernels, those of the libraries it calls for a fused op included
     inductor    kernels that Inductor generated
