@@ -30,6 +30,7 @@ class FakeDevice:
         self.order: list[str] = []
         self.current = ""
         self.launches = 2
+        self.before: dict[str, int] = {}
 
     def seconds(self, run: Callable[[], Any]) -> float:
         run()
@@ -41,8 +42,9 @@ class FakeDevice:
         slow = 9.0 if self.order.count(self.current) == 2 else 1.0  # an outlier, which a median does not see
         return Timed({OURS: 3.0, "inductor": 4.0}.get(self.current, 8.0) * slow, 0.5)
 
-    def profiled(self, run: Callable[[], Any]) -> list[Launched]:
+    def profiled(self, run: Callable[[], Any], before: int = 0) -> list[Launched]:
         run()
+        self.before[self.current] = before
         name, time = {OURS: ("dkfuse_norm_modulate", 1000.0)}.get(self.current, ("triton_red_fused_0", 2000.0))
         return [Launched("nvjet_tst", 4000.0), *[Launched(name, time)] * (self.launches - 1)]
 
@@ -90,6 +92,7 @@ def test_the_measuring_loop() -> None:
     device = FakeDevice()
     result = on_fake_device(Options(rounds=5, profiles=3), device)
     assert device.order == [OURS, "inductor"] * 5
+    assert device.before == {OURS: min(100, measure.MOST_BEFORE), "inductor": min(75, measure.MOST_BEFORE)}
     ours, theirs = result.sides[OURS], result.sides["inductor"]
     assert (ours.wall, theirs.wall, ours.cpu) == (3.0, 4.0, 0.5)
     assert (ours.compile_cold, ours.compile_warm, theirs.compile_cold) == (2.0, 2.0, 1.0)

@@ -9,8 +9,9 @@ memory stays there: for their share of a cold compile measure one model per proc
 (`--no-warm`) what was compiled cold is what runs.
 
 Times. All sides run alternately, call by call, so that clocks drift for all of them; results are medians. GPU time is
-the sum of the kernels in a profile. Packing (`--pack`) is done before anything is compiled: all sides see the same
-weights, which are contiguous for each of them.
+the sum of the kernels in a profile of one call, right after others of that side (STEADY): at the clocks of a long run,
+which are lower than those of a single forward on an idle GPU where GEMMs reach the power limit. Packing (`--pack`) is
+done before anything is compiled: all sides see the same weights, which are contiguous for each of them.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from .sides import Options, Run, caches_in, runner
 from .sites import site_times
 from .targets import Target
 
+STEADY = 300.0  # milliseconds of calls right before a profiled one
+MOST_BEFORE = 50
 WARM_UP = 3  # calls before the first timed one; CUDA graphs are recorded in them
 Report = Callable[[str], None]
 
@@ -177,9 +180,10 @@ def _times(
         for name, run in runs.items():
             timed[name].append(device.timed(run))
     say("profiling")
+    before = {name: min(MOST_BEFORE, round(STEADY / median(t.wall for t in found))) for name, found in timed.items()}
     for _ in range(options.profiles):
         for name, run in runs.items():
-            profiles[name].append(device.profiled(run))
+            profiles[name].append(device.profiled(run, before[name]))
     for name, side in result.sides.items():
         side.wall = median(t.wall for t in timed[name])
         side.launches = round(median(len(profile) for profile in profiles[name]))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dkfuse.bench import kernels, measure, targets
 from dkfuse.bench.classify import kind
@@ -50,6 +51,21 @@ def test_cuda_graphs() -> None:
     assert all(side.gpu > 0 and side.cpu is not None for side in result.sides.values())
     assert all(side.error is not None and side.error < 0.1 for side in result.sides.values())
     assert any(kind(name) == "dkfuse" for name in result.sides[OURS].kernels)
+
+
+def test_a_profile_holds_one_call_after_others() -> None:
+    x = torch.randn(512, 512, device="cuda")
+    device, calls = Cuda(), []
+
+    def run() -> torch.Tensor:
+        calls.append(1)
+        return torch.tanh(x @ x)
+
+    run()
+    device.synchronize()
+    alone, after = device.profiled(run), device.profiled(run, 20)
+    assert [k.name for k in alone] == [k.name for k in after]
+    assert len(alone) == 2 and len(calls) == 1 + 1 + 21
 
 
 def test_a_row_of_the_kernel_bench() -> None:
