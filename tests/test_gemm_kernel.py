@@ -259,6 +259,32 @@ def test_the_fastest_timed_is_taken(timed: dict[str, float], times: dict[str, fl
         assert site.reason.code == "not_faster" and "300 us" in site.reason.message
 
 
+def test_without_memory_to_time_them_the_table_decides(timed: dict[str, float]) -> None:
+    timed.update(dict.fromkeys(timed, float("inf")))
+    module = on_gpu(linear, *SHAPES)
+    assert only(module).status is Status.FUSED and calls(module) == [("none", "quack", "128x192")]
+
+
+def test_operands_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(product: Product) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gemm_measure, "_operands", full)
+    product = Product(4096, 9216, 3072, "none", True, BF16, torch.device("cuda:0"))
+    assert gemm_measure.timed(product, ["cublas", "128x192"]) == dict.fromkeys(["cublas", "128x192"], float("inf"))
+
+
+def test_operands_are_no_draw_from_the_models_numbers() -> None:
+    product = Product(8, 16, 8, "none", True, BF16, torch.device("cpu"))
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    x, weight, bias = gemm_measure._operands(product)
+    assert torch.equal(torch.rand(3), expected)
+    assert (x.shape, weight.shape, bias.shape) == ((8, 8), (16, 8), (16,))
+    assert gemm_measure._operands(Product(8, 16, 8, "none", False, BF16, torch.device("cpu")))[2] is None
+
+
 def test_times_are_kept(timed: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     product = Product(4096, 9216, 3072, "none", True, BF16, torch.device("cuda:0"))
     timed["128x160"] = float("inf")
