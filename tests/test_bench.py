@@ -21,6 +21,7 @@ from dkfuse.report import Site, Status
 NAMES = {
     "gemm": [
         "nvjet_tst_256x128_64x4_1x2_h_bz_coopA_bias_TNT",
+        "kernel_cutlass_kernel_quackgemm_actGemmGatedSm90_object_at__TiledMMA_ThrLayoutVMNK1281111000",
         "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64",
         "ampere_bf16_s16816gemm_bf16_128x64_ldg8_f2f_stages_32x6_tn",
         "void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16>",

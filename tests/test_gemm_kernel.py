@@ -234,7 +234,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> dict[str, float]:
     monkeypatch.setattr(gemm_measure, "failure", lambda *_: None)
     monkeypatch.setattr(gemm_measure.compat, "environment_fingerprint", lambda: "here")
     monkeypatch.setattr(gemm_measure, "_known", {})
-    monkeypatch.setattr(gemm_measure, "_timed", lambda product, names: {name: found[name] for name in names})
+    monkeypatch.setattr(gemm_measure, "timed", lambda product, names: {name: found[name] for name in names})
     disk_cache.use(str(tmp_path))
     yield found
     disk_cache.use(None)
@@ -259,6 +259,32 @@ def test_the_fastest_timed_is_taken(timed: dict[str, float], times: dict[str, fl
         assert site.reason.code == "not_faster" and "300 us" in site.reason.message
 
 
+def test_without_memory_to_time_them_the_table_decides(timed: dict[str, float]) -> None:
+    timed.update(dict.fromkeys(timed, float("inf")))
+    module = on_gpu(linear, *SHAPES)
+    assert only(module).status is Status.FUSED and calls(module) == [("none", "quack", "128x192")]
+
+
+def test_operands_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(product: Product) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gemm_measure, "_operands", full)
+    product = Product(4096, 9216, 3072, "none", True, BF16, torch.device("cuda:0"))
+    assert gemm_measure.timed(product, ["cublas", "128x192"]) == dict.fromkeys(["cublas", "128x192"], float("inf"))
+
+
+def test_operands_are_no_draw_from_the_models_numbers() -> None:
+    product = Product(8, 16, 8, "none", True, BF16, torch.device("cpu"))
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    x, weight, bias = gemm_measure._operands(product)
+    assert torch.equal(torch.rand(3), expected)
+    assert (x.shape, weight.shape, bias.shape) == ((8, 8), (16, 8), (16,))
+    assert gemm_measure._operands(Product(8, 16, 8, "none", False, BF16, torch.device("cpu")))[2] is None
+
+
 def test_times_are_kept(timed: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     product = Product(4096, 9216, 3072, "none", True, BF16, torch.device("cuda:0"))
     timed["128x160"] = float("inf")
@@ -266,7 +292,7 @@ def test_times_are_kept(timed: dict[str, float], monkeypatch: pytest.MonkeyPatch
     assert gemm_measure.times(product, ["128x160"], None)["128x160"] == float("inf")
     asked: list[list[str]] = []
     monkeypatch.setattr(gemm_measure, "_known", {})
-    monkeypatch.setattr(gemm_measure, "_timed", lambda p, names: asked.append(names) or dict.fromkeys(names, 1.0))
+    monkeypatch.setattr(gemm_measure, "timed", lambda p, names: asked.append(names) or dict.fromkeys(names, 1.0))
     assert gemm_measure.times(product, ["128x192"], None) == {"cublas": 300.0, "128x192": 280.0}, "from disk"
     assert asked == []
     gemm_measure.times(product, ["128x192", "128x160"], None)
@@ -411,3 +437,29 @@ def test_a_fake_quack_is_given_what_its_kernels_take(monkeypatch: pytest.MonkeyP
     assert len(built) == 8 and {(k["tile_shape_mn"], k["cluster_shape_mnk"]) for k in built} == {
         ((128, 192), (2, 1, 1))
     }
+
+
+# -- the bench ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_bench_reads_products_and_prints_rows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dkfuse.bench import gemm as bench
+
+    assert bench.parse("4096x9216x3072") == (4096, 9216, 3072, "none")
+    assert bench.parse("4352x16384x3072:SILU") == (4352, 16384, 3072, "silu")
+    for wrong in ("4096x9216", "4096x9216x3072:relu", "0x1x2", "axbxc", "1x2x3x4"):
+        with pytest.raises(ValueError, match=wrong):
+            bench.parse(wrong)
+    assert bench.main(["64x64x64"]) == bench.NO_GPU and "no CUDA device" in capsys.readouterr().err
+    install(monkeypatch)
+    for name, value in (("is_available", True), ("get_device_name", "H100"), ("current_device", 0)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    times = {"cublas": 300.0, "128x192": 250.0, "128x160": 400.0}
+    monkeypatch.setattr(gemm_measure, "timed", lambda product, names, *_: {name: times[name] for name in names})
+    monkeypatch.setattr(bench, "overhead", lambda: {"addmm": 18.0})
+    assert bench.main(["4096x9216x3072:gelu"]) == 0
+    row = capsys.readouterr().out.splitlines()[-1].strip().rstrip(",")
+    assert eval(row, {"Row": Row}) == Row(90, "gelu", 4096, 9216, 3072, {"128x192": 1.2, "128x160": 0.75})

@@ -191,6 +191,16 @@ def rows_apart(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return F.silu(h[:1]) * h[1:]
 
 
+def every_row_with_every_other(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    gate, up = F.linear(x, w, b).chunk(2, -1)
+    return F.silu(gate).reshape(12, 1, 96) * up.reshape(1, 12, 96)
+
+
+def one_row_for_all(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    gate, up = F.linear(x[:1, :1], w, b).chunk(2, -1)
+    return F.silu(gate.expand(2, 6, 96)) * up
+
+
 def itself(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     h = F.linear(x, w, b)
     return F.silu(h) * h
@@ -204,7 +214,7 @@ def of_two_inputs(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     "function",
     [
         gelu_gate, scaled_sigmoid, glu, gate_of_another, dropout_between, two_plus_exp, positive_exp, rows_apart,
-        itself, of_two_inputs,
+        every_row_with_every_other, one_row_for_all, itself, of_two_inputs,
     ],
     ids=lambda f: f.__name__,
 )  # fmt: skip

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from ..gain import CASTS
-from ..terms import same_size
+from ..terms import same_shape, same_size
 from .common import is_tensor
 from .gelu import ADD, DIV, MUL
 from .linear import KEEP_ROWS, Linear, aten
@@ -150,9 +150,9 @@ class _Reader:
         if target is aten.silu.default:
             inner = self.factors(args[0])
             return self._product(inner, self._sigmoid(inner))
-        if target in MUL:
+        if target in MUL and _alike(*args):
             return self._product(self.factors(args[0]), self.factors(args[1]))
-        if target in DIV and len(args) == 2 and not node.kwargs:
+        if target in DIV and len(args) == 2 and not node.kwargs and (args[0] == 1 or _alike(*args)):
             sigmoid = self._of_denominator(args[1])
             return sigmoid if args[0] == 1 else self._product(self.factors(args[0]), sigmoid)
         if target is aten.reciprocal.default:
@@ -199,6 +199,12 @@ class _Reader:
             return None
         whole = found[0][1]
         return Columns(whole.linear, whole.start + start, whole.start + stop)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two operands have one shape: a row is multiplied with its own row, nothing is broadcast."""
+    nodes = isinstance(one, fx.Node) and isinstance(other, fx.Node)
+    return nodes and is_tensor(one) and is_tensor(other) and same_shape(one.meta["val"].shape, other.meta["val"].shape)
 
 
 def _passes(node: fx.Node) -> bool:

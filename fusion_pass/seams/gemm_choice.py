@@ -133,6 +133,8 @@ def _by_time(product: Product, settings: Settings) -> tuple[str, float]:
     if gemm_table.microseconds(product.rows, product.columns, product.k) < LAUNCH_BOUND:
         return _by_table(product, gemm_kernels.CAPABILITY)  # which says so
     found = gemm_measure.times(product, list(TILES), settings.cache_dir)
+    if found[CUBLAS] == float("inf"):
+        return _by_table(product, gemm_kernels.CAPABILITY)
     best, gain = _fastest({name: found[CUBLAS] / time for name, time in found.items() if name != CUBLAS})
     if gain < MARGIN:
         text = f"{_rival(product)} took {found[CUBLAS]:.0f} us, quack's GEMM {found[best]:.0f} us"

@@ -56,7 +56,7 @@ def times(product: Product, tiles: list[str], folder: str | None) -> dict[str, f
     names = [CUBLAS, *tiles]
     if any(name not in _known[key] for name in names):
         with compat.real_tensors(), torch.no_grad():
-            _known[key].update(_timed(product, names))
+            _known[key].update(timed(product, names))
         kept = {name: time for name, time in _known[key].items() if time != float("inf")}
         disk_cache.put(key, json.dumps(kept).encode(), KIND, folder)
     return {name: _known[key][name] for name in names}
@@ -91,26 +91,36 @@ def _tried(product: Product, tiles: str) -> str | None:
 
 
 def _operands(product: Product) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    generator = torch.Generator(product.device).manual_seed(0)  # not torch's own, whose numbers are the model's
+
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=product.device, dtype=product.dtype)
+        return torch.randn(shape, device=product.device, dtype=product.dtype, generator=generator)
 
     weight = random(product.columns, product.k) * product.k**-0.5
     return random(product.rows, product.k), weight, random(product.columns) if product.bias else None
 
 
-def _timed(product: Product, names: list[str]) -> dict[str, float]:
-    x, weight, bias = _operands(product)
-    calls = {name: _call(name, product, x, weight, bias) for name in names}
+def timed(product: Product, names: list[str], turns: int = TURNS, turn: float = TURN) -> dict[str, float]:
+    """Microseconds of cuBLAS and of quack's GEMM by tiles, now: the best of `turns` of `turn` milliseconds.
+
+    inf for a kernel that failed, and for all where there is no memory for the operands.
+    """
     found, repeats = dict.fromkeys(names, float("inf")), dict.fromkeys(names, 1)
+    try:
+        x, weight, bias = _operands(product)
+    except torch.OutOfMemoryError as error:
+        log.warning("dkfuse: %s is not timed: %s", product, first_line(error))
+        return found
+    calls = {name: _call(name, product, x, weight, bias) for name in names}
     for name in names:
         try:
             calls[name]()
             milliseconds = _turn(calls[name], 3, product.device)
-            repeats[name] = max(3, round(TURN / max(milliseconds, 1e-3)))
+            repeats[name] = max(3, round(turn / max(milliseconds, 1e-3)))
         except Exception as error:
             log.warning("dkfuse: %s of %s failed when it was timed: %s", name, product, first_line(error))
             del calls[name]
-    for _ in range(TURNS):
+    for _ in range(turns):
         for name, call in calls.items():
             found[name] = min(found[name], 1e3 * _turn(call, repeats[name], product.device))
     return found

@@ -4,7 +4,7 @@ The rival is cuBLAS as PyTorch calls it: addmm for act "none", `_addmm_activatio
 Triton pass over its result. torch 2.11 with CUDA 13, quack-kernels 0.6.1; each pair in turns for 8 to 25 ms a turn, at
 the power limit, where most of these products run; the mean of two runs where there are two, which differ by up to 2 %.
 Rows, columns (of the weight: both halves of a gated one) and K are of [rows, K] @ [K, columns]; gains are by tiles
-(`dkfuse.kernels.gemm_kernels.TILES`).
+(`dkfuse.kernels.gemm_kernels.TILES`). `python -m dkfuse.bench.gemm` measures them again.
 
 A row speaks for products near it, less what their last wave of tiles leaves idle more than its own: quack computes
 whole waves of tiles, one tile per multiprocessor. That is why 4608 x 3072 (4.4 waves, which take the time of 5) loses

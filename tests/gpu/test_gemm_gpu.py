@@ -143,7 +143,7 @@ def test_opcheck() -> None:
 def test_trying_and_timing() -> None:
     product = Product(4096, 4096, 1024, "silu_second", False, BF16, torch.device("cuda", 0))
     assert gemm_measure.failure(product, "128x192") is None
-    found = gemm_measure._timed(product, ["cublas", *gemm_kernels.TILES])
+    found = gemm_measure.timed(product, ["cublas", *gemm_kernels.TILES])
     assert set(found) == {"cublas", *gemm_kernels.TILES} and all(10 < time < 10_000 for time in found.values())
 
 
