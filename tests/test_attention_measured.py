@@ -43,7 +43,7 @@ def test_causal_attention_is_timed_too(timed):
     [
         ({"fa4": 399.0}, "fastest"),  # within the noise
         ({"fa4": float("inf")}, "fastest"),
-        ({"fa4": 155.0}, "launch_bound"),  # less than a call of it costs
+        ({"fa4": 55.0}, "launch_bound"),  # less than a call may cost
         ({"fa4": 900.0, "flash": 40.0, "cudnn": 60.0}, "launch_bound"),  # what was timed is the call
     ],
 )

@@ -199,7 +199,7 @@ def test_another_machine_is_timed_anew(clock: Clock, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(compat, "environment_fingerprint", lambda: "another GPU")
     else:
         all_of = launch.configs.candidates
-        monkeypatch.setattr(launch.configs, "candidates", lambda width: all_of(width)[:2])
+        monkeypatch.setattr(launch.configs, "candidates", lambda *given: all_of(*given)[:2])
     tuned()
     assert len(clock.series) == 2
 

@@ -80,7 +80,7 @@ def _read(node: fx.Node) -> Product | None:
 def _is_small(linear: Linear) -> bool:
     sizes = [compat.hint(size) for size in (*linear.x.meta["val"].shape, linear.weight.meta["val"].shape[0])]
     rows, k, columns = (size or 0 for size in sizes)
-    return rows < gemm_table.MIN_ROWS or gemm_table.microseconds(rows, columns, k) < gemm_choice.LAUNCH_BOUND
+    return rows < gemm_table.MIN_ROWS or gemm_table.microseconds(rows, columns, k) < gemm_choice.shortest()
 
 
 def _operands(product: Product) -> dict[str, fx.Node | None]:

@@ -6,8 +6,8 @@
     otherwise            the faster one by the table, at the nearest measured product
 
 quack's is taken where it is expected to gain `MARGIN`; less is noise between runs. Products that take less than
-`LAUNCH_BOUND` stay with cuBLAS: a call of quack's costs the CPU more (25 us and the op's own 20, addmm 18 in all), and
-models of such products are bound by that.
+`LAUNCH_BOUND` stay with cuBLAS: a call of quack's costs the CPU more, and models of such products are bound by that,
+except under CUDA graphs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from . import gemm_measure, gemm_table
 from .gemm_measure import Product
 
 MARGIN = 1.03
-LAUNCH_BOUND = 100.0  # microseconds
+LAUNCH_BOUND, LAUNCHED_AT_ONCE = 100.0, 20.0  # microseconds; the latter under CUDA graphs
 RIVALS = {"none": "cuBLAS", "gelu": "cublasLt's epilogue", "silu": "cuBLAS and Inductor's pass"}
 
 
@@ -96,12 +96,17 @@ def _fastest(gains: Mapping[str, float]) -> tuple[str, float]:
     return best, gains.get(best, 1.0)
 
 
+def shortest() -> float:
+    """Products of fewer microseconds are not a matter of choice: what calls cost decides."""
+    return LAUNCHED_AT_ONCE if compat.inductor_config("triton.cudagraphs") else LAUNCH_BOUND
+
+
 def _by_table(product: Product, capability: int) -> tuple[str, float]:
     if product.rows < gemm_table.MIN_ROWS:
         text = f"{product.rows} rows: quack's GEMM was slower for all products of fewer than {gemm_table.MIN_ROWS}"
         raise _left(Code.NOT_FASTER, text)
-    if (taken := gemm_table.microseconds(product.rows, product.columns, product.k)) < LAUNCH_BOUND:
-        text = f"{_named(product)} takes about {taken:.0f} us: below {LAUNCH_BOUND:.0f} us the CPU's calls decide"
+    if (taken := gemm_table.microseconds(product.rows, product.columns, product.k)) < (least := shortest()):
+        text = f"{_named(product)} takes about {taken:.0f} us: below {least:.0f} us the CPU's calls decide"
         raise _left("launch_bound", text)
     gains = _expected(product, capability)
     if gains is None:
@@ -130,7 +135,7 @@ def _by_time(product: Product, settings: Settings) -> tuple[str, float]:
     if product.rows < gemm_table.MIN_ROWS:
         text = f"{product.rows} rows: products of fewer than {gemm_table.MIN_ROWS} are not timed, cuBLAS was faster"
         raise _left(Code.NOT_FASTER, text)
-    if gemm_table.microseconds(product.rows, product.columns, product.k) < LAUNCH_BOUND:
+    if gemm_table.microseconds(product.rows, product.columns, product.k) < shortest():
         return _by_table(product, gemm_kernels.CAPABILITY)  # which says so
     found = gemm_measure.times(product, list(TILES), settings.cache_dir)
     if found[CUBLAS] == float("inf"):
