@@ -66,8 +66,10 @@ def unit_vector_modulated(x: T, g: T, s: T, t: T, w: T) -> T:
     return (F.normalize(x.float(), dim=-1).to(x.dtype) * ROOT * (g + 1) * (1 + s) + t) @ w
 
 
-@spelling("norm_rope=2 absorbed=2", "q:BLI k:BLI v:BLI a:C b:C c:LR:f s:LR:f")
+@spelling("norm_rope=2 absorbed=2", "q:BLI k:BLI v:BLI a:C b:H1C c:LR:f s:LR:f")
 def unit_vectors_rotated(q: T, k: T, v: T, a: T, b: T, c: T, s: T) -> T:
+    """One weight for all heads of the query, one for each head of the key."""
+
     def rotate(x: T) -> T:
         even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack([even * c - odd * s, odd * c + even * s], -1).flatten(-2).type_as(x)
