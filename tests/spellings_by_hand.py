@@ -118,3 +118,15 @@ def gate_repeated(r: T, x: T, g: T, s: T, t: T, w: T) -> tuple[T, T]:
 @spelling("gated_residual", "r:BLD x:BLD g:BD w:DD")
 def gate_expanded_alone(r: T, x: T, g: T, w: T) -> T:
     return (r + x * g[:, None].expand_as(x)) @ w
+
+
+# -- modulations in full size, shared by the blocks --------------------------------------------------------------------
+
+
+@spelling("residual_gate_norm_modulate absorbed norm_modulate", "x:LBD s:BD t:BD g:BD w:DD")
+def modulations_expanded_once_for_all_blocks(x: T, s: T, t: T, g: T, w: T) -> tuple[T, T]:
+    """ERNIE-Image: tokens first, and ``1 + scale`` of every block is one node of the graph."""
+    s, t, g = (p.unsqueeze(0).expand_as(x).contiguous() for p in (s, t, g))
+    y = (ln(x).float() * (1 + s.float()) + t.float()).to(x.dtype) @ w
+    h = x + (g.float() * y.float()).to(x.dtype)
+    return (ln(h).float() * (1 + s.float()) + t.float()).to(x.dtype) @ w, h
