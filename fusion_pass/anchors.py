@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from . import rotation_anchors
-from .canonical import bare
+from .canonical import bare, centred
 from .checks import is_cut, is_row_parameter
 from .terms import Term, TermView, getitem_source, same_shape, same_size
 
@@ -80,6 +80,8 @@ def _norm_anchor(view: TermView, node: fx.Node) -> Anchor | None:
             term = term.args[0]
         if term is not None and term.op == "var":
             return Anchor("norm", node, ("var", term.args[0], term.attrs[0]))
+        if term is not None and term.op == "sum" and (x := centred(bare(term.args[0]).args[0])) is not None:
+            return Anchor("norm", node, ("var", x, 0))
         last = term is not None and term.op in ("mean", "sum")
         return Anchor("norm", node, ("mean", term.args[0]) if term is not None and last else node)
     return None

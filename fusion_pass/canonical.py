@@ -5,15 +5,23 @@ Norms are recognised here:
 
     layer_norm(x) = (x - mean(x)) * rsqrt(var(x) + eps)          rms_norm(x) = x * rsqrt(mean(x * x) + eps)
 
-over the last dim, eps bound and not matched. Roundings between the pieces of a norm are dropped: a kernel computes its
-statistics in fp32 whatever the model did.
+over the last dim, eps bound and not matched. A unit vector is an RMSNorm and a constant, D values a row:
+
+    x / max(|x|, e)  =  rms_norm(x, eps = e * e / D) / sqrt(D)
+
+to the precision of fp32 for rows longer than 3000 e, and 0 for a row of zeros. Roundings between the pieces of a norm
+are dropped: a kernel computes its statistics in fp32 whatever the model did.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .terms import Term, TermView
+
+LONGEST_CLAMP = 1e-8  # e of a unit vector: no row of an activation is so short that the formula above differs
 
 
 def bare(term: Term) -> Term:
@@ -55,7 +63,21 @@ def double_negation(view: TermView, args, attrs) -> Term | None:
 
 
 def inverse_root(view: TermView, args, attrs) -> Term | None:
-    return view.make("rsqrt", args[0].args[0]) if bare(args[0]).op == "sqrt" else None
+    root = bare(args[0])
+    return view.make("rsqrt", root.args[0]) if root.op == "sqrt" else None
+
+
+def inverse_length(view: TermView, args, attrs) -> Term | None:
+    length = bare(args[0])
+    while length.op == "view" and length.attrs[0] == "expand":
+        length = bare(length.args[0])
+    if length.op != "clamp_min" or not 0 < length.attrs[0] <= LONGEST_CLAMP:
+        return None
+    root = bare(length.args[0])
+    if root.op != "sqrt" or bare(root.args[0]).op != "sum":
+        return None
+    total = bare(root.args[0])
+    return view.make("rsqrt", view.make("add", view.const(length.attrs[0] ** 2), total))
 
 
 def power(view: TermView, args, attrs) -> Term | None:
@@ -117,12 +139,41 @@ def norm(view: TermView, args, attrs) -> Term | None:
         if (stat := _statistic(view, factor)) is None:
             continue
         reduction, eps, dtype = stat
+        if reduction.op == "sum" and isinstance(reduction.args[0].shape[-1], int):
+            return _unit_vector(view, x, reduction, eps)
         if reduction.op == "var" and centred(x) is reduction.args[0]:
             return make_norm(view, "layer_norm", reduction.args[0], eps, reduction, dtype)
         if reduction.op == "mean":
             square = bare(reduction.args[0])
             if square.op == "mul" and square.args[0] is square.args[1] and square.args[0] is x:
                 return make_norm(view, "rms_norm", x, eps, reduction, dtype)
+    return None
+
+
+def _unit_vector(view: TermView, x: Term, total: Term, eps: float) -> Term | None:
+    """``x * rsqrt(sum(q) + eps)``, a norm and a constant, where q is the squares of x."""
+    d = total.args[0].shape[-1]
+    mean = view.make("mean", total.args[0], shape=total.shape)
+    n = norm(view, (x, view.make("rsqrt", view.make("add", view.const(eps / d), mean))), ())
+    return None if n is None else view.make("mul", view.const(1 / math.sqrt(d)), n)
+
+
+def inverse_constants(view: TermView, args, attrs) -> Term | None:
+    """``sqrt(D) * (norm / sqrt(D))``, also with a weight between the constants, or one that has the first in it."""
+    for first, second in (args, args[::-1]):
+        product, own, weights = bare(first), bare(second), []
+        if own.op == "mul" and own.norm_reach is None and own.args[0].op == "const":
+            own, weight = own.args
+            weights.append(weight)
+        if product.op == "mul" and product.args[0].op != "const":
+            weight, inner = product.args if bare(product.args[1]).norm_reach is not None else product.args[::-1]
+            product = bare(inner)
+            weights.append(weight)
+        if own.op != "const" or product.op != "mul" or product.args[0].op != "const" or len(weights) > 1:
+            continue
+        n = product.args[1]
+        if n.op in ("layer_norm", "rms_norm") and abs(own.value * product.args[0].value - 1.0) < 1e-6:
+            return view.make("mul", n, *weights) if weights else n
     return None
 
 
@@ -164,9 +215,14 @@ ALGEBRA = {
         mean_from_sum,  # x.sum(-1) / D
         norm,  # (x - mean) * rsqrt(var + eps), x * rsqrt(mean_square + eps)
         scale_the_statistic,  # x * (rstd * w)
+        inverse_constants,  # x / |x| * w * sqrt(D)
     ],
     "neg": [fold(lambda a: -a), double_negation],
-    "reciprocal": [fold(lambda a: 1.0 / a if a else float("inf")), inverse_root],  # 1 / sqrt(v)
+    "reciprocal": [
+        fold(lambda a: 1.0 / a if a else float("inf")),
+        inverse_root,  # 1 / sqrt(v)
+        inverse_length,  # 1 / max(|x|, e)
+    ],
     "pow": [power],  # x ** 2, v ** -0.5
     "mean": [variance_from_squares],  # ((x - mean) ** 2).mean(-1)
 }

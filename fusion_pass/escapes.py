@@ -37,6 +37,18 @@ def collect_interior(site: Candidate) -> None:
                     site.interior.add(source)
                     pending.append(source)
     site.interior -= site.roots
+    site.interior -= {node for node in site.interior if _shared_factor(site, node)}
+
+
+def _shared_factor(site: Candidate, node: fx.Node) -> bool:
+    """``1 + scale`` in full size that other sites read too: the op adds the number itself."""
+    term = site.view.term(node)
+    while term is not None and term.op == "round":
+        term = term.args[0]
+    if term is None or term.op != "add" or term.args[0].op != "const" or not same_shape(term.shape, site.shape):
+        return False
+    ours = site.interior | site.roots
+    return term.args[1] in site.operands.values() and any(user not in ours for user in node.users)
 
 
 def _below_norm_input(term: Term, norm_input: Term) -> bool:

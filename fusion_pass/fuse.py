@@ -228,6 +228,8 @@ class Planner:
         except Reject as reject:
             if reject.code == Code.INNER_STRIDE.value:
                 self.refused += [base_node(self.view, site.operands[name]) for name in FULL if name in site.operands]
+                if not (self.settings.pointwise or site.rule.has_norm):
+                    gain.check(site)  # nor would it be fused with dense rows
             raise
         site.kernel, site.passed_over = choice.provider, choice.passed_over
         if not (self.settings.pointwise or (site.kernel == "native" and not site.rule.has_norm)):

@@ -17,8 +17,9 @@ from .terms import Term, TermView, same_size
 
 
 def is_weight(term: Term) -> bool:
-    """A value for each column, or for each column of each head."""
-    return len(term.shape) > 0 and all(same_size(s, 1) for s in term.shape[:-2]) and not same_size(term.shape[-1], 1)
+    """A value for each column, or for each column of each head, whichever dim the heads are."""
+    wide = [s for s in term.shape[:-1] if not same_size(s, 1)]
+    return len(term.shape) > 0 and len(wide) < 2 and not same_size(term.shape[-1], 1)
 
 
 NORMED = affine(Var("x"), is_weight)

@@ -15,7 +15,7 @@ from torch import fx
 from .canonical import make_norm
 from .recombine import RECOMBINE_READERS, argument
 from .simplify import select_term
-from .terms import Term, TermView, getitem_source, same_size
+from .terms import Term, TermView, broadcast_shape, getitem_source, same_shape, same_size
 from .views import VIEW_READERS, read_split
 
 aten = torch.ops.aten
@@ -27,6 +27,7 @@ def elementwise(op: str):
         args = [term for a in node.args if (term := view.operand(a)) is not None]
         if len(args) < len(node.args):
             return None
+        args = _unexpanded(args)
         alpha = node.kwargs.get("alpha", 1)
         if op == "rsub":
             args = [args[1], args[0]]
@@ -45,6 +46,18 @@ def elementwise(op: str):
     return read
 
 
+def _unexpanded(args: list[Term]) -> list[Term]:
+    """Two operands, each before it was expanded to what broadcasting against the other gives anyway."""
+    shape = broadcast_shape([a.shape for a in args])
+    for i in range(len(args) if len(args) == 2 else 0):
+        seen = args[i]
+        while seen.op == "view" and seen.attrs[0] == "expand":
+            seen = seen.args[0]
+            if same_shape(broadcast_shape([seen.shape, args[1 - i].shape]), shape):
+                args[i] = seen
+    return args
+
+
 def read_addcmul(view: TermView, node: fx.Node) -> Term | None:
     t, a, b = (view.operand(x) for x in node.args)
     if t is None or a is None or b is None:
@@ -59,6 +72,22 @@ def read_pow(view: TermView, node: fx.Node) -> Term | None:
     return (
         view.make("pow", base, attrs=(exponent,)) if base is not None and isinstance(exponent, (int, float)) else None
     )
+
+
+def read_clamp(view: TermView, node: fx.Node) -> Term | None:
+    x, low = view.operand(node.args[0]), argument(node, 1, "min", None)
+    if x is None or argument(node, 2, "max", None) is not None or not isinstance(low, (int, float)):
+        return None
+    return view.make("clamp_min", x, attrs=(float(low),))
+
+
+def read_repeat(view: TermView, node: fx.Node) -> Term | None:
+    """Rows repeated along dims of size 1, as `expand` does without a copy."""
+    x, shape = view.operand(node.args[0]), tuple(node.meta["val"].shape)
+    if x is None or len(x.shape) != len(shape):
+        return None
+    spread = all(same_size(a, b) or same_size(a, 1) for a, b in zip(x.shape, shape, strict=True))
+    return view.view(x, ("expand",), shape) if spread else None
 
 
 def read_cast(view: TermView, node: fx.Node) -> Term | None:
@@ -166,6 +195,9 @@ READERS = {
     aten.reciprocal.default: elementwise("reciprocal"),
     aten.addcmul.default: read_addcmul,
     aten.pow.Tensor_Scalar: read_pow,
+    aten.clamp.default: read_clamp,
+    aten.clamp_min.default: read_clamp,
+    aten.repeat.default: read_repeat,
     prims.convert_element_type.default: read_cast,
     aten._to_copy.default: read_cast,
     aten.to.dtype: read_cast,

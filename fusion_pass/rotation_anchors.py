@@ -2,7 +2,8 @@
 
 * a product of complex numbers, one of which is ``view_as_complex`` of a real tensor;
 * a cat, scatter or reshape that puts together, along the last dim, what was computed from two complementary halves
-  (even and odd, or first and second) of the columns of one tensor;
+  (even and odd, or first and second) of the columns of one tensor, or of its first columns where the cat has a third
+  part, the others;
 * a sum over a last dim of size 2 of a product with a tensor that was seen as pairs.
 
 A swap of halves alone, without a product or a minus, is no rotation (the sine and cosine of a timestep embedding).
@@ -71,11 +72,11 @@ def _last_or_pair_dim(node: fx.Node, dim: int) -> bool:
 
 
 def _recombines(node: fx.Node) -> bool:
-    """A cat of two parts, or the last of the scatters into one tensor, along the columns."""
+    """A cat of two parts and the rest, or the last of the scatters into one tensor, along the columns."""
     if node.target is aten.cat.default:
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         parts = node.args[0]
-        return len(parts) == 2 and _last_or_pair_dim(node, dim) and _same_width(parts, dim)
+        return len(parts) in (2, 3) and _last_or_pair_dim(node, dim) and _same_width(parts[:2], dim)
     if node.target in SCATTERS:
         dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
         written = any(u.target in SCATTERS and u.args[0] is node for u in node.users)
@@ -140,7 +141,7 @@ def _mixes_halves(view: TermView, node: fx.Node, taken: Container[fx.Node]) -> s
     that is rotated in part does neither. At least one node is a product, a difference or a minus.
     """
     if node.target is aten.cat.default:
-        parts = [_halves_below(view, [part], taken) for part in node.args[0]]
+        parts = [_halves_below(view, [part], taken, len(node.args[0]) == 3) for part in node.args[0][:2]]
         (first, _, _), (second, _, _) = parts
         mixed = any((first[key], second[key]) in MIXED for key in first.keys() & second.keys())
     else:
@@ -155,7 +156,7 @@ MIXED = (({0, 1}, {0, 1}), ({1}, {0}))
 
 
 def _halves_below(
-    view: TermView, start: list[fx.Node], taken: Container[fx.Node]
+    view: TermView, start: list[fx.Node], taken: Container[fx.Node], partial: bool = False
 ) -> tuple[dict[object, set[int]], bool, set[fx.Node]]:
     """``(tensor -> halves reached, is there a product, the nodes in between)``, not through rotations taken."""
     halves: dict[object, set[int]] = {}
@@ -167,7 +168,7 @@ def _halves_below(
         if at in seen or at in taken or at.op != "call_function" or depth > REACH:
             continue
         seen.add(at)
-        if (half := _half(at)) is not None:
+        if (half := _half(at, partial)) is not None:
             base, kind, i = half
             halves.setdefault((view.term(base) or base, kind), set()).add(i)
         products |= at.target in PRODUCTS
@@ -176,11 +177,12 @@ def _halves_below(
     return halves, products, seen
 
 
-def _half(node: fx.Node) -> tuple[fx.Node, str, int] | None:
-    """``(tensor, kind, i)`` where `node` extracts half i of the columns of a tensor."""
+def _half(node: fx.Node, partial: bool) -> tuple[fx.Node, str, int] | None:
+    """``(tensor, kind, i)`` where `node` extracts half i of the columns of a tensor, or of its first ones."""
     if (source := getitem_source(node)) is not None:
         producer, index = source
-        if producer.target not in SPLITS or len(producer.meta["val"]) != 2:
+        pieces = producer.meta["val"] if producer.target in SPLITS else ()
+        if len(pieces) != 2 and not (partial and len(pieces) == 3 and index < 2):
             return None
         dim = producer.args[2] if len(producer.args) > 2 else producer.kwargs.get("dim", 0)
         if producer.target is aten.unbind.int:
@@ -201,4 +203,5 @@ def _half(node: fx.Node) -> tuple[fx.Node, str, int] | None:
     if not isinstance(size, int) or not isinstance(start, int) or size % 2:
         return None
     length = node.meta["val"].shape[dim]
-    return (base, "halves", 0 if start == 0 else 1) if length == size // 2 and start in (0, size // 2) else None
+    half = length if partial and 2 * length <= size else size // 2
+    return (base, f"halves of {2 * half}", 0 if start == 0 else 1) if length == half and start in (0, half) else None

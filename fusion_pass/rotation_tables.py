@@ -46,6 +46,15 @@ def pair_base(view: TermView, term: Term, style: str, i: int) -> Term | None:
         return None
     source, (dim, start, stop, step) = seen.args[0], seen.attrs[1:]
     last, shape = len(source.shape) - 1, (*term.shape[:-1], width)
+    if (
+        dim == last
+        and style == "half"
+        and step == 1
+        and same_shape(source.shape[:-1], shape[:-1])
+        and _wider(source, width)
+    ):
+        block = same_size(start, i * width // 2) and same_size(stop, (i + 1) * width // 2)
+        return view.view(source, ("slice", last, 0, width, 1), shape) if block else None
     if dim == last and same_size(source.shape[last], width) and same_shape(source.shape, shape):
         strided = style == "interleaved" and step == 2 and start == i
         block = (
@@ -59,6 +68,11 @@ def pair_base(view: TermView, term: Term, style: str, i: int) -> Term | None:
     tail = tuple(source.shape[d] for d in ones[-2:])
     in_place = len(ones) >= 2 and ones[-1 if style == "interleaved" else -2] == dim and same_shape(tail, pairs)
     return view.view(source, ("reshape",), shape) if in_place else None
+
+
+def _wider(source: Term, width: int) -> bool:
+    """Has columns behind those that are rotated."""
+    return isinstance(source.shape[-1], int) and source.shape[-1] > width
 
 
 def tables_of(view: TermView, style: str, width: int, t: tuple[Term, ...], signs: tuple[bool, ...]) -> Tables:

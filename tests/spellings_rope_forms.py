@@ -167,6 +167,19 @@ def partial_rotary_half_of_the_head(x: T, m: T) -> T:
     return torch.cat([matrix_product(first, m), second], dim=-1)
 
 
+@bshd("c:L14:f s:L14:f")
+def partial_rotary_in_one_cat(x: T, c: T, s: T) -> T:
+    """Both halves of the first 8 columns and the others."""
+    a, b, rest = x[..., :4], x[..., 4:8], x[..., 8:]
+    return torch.cat([(a * c - b * s).to(x.dtype), (a * s + b * c).to(x.dtype), rest], dim=-1)
+
+
+@bshd("c:L14:f s:L14:f")
+def partial_rotary_in_one_cat_of_a_split(x: T, c: T, s: T) -> T:
+    a, b, rest = x.split([4, 4, 8], dim=-1)
+    return torch.cat([(a * c - b * s).to(x.dtype), (a * s + b * c).to(x.dtype), rest], dim=-1)
+
+
 @spelling("rope=6", "q:BLE k:BLE v:BLE t:4M:f u:4M:f y:4M:f i:L:i j:L:i l:L:i")
 def q10_allegro(q: T, k: T, v: T, t: T, u: T, y: T, *positions: T) -> T:
     """Two heads of 36 columns: three thirds rotated apart, by tables picked by position."""

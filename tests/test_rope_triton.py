@@ -72,6 +72,14 @@ else:
         check(call_of(x, norm="layer", weight=random(d), **rope))
         check(call_of(x, norm="rms", across=2, weight=random(3, d), **rope))
 
+    @pytest.mark.parametrize("shape", [(3, 1, 16), (3, 16), (2, 1, 1, 16)])
+    @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3)])
+    def test_weights_of_other_dims_than_the_last_two(shape: tuple[int, ...], order: tuple[int, ...]) -> None:
+        """A weight per head where heads come before tokens, and one per sample."""
+        x = random(*(tuple((2, 3, 3, 16)[d] for d in order))).permute(order)
+        weight = random(*shape, seed=5)
+        check(call_of(x, norm="rms", eps=1e-5, weight=weight, **tables("half", 16, 3, rotation="interleaved")))
+
     @pytest.mark.parametrize("heads", [1, 7, 12, 20, 24, 30, 38, 40])
     @pytest.mark.parametrize("across", [None, 2])
     def test_head_counts(heads: int, across: int | None) -> None:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from . import spellings, spellings_biases, spellings_norms, spellings_picks, spellings_streams
+from . import (
+    spellings,
+    spellings_biases,
+    spellings_by_hand,
+    spellings_norms,
+    spellings_picks,
+    spellings_streams,
+)
 from .harness import Spelling, check_numerics, counts, run, spell
 
-TABLES = (spellings, spellings_norms, spellings_streams, spellings_biases, spellings_picks)
+TABLES = (spellings, spellings_norms, spellings_streams, spellings_biases, spellings_picks, spellings_by_hand)
 ROWS = [row for part in TABLES for row in part.ROWS]
 
 

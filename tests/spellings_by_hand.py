@@ -1,0 +1,132 @@
+"""The table of spellings, part 8: norms written out, unit vectors times sqrt(D), and gates that are expanded."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor as T
+
+from .harness import FP32, Spelling, table
+from .spellings import ln
+
+ROWS: list[Spelling] = []
+spelling = table(ROWS)
+USUAL = "x:BLD s:B1D t:B1D w:DD"
+STREAM = "r:BLD x:BLD g:BD s:B1D t:B1D w:DD"
+ROOT = 6.0  # of 36 columns
+
+
+# -- LayerNorm ---------------------------------------------------------------------------------------------------------
+
+
+@spelling("norm_modulate", USUAL)
+def layer_norm_over_a_rounded_root(x: T, s: T, t: T, w: T) -> T:
+    mean = x.mean(-1, keepdim=True)
+    variance = ((x - mean) ** 2).mean(-1, keepdim=True)
+    return ((x - mean) / torch.sqrt(variance + 1e-6) * (1 + s) + t) @ w
+
+
+@spelling("norm_modulate", USUAL)
+def layer_norm_of_a_sum_of_squares(x: T, s: T, t: T, w: T) -> T:
+    centred = x - x.mean(-1, keepdim=True)
+    variance = centred.square().sum(-1, keepdim=True) / x.shape[-1]
+    return (centred * (variance + 1e-6) ** -0.5 * (1 + s) + t) @ w
+
+
+# -- unit vectors, the RMSNorm of lucidrains' mmdit and x-transformers -------------------------------------------------
+
+
+@spelling("norm", "x:BLD w:DD")
+def unit_vector(x: T, w: T) -> T:
+    return (F.normalize(x, dim=-1) * ROOT) @ w
+
+
+@spelling("norm", "x:BLD w:DD")
+def unit_vector_by_its_length(x: T, w: T) -> T:
+    return (x / x.norm(dim=-1, keepdim=True) * ROOT) @ w
+
+
+@spelling("norm", "x:BLD g:D w:DD")
+def unit_vector_weight_last(x: T, g: T, w: T) -> T:
+    return (F.normalize(x, dim=-1) * ROOT * g) @ w
+
+
+@spelling("norm", "x:BLD g:D w:DD", FP32)
+def unit_vector_weight_first(x: T, g: T, w: T) -> T:
+    return (F.normalize(x, dim=-1) * g * ROOT) @ w
+
+
+@spelling("norm", "x:BLD g:D w:DD")
+def unit_vector_weight_times_root(x: T, g: T, w: T) -> T:
+    return (F.normalize(x, dim=-1) * (g * ROOT)) @ w
+
+
+@spelling("norm_modulate", "x:BLD g:D s:B1D t:B1D w:DD")
+def unit_vector_modulated(x: T, g: T, s: T, t: T, w: T) -> T:
+    return (F.normalize(x.float(), dim=-1).to(x.dtype) * ROOT * (g + 1) * (1 + s) + t) @ w
+
+
+@spelling("norm_rope=2 absorbed=2", "q:BLI k:BLI v:BLI a:C b:H1C c:LR:f s:LR:f")
+def unit_vectors_rotated(q: T, k: T, v: T, a: T, b: T, c: T, s: T) -> T:
+    """One weight for all heads of the query, one for each head of the key."""
+
+    def rotate(x: T) -> T:
+        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([even * c - odd * s, odd * c + even * s], -1).flatten(-2).type_as(x)
+
+    q, k, v = (x.unflatten(-1, (4, 16)).transpose(1, 2) for x in (q, k, v))
+    q, k = (F.normalize(x, dim=-1) * weight * 4.0 for x, weight in ((q, a), (k, b)))
+    return F.scaled_dot_product_attention(rotate(q), rotate(k), v)
+
+
+@spelling("unmatched:no_rule", "x:BLD g:D w:DD")
+def unit_vector_times_another_number(x: T, g: T, w: T) -> T:
+    return (F.normalize(x, dim=-1) * 5.0 * g) @ w
+
+
+@spelling("unmatched:no_rule", "x:BLD g:D w:DD", FP32)
+def unit_vector_of_clamped_rows(x: T, g: T, w: T) -> T:
+    return (F.normalize(x, dim=-1, eps=4.0) * ROOT * g) @ w
+
+
+@spelling("unmatched:no_rule", "x:BLD y:BLD w:DD", FP32)
+def direction_by_the_length_of_another(x: T, y: T, w: T) -> T:
+    return (x / y.norm(dim=-1, keepdim=True).clamp(min=1e-12) * ROOT) @ w
+
+
+@spelling("norm", "x:BLD w:DD", FP32)
+def unit_vector_of_a_row_of_zeros(x: T, w: T) -> T:
+    x = x * (torch.arange(x.shape[1]) > 2)[:, None] @ w
+    return (F.normalize(x, dim=-1) * ROOT) @ w
+
+
+# -- gates -------------------------------------------------------------------------------------------------------------
+
+
+@spelling("residual_gate_norm_modulate absorbed", STREAM)
+def gate_expanded(r: T, x: T, g: T, s: T, t: T, w: T) -> tuple[T, T]:
+    h = r + x * g[:, None].expand_as(x)
+    return (ln(h) * (1 + s) + t) @ w, h
+
+
+@spelling("residual_gate_norm_modulate absorbed", STREAM)
+def gate_repeated(r: T, x: T, g: T, s: T, t: T, w: T) -> tuple[T, T]:
+    h = r + x * g[:, None].repeat(1, x.shape[1], 1)
+    return (ln(h) * (1 + s) + t) @ w, h
+
+
+@spelling("gated_residual", "r:BLD x:BLD g:BD w:DD")
+def gate_expanded_alone(r: T, x: T, g: T, w: T) -> T:
+    return (r + x * g[:, None].expand_as(x)) @ w
+
+
+# -- modulations in full size, shared by the blocks --------------------------------------------------------------------
+
+
+@spelling("residual_gate_norm_modulate absorbed norm_modulate", "x:LBD s:BD t:BD g:BD w:DD")
+def modulations_expanded_once_for_all_blocks(x: T, s: T, t: T, g: T, w: T) -> tuple[T, T]:
+    """ERNIE-Image: tokens first, and ``1 + scale`` of every block is one node of the graph."""
+    s, t, g = (p.unsqueeze(0).expand_as(x).contiguous() for p in (s, t, g))
+    y = (ln(x).float() * (1 + s.float()) + t.float()).to(x.dtype) @ w
+    h = x + (g.float() * y.float()).to(x.dtype)
+    return (ln(h).float() * (1 + s.float()) + t.float()).to(x.dtype) @ w, h

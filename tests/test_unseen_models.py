@@ -1,0 +1,158 @@
+"""Diffusion transformers that no rule was written for and the zoo does not have: what an H100 would fuse, pinned.
+
+Two blocks a stack, two heads of the published size, random weights; traced, not run. Run and compared with eager and
+fp64 are the zoo's models, in `test_zoo_fusions`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import dkfuse
+from dkfuse import Settings, Status
+from dkfuse.zoo.build import Model, Request
+
+diffusers = pytest.importorskip("diffusers")
+BF16 = torch.bfloat16
+Inputs = Callable[[Callable[..., torch.Tensor]], dict[str, Any]]
+
+
+def easy_animate(randn: Callable[..., torch.Tensor]) -> dict[str, Any]:
+    return {
+        "hidden_states": randn(1, 4, 2, 8, 8),
+        "encoder_hidden_states": randn(1, 16, 64),
+        "timestep": torch.tensor([700]),
+    }
+
+
+def ernie(randn: Callable[..., torch.Tensor]) -> dict[str, Any]:
+    return {
+        "hidden_states": randn(1, 16, 4, 4),
+        "text_bth": randn(1, 16, 64),
+        "text_lens": torch.tensor([16]),
+        "timestep": torch.tensor([700.0]),
+    }
+
+
+def kandinsky(randn: Callable[..., torch.Tensor]) -> dict[str, Any]:
+    return {
+        "hidden_states": randn(1, 2, 8, 8, 16),
+        "encoder_hidden_states": randn(1, 16, 64),
+        "pooled_projections": randn(1, 32),
+        "timestep": torch.tensor([700.0]),
+        "visual_rope_pos": [torch.arange(2), torch.arange(4), torch.arange(4)],
+        "text_rope_pos": torch.arange(16),
+    }
+
+
+def krea(randn: Callable[..., torch.Tensor]) -> dict[str, Any]:
+    return {
+        "hidden_states": randn(1, 16, 64),
+        "encoder_hidden_states": randn(1, 8, 2, 128),
+        "timestep": torch.tensor([0.5], dtype=BF16),
+        "position_ids": torch.arange(24.0)[:, None].expand(24, 3),
+    }
+
+
+def prx(randn: Callable[..., torch.Tensor]) -> dict[str, Any]:
+    return {
+        "hidden_states": randn(1, 16, 8, 8),
+        "encoder_hidden_states": randn(1, 16, 64),
+        "timestep": torch.tensor([1.0]),
+    }
+
+
+def stable_audio(randn: Callable[..., torch.Tensor]) -> dict[str, Any]:
+    angles = torch.randn(17, 16)  # the global state is a token too
+    return {
+        "hidden_states": randn(1, 64, 16),
+        "encoder_hidden_states": randn(1, 8, 64),
+        "global_hidden_states": randn(1, 1, 128),
+        "timestep": torch.tensor([0.5], dtype=BF16),
+        "rotary_embedding": (torch.cat([angles.cos()] * 2, -1), torch.cat([angles.sin()] * 2, -1)),
+    }
+
+
+HEADS = {"num_layers": 2, "num_attention_heads": 2}
+CASES: dict[str, tuple[dict[str, Any], Inputs, dict[str, int]]] = {
+    "EasyAnimateTransformer3DModel": (
+        {**HEADS, "mmdit_layers": 2, "in_channels": 4, "out_channels": 4, "patch_size": 2, "text_embed_dim": 64},
+        easy_animate,
+        {
+            "gated_residual": 6,
+            "norm_modulate": 3,
+            "qk_norm": 8,
+            "residual_norm": 1,
+            "residual_norm_modulate": 5,
+            "rotation": 4,
+        },
+    ),
+    "ErnieImageTransformer2DModel": (
+        {**HEADS, "hidden_size": 256, "ffn_hidden_size": 256, "in_channels": 16, "text_in_dim": 64},
+        ernie,
+        {"gated_residual": 4, "norm_modulate": 1, "qk_norm": 4, "residual_norm_modulate": 4, "rotation": 4},
+    ),
+    "Kandinsky5Transformer3DModel": (
+        {
+            "in_visual_dim": 16,
+            "out_visual_dim": 16,
+            "in_text_dim": 64,
+            "in_text_dim2": 32,
+            "time_dim": 64,
+            "model_dim": 128,
+            "ff_dim": 256,
+            "num_text_blocks": 2,
+            "num_visual_blocks": 2,
+        },
+        kandinsky,
+        {"gated_residual": 9, "norm": 1, "norm_modulate": 2, "qk_norm": 12, "residual_norm_modulate": 9, "rotation": 8},
+    ),
+    "Krea2Transformer2DModel": (
+        {
+            **HEADS,
+            "num_key_value_heads": 1,
+            "intermediate_size": 256,
+            "text_hidden_dim": 128,
+            "num_text_layers": 2,
+            "text_num_attention_heads": 2,
+            "text_num_key_value_heads": 2,
+            "text_intermediate_size": 128,
+        },
+        krea,
+        {"gated_residual": 4, "norm_modulate": 3, "qk_norm": 12, "residual_norm_modulate": 11, "rotation": 4},
+    ),
+    "PRXTransformer2DModel": (
+        {"hidden_size": 128, "num_heads": 2, "depth": 2, "context_in_dim": 64, "axes_dim": [32, 32]},
+        prx,
+        {"gated_residual": 4, "norm_modulate": 1, "qk_norm": 6, "residual_norm_modulate": 4, "rotation": 4},
+    ),
+    "StableAudioDiTModel": (
+        {
+            **HEADS,
+            "num_key_value_attention_heads": 1,
+            "cross_attention_dim": 64,
+            "cross_attention_input_dim": 64,
+            "global_states_input_dim": 128,
+        },
+        stable_audio,
+        {"norm": 1, "residual_norm": 5, "rotation": 4},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_fused(name: str) -> None:
+    config, inputs, pinned = CASES[name]
+    model = Model(name, name, "", (2,), lambda request: (request.build(getattr(diffusers, name), **config), {}))
+    request = Request(model, full=False, device=torch.device("cpu"), dtype=BF16, layers=None, batch=1)
+    module, _ = model.factory(request)
+    coverage = dkfuse.coverage(module, settings=Settings(target="sm90"), **inputs(request.randn))
+    fused = Counter(site.family for site in coverage.sites if site.status is Status.FUSED)
+    assert dict(fused) == pinned, "\n" + str(coverage)
+    others = {site.reason.code for site in coverage.sites if site.reason is not None}
+    assert others <= {"pointwise", "feeds_pointwise"}, "\n" + str(coverage)
