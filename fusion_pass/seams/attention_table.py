@@ -2,8 +2,8 @@
 
 One H100 80GB SXM, torch 2.11 with CUDA 13, cuDNN 9.19, flash-attn-4 4.0.0b20, by `python -m dkfuse.bench.attention`.
 `flash` is torch's copy of FlashAttention 2. `cudnn` is the better of its two runs there, as torch's SDPA, which chooses
-it, and by name: they differ by up to 11 %, and what another kernel gains within that is no gain. The rows of 300 and
-256 keys are about as short as a call: fa4 is bound by calls there, at 256 keys all are.
+it, and by name: they differ by up to 11 %, and what another kernel gains within that is no gain. The row of 256 keys is
+as short as a call: all are bound by calls there.
 
 `lengths` are speeds where a mask says how many of the first keys take part, with `DENSE` for torch's choice given that
 mask as a `[B, 1, 1, Sk]` bias, and others by the numbers of keys; all keys count, also those that do not take part. By
@@ -40,8 +40,9 @@ TABLE = (
     Row(90, 64, 96, 17776, 17776, {"cudnn": 432, "flash": 330, "efficient": 140, "fa4": 555}),
     Row(90, 72, 32, 4096, 4096, {"cudnn": 375, "flash": 214, "efficient": 94, "fa4": 420}),
     Row(90, 128, 40, 32760, 512, {"cudnn": 584, "flash": 318, "efficient": 160, "fa4": 504}),
-    Row(90, 72, 32, 4096, 300, {"cudnn": 130, "flash": 127, "efficient": 71, "fa4": 56}),
-    Row(90, 72, 128, 256, 256, {"cudnn": 33, "flash": 32, "efficient": 37, "fa4": 13}),
+    Row(90, 128, 24, 1536, 1536, {"cudnn": 440, "flash": 230, "efficient": 141, "fa4": 452}),
+    Row(90, 72, 32, 4096, 300, {"cudnn": 176, "flash": 148, "efficient": 70, "fa4": 160}),
+    Row(90, 72, 128, 256, 256, {"cudnn": 53, "flash": 56, "efficient": 64, "fa4": 64}),
     Row(90, 64, 32, 8064, 8064, {"cudnn": 477, "flash": 288, "efficient": 132, "fa4": 558}),
     Row(90, 96, 24, 4352, 4352, {"cudnn": 479, "flash": 281, "efficient": 132, "fa4": 544}),
     Row(90, 128, 24, 25696, 25696, {}, {"dense": 412, "cudnn": 580, "flash": 368, "fa4": 705}),

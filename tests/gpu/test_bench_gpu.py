@@ -65,7 +65,8 @@ def test_a_profile_holds_one_call_after_others() -> None:
     device.synchronize()
     alone, after = device.profiled(run), device.profiled(run, 20)
     assert [k.name for k in alone] == [k.name for k in after]
-    assert len(alone) == 2 and len(calls) == 1 + 1 + 21
+    assert 2 <= len(alone) <= 4  # a product, split perhaps, and the tanh
+    assert len(calls) == 1 + 1 + 21
 
 
 def test_a_row_of_the_kernel_bench() -> None:

@@ -106,7 +106,8 @@ def test_compiled(batch: int, mode: str | None) -> None:
     x, attention = tensors((batch, 4608, 1024), (batch, 4608, 1024))
     torch.compiler.reset()
     with torch.no_grad(), dkfuse.record() as coverage:
-        compiled = torch.compile(module, backend="dkfuse", dynamic=False, mode=mode)
+        options = {"dkfuse.gemm": "cublas", **({"mode": mode} if mode else {})}
+        compiled = torch.compile(module, backend="dkfuse", dynamic=False, options=options)
         for _ in range(3):
             result = compiled(x, attention).clone()
         names = kernels(lambda: compiled(x, attention))
@@ -122,7 +123,7 @@ def test_symbolic_tokens() -> None:
     module = SingleStream().to("cuda", torch.bfloat16).requires_grad_(False)
     torch.compiler.reset()
     with torch.no_grad(), dkfuse.record() as coverage:
-        compiled = torch.compile(module, backend="dkfuse", dynamic=True)
+        compiled = torch.compile(module, backend="dkfuse", dynamic=True, options={"dkfuse.gemm": "cublas"})
         for tokens in (4608, 5000, 77):
             x, attention = tensors((1, tokens, 1024), (1, tokens, 1024))
             eager = module(x, attention)
