@@ -42,6 +42,10 @@ class FakeDevice:
         slow = 9.0 if self.order.count(self.current) == 2 else 1.0  # an outlier, which a median does not see
         return Timed({OURS: 3.0, "inductor": 4.0}.get(self.current, 8.0) * slow, 0.5)
 
+    def looped(self, run: Callable[[], Any], calls: int) -> float:
+        run()
+        return {OURS: 2.5, "inductor": 3.5}.get(self.current, 7.5)
+
     def profiled(self, run: Callable[[], Any], before: int = 0) -> list[Launched]:
         run()
         self.before[self.current] = before
@@ -95,6 +99,7 @@ def test_the_measuring_loop() -> None:
     assert device.before == {OURS: min(100, measure.MOST_BEFORE), "inductor": min(75, measure.MOST_BEFORE)}
     ours, theirs = result.sides[OURS], result.sides["inductor"]
     assert (ours.wall, theirs.wall, ours.cpu) == (3.0, 4.0, 0.5)
+    assert (ours.loop, theirs.loop) == (2.5, 3.5)
     assert (ours.compile_cold, ours.compile_warm, theirs.compile_cold) == (2.0, 2.0, 1.0)
     assert (ours.gemm, ours.glue, theirs.glue, ours.gpu) == (4.0, 1.0, 2.0, 5.0)
     assert ours.split["dkfuse"] == 1.0

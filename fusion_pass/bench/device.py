@@ -2,6 +2,8 @@
 
 timed(run)     wall and CPU milliseconds of one call on an idle GPU: CPU is the time until the call returns, while
                the GPU still works; longer than the launches took where more than QUEUE of them were waiting
+looped(run, n) milliseconds that one of n calls takes the GPU, idle between kernels or not, of calls without a pause
+               after n others: what a denoising loop takes for a forward
 profiled(run, before)
                every kernel of one call in the order of launch, after `before` calls without a pause: clocks are then
                those of a long run, at the power limit where the model reaches it, as in a denoising loop
@@ -46,6 +48,7 @@ class Device(Protocol):
     name: str
 
     def timed(self, run: Callable[[], Any]) -> Timed: ...
+    def looped(self, run: Callable[[], Any], calls: int) -> float: ...
     def profiled(self, run: Callable[[], Any], before: int = 0) -> list[Launched]: ...
     def peak(self, run: Callable[[], Any]) -> float: ...
     def copy(self, traffic: int) -> float: ...
@@ -85,6 +88,16 @@ class Cuda:
         end = time.perf_counter()
         del result
         return Timed((end - start) * 1000, (returned - start) * 1000)
+
+    def looped(self, run: Callable[[], Any], calls: int) -> float:
+        start, end = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.synchronize()
+        for mark in (start, end):
+            for _ in range(calls):
+                run()
+            mark.record()
+        self.synchronize()
+        return start.elapsed_time(end) / calls
 
     def profiled(self, run: Callable[[], Any], before: int = 0) -> list[Launched]:
         torch = self._torch

@@ -10,7 +10,8 @@ memory stays there: for their share of a cold compile measure one model per proc
 
 Times. All sides run alternately, call by call, so that clocks drift for all of them; results are medians. GPU time is
 the sum of the kernels in a profile of one call, right after others of that side (STEADY): at the clocks of a long run,
-which are lower than those of a single forward on an idle GPU where GEMMs reach the power limit. Packing (`--pack`) is
+which are lower than those of a single forward on an idle GPU where GEMMs reach the power limit. The time in a loop is
+taken at those clocks too, and has in it what the GPU waits for between kernels. Packing (`--pack`) is
 done before anything is compiled: all sides see the same weights, which are contiguous for each of them.
 """
 
@@ -38,8 +39,9 @@ from .sides import Options, Run, caches_in, runner
 from .sites import site_times
 from .targets import Target
 
-STEADY = 300.0  # milliseconds of calls right before a profiled one
+STEADY = 300.0  # milliseconds of calls right before what is timed
 MOST_BEFORE = 50
+LOOPS = 5
 WARM_UP = 3  # calls before the first timed one; CUDA graphs are recorded in them
 Report = Callable[[str], None]
 
@@ -172,20 +174,25 @@ def _warm(result: ModelResult, make: dict[str, Any], device: Device, folder: Pat
 def _times(
     result: ModelResult, runs: dict[str, Run], options: Options, device: Device, say: Report
 ) -> dict[str, Sequence[Sequence[Launched]]]:
-    """Fill in wall, CPU and GPU times; the profiles."""
+    """Fill in wall, loop, CPU and GPU times; the profiles."""
     say("timing")
     timed: dict[str, list[Any]] = {name: [] for name in runs}
+    loops: dict[str, list[float]] = {name: [] for name in runs}
     profiles: dict[str, list[list[Launched]]] = {name: [] for name in runs}
     for _ in range(options.rounds):
         for name, run in runs.items():
             timed[name].append(device.timed(run))
+    before = {n: max(1, min(MOST_BEFORE, round(STEADY / median(t.wall for t in found)))) for n, found in timed.items()}
+    for _ in range(LOOPS):
+        for name, run in runs.items():
+            loops[name].append(device.looped(run, before[name]))
     say("profiling")
-    before = {name: min(MOST_BEFORE, round(STEADY / median(t.wall for t in found))) for name, found in timed.items()}
     for _ in range(options.profiles):
         for name, run in runs.items():
             profiles[name].append(device.profiled(run, before[name]))
     for name, side in result.sides.items():
         side.wall = median(t.wall for t in timed[name])
+        side.loop = median(loops[name])
         side.launches = round(median(len(profile) for profile in profiles[name]))
         if side.launches < QUEUE or options.graphs(name):
             side.cpu = median(t.cpu for t in timed[name])

@@ -3,21 +3,23 @@
     {schema, torch, device, date, versions: {PACKAGE: version},
      models: [{model, batch, layers, depth, size, dtype, mode, pack, attention, reference, note,
                coverage: {sites, fused, ..., kernels},
-               sides: {NAME: {split: {gemm, attention, dkfuse, inductor, copy, other}, gpu, glue, wall, cpu, launches,
-                              compile_cold, compile_warm, peak_gib, error, kernels: {NAME: ms}}},
-               ratios: {RIVAL: {gemm, attention, glue, gpu, wall, cpu, compile_cold, compile_warm, peak_gib, error}},
+               sides: {NAME: {split: {gemm, attention, dkfuse, inductor, copy, other}, gpu, glue, wall, loop, cpu,
+                              launches, compile_cold, compile_warm, peak_gib, error, kernels: {NAME: ms}}},
+               ratios: {RIVAL: {gemm, attention, glue, gpu, wall, loop, cpu, compile_cold, compile_warm, peak_gib,
+                               error}},
                gains: {RIVAL: {glue, gemm, attention, total, speedup}},
                plain: {ratios: {...}, gain: {...}},
                better: {side, gain: {...}, plain: {...}},
                sites: [{op, kernel, shapes, sites, microseconds, bytes, of_copy, shared}]}]}
 
 `layers` is --layers, `depth` the blocks of each stack that this made. Sides are "dkfuse" and its rivals. Times are
-medians: `split`, `gpu`, `glue`, `wall` and `cpu` in ms per forward, `compile_*` in s. `cpu` is null where the launch
-queue may have been full. `error` is ||out - ref|| / ||ref|| against `reference`, "fp32" or "eager". A ratio is
-dkfuse / rival, less is better; a gain is the share of the rival's GPU time that dkfuse saves, by where it is saved; the
-three add up to `total`. `plain`, where that side ran, is the same of it against the first rival. `better`, where
-Inductor's default mode and max-autotune both ran, is the gain over the one of them that took less GPU time, and that of
-`plain`, if it ran. `of_copy` is the time of a copy of the same bytes by the site's time.
+medians: `split`, `gpu`, `glue`, `wall`, `loop` and `cpu` in ms per forward, `compile_*` in s. `wall` is of a forward on
+an idle GPU, `loop` of one among others without a pause. `cpu` is null where the launch queue may have been full.
+`error` is ||out - ref|| / ||ref|| against `reference`, "fp32" or "eager". A ratio is dkfuse / rival, less is better; a
+gain is the share of the rival's GPU time that dkfuse saves, by where it is saved; the three add up to `total`. `plain`,
+where that side ran, is the same of it against the first rival. `better`, where Inductor's default mode and max-autotune
+both ran, is the gain over the one of them that took less GPU time, and that of `plain`, if it ran. `of_copy` is the
+time of a copy of the same bytes by the site's time.
 """
 
 from __future__ import annotations
@@ -36,7 +38,10 @@ SCHEMA = "dkfuse.bench.model/1"
 OURS = "dkfuse"
 PLAIN = "plain"
 INDUCTOR = ("inductor", "max-autotune")
-COMPARED = ("gemm", "attention", "glue", "gpu", "wall", "cpu", "compile_cold", "compile_warm", "peak_gib", "error")
+COMPARED = (
+    *("gemm", "attention", "glue", "gpu", "wall", "loop", "cpu"),
+    *("compile_cold", "compile_warm", "peak_gib", "error"),
+)
 
 
 @dataclass
@@ -52,6 +57,7 @@ class Side:
     peak_gib: float = 0.0
     error: float | None = None
     kernels: dict[str, float] = field(default_factory=dict)
+    loop: float | None = None
 
     @property
     def gemm(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .averages import ratio
 from .results import OURS, PLAIN, ModelResult
 from .saved import Saved
 from .sections import Column, Section, tabulated
@@ -44,8 +45,9 @@ def _section(saved: Saved, results: Sequence[ModelResult]) -> Section:
         f"attention {one.attention}" if one.attention else "",
     ]
     caption = (
-        f"{', '.join(filter(None, how))}. Gain: GPU time of {rival} / dkfuse's. Saved: parts of {rival}'s GPU time. "
-        "Glue (GPU time that is neither GEMM nor attention), wall time, CPU time, compile time, memory and error: "
+        f"{', '.join(filter(None, how))}. Gain: GPU time of {rival} / dkfuse's; in a loop: the same of the time that a "
+        f"forward takes among others without a pause. Saved: parts of {rival}'s GPU time. Glue (GPU time that is "
+        "neither GEMM nor attention), wall time of a forward on an idle GPU, CPU time, compile time, memory and error: "
         f"dkfuse's / {rival}'s, less is better."
     )
     titles, rows = tabulated(_columns(one, rival), results, f"geometric mean of {len(results)}")
@@ -60,6 +62,8 @@ def _columns(one: ModelResult, rival: str) -> list[Column]:
         Column("gain, plain install", _gain(lambda r: r.rivals[0], PLAIN), "{:.3f}x"),
         Column(f"glue of {rival}'s", _ratio("glue")),
         Column(f"gain{packed}", _gain(lambda r: r.rivals[0]), "{:.3f}x"),
+        Column("in a loop, plain install", _loop(PLAIN), "{:.3f}x"),
+        Column(f"in a loop{packed}", _loop(OURS), "{:.3f}x"),
         Column("saved: glue, GEMM, attention", _saved(lambda r: r.rivals[0])),
         Column("better of Inductor's modes", lambda r: r.better),
         Column("gain over it, plain install", _gain(lambda r: r.better, PLAIN), "{:.3f}x"),
@@ -74,6 +78,14 @@ def _gain(rival: Callable[[ModelResult], str | None], side: str = OURS) -> Calla
         other = rival(result)
         shown = other is not None and side in result.sides and other != side
         return result.gain(other, side)["speedup"] if other is not None and shown else None
+
+    return read
+
+
+def _loop(side: str) -> Callable[[ModelResult], float | None]:
+    def read(result: ModelResult) -> float | None:
+        shown = side in result.sides and result.rivals[0] != side
+        return ratio(result.sides[result.rivals[0]].loop, result.sides[side].loop) if shown else None
 
     return read
 

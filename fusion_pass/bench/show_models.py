@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import summary
+from .averages import ratio
 from .classify import KINDS
 from .results import OURS, PLAIN, ModelResult, Side
 from .svg import Bar, chart
@@ -65,7 +66,9 @@ def gain_text(result: ModelResult, rival: str, side: str = OURS) -> str:
     )
     saved = f"{gain['total'] * 100:+.1f} % of its GPU time saved: {parts}"
     better = ", the better of Inductor's modes" if rival == result.better else ""
-    return f"{gain['speedup']:.3f}x the speed of {rival}{better}, {saved}"
+    loop = ratio(result.sides[rival].loop, result.sides[side].loop)
+    looped = f" ({loop:.3f}x in a loop)" if loop is not None else ""
+    return f"{gain['speedup']:.3f}x the speed of {rival}{better}{looped}, {saved}"
 
 
 def blocks(result: ModelResult) -> str:
@@ -107,6 +110,7 @@ def _table(result: ModelResult) -> Table:
     row("glue: neither GEMM nor attention", "ms", "glue")
     row("GPU time", "ms", "gpu")
     row("wall time", "ms", "wall")
+    row("forward in a loop", "ms", "loop")
     row("CPU per forward", "ms", "cpu")
     row("kernels", "", "launches", 0)
     row("compile, cold", "s", "compile_cold", 2)
