@@ -152,9 +152,9 @@ def test_the_cpus_vectors_are_not_tried_where_a_bench_says_so(monkeypatch):
         raise AssertionError("the C++ compiler was tried")
 
     monkeypatch.setattr(cpu_vec_isa.VecISA, "check_build", built)
-    monkeypatch.setattr(config.cpp, "vec_isa_ok", None)
-    compat.skip_vector_trial()
-    assert not any(bool(isa) for isa in cpu_vec_isa.supported_vec_isa_list)
-    monkeypatch.setattr(config.cpp, "vec_isa_ok", True)
-    compat.skip_vector_trial()
-    assert config.cpp.vec_isa_ok is True
+    with config.patch({"cpp.vec_isa_ok": None}):
+        compat.skip_vector_trial()
+        assert not any(bool(isa) for isa in cpu_vec_isa.supported_vec_isa_list)
+    with config.patch({"cpp.vec_isa_ok": True}):
+        compat.skip_vector_trial()
+        assert config.cpp.vec_isa_ok is True
