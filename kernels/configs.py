@@ -38,19 +38,19 @@ def _power_of_two(n: int) -> int:
 #   1152: 1 warp 0.97, 2 0.99, 4 0.87     1536: 1 0.93, 2 0.98, 4 0.97     2048: 2 0.98, 4 1.00, 8 0.98
 #   2432: 2 0.98, 4 0.99, 8 0.88          3072: 2 0.98, 4 0.99, 8 0.94     3840: 2 0.97, 4 0.95, 8 1.00
 #   5120: 4 1.00, 8 1.00, 16 0.69         8192: 4 0.95, 8 1.00, 16 0.89
-#   5120 with fp32 parameters: 4 0.98, 8 0.81; see WIDE
+#   5120 with fp32 parameters: 4 0.98, 8 0.81; see HALVED
 # What decides is how many bytes of rows an SM has in flight, registers permitting: about 30 KB suffice, 20 KB do not.
 WARPS = ((512, 1), (1536, 2), (3584, 4), (4096, 8), (6144, 4), (12288, 8), (16384, 16))
-# (narrowest row, widest, warps), with chunks of half the access, so that fp32 parameters take one of 16 bytes: norms of
-# one tensor (no residual) with fp32 scale or shift. 32760 x 5120: 1.04x the speed of 4 warps with whole accesses; rows
-# of 2048 and less, and norms that read a residual too, gain nothing.
-WIDE = ((4097, 6144, 2),)
+# (op, of fp32 scale or shift only, narrowest row, widest, warps), with chunks of half an access: fp32 parameters then
+# take a whole one, and 2432 columns leave fewer lanes idle. Measured by `python -m dkfuse.bench.tune`: 32760 x 5120 at
+# 1.04x the speed of 4 warps and whole accesses, 2 x 4096 x 2432 at 1.03x. Norms that read a residual too gain nothing.
+HALVED = (("norm_modulate", True, 4097, 6144, 2), ("norm_modulate_dual", False, 2305, 2560, 4))
 
 
-def choose(width: int, wide: bool = False) -> Config:
-    """The configuration for rows of `width` elements; wide: of one tensor, with fp32 scale or shift."""
-    for narrowest, widest, num_warps in WIDE if wide else ():
-        if narrowest <= width <= widest:
+def choose(width: int, op: str = "", wide: bool = False) -> Config:
+    """The configuration of `op` for rows of `width` elements; wide: scale or shift is fp32."""
+    for name, only_wide, narrowest, widest, num_warps in HALVED:
+        if op == name and wide >= only_wide and narrowest <= width <= widest:
             return _of_chunks(width, VECTOR * LANES * num_warps // 2, num_warps)
     num_warps = next(warps for widest, warps in WARPS if width <= widest)
     return with_warps(width, num_warps)
@@ -61,14 +61,14 @@ def with_warps(width: int, num_warps: int) -> Config:
     return _of_chunks(width, VECTOR * LANES * num_warps, num_warps)
 
 
-def candidates(width: int, wide: bool = False) -> list[Config]:
-    """What is worth timing for rows of `width` elements, at most CANDIDATES, that of `choose` first.
+def candidates(width: int, op: str = "", wide: bool = False) -> list[Config]:
+    """What is worth timing of `op` for rows of `width` elements, at most CANDIDATES, that of `choose` first.
 
     Half and twice the warps, each also with chunks of half the access: fp32 rows then take one of 16 bytes, and rows
     that are no multiple of a chunk waste less.
     """
     first = choose(width)
-    found = [choose(width, wide), first]
+    found = [choose(width, op, wide), first]
     for num_warps in (first.num_warps, 2 * first.num_warps, first.num_warps // 2):
         if not 1 <= num_warps <= MOST_WARPS:
             continue

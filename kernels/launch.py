@@ -99,7 +99,7 @@ def plan(
     if "out" not in tensors:
         raise ValueError(f"plan({op!r}) needs the output tensor 'out'; got {sorted(outputs)}.")
     axes = collapse(tensors, shape)
-    chosen = config or choose(shape[-1], _wide(op, arguments))
+    chosen = config or choose(shape[-1], op, _wide(arguments))
 
     values: dict[str, Any] = {f"n{i}": axes[i].size if i + 1 < len(axes) else None for i in range(2)}
     for name in (*full, *broadcast, *results):
@@ -147,13 +147,13 @@ def candidates(op: str, arguments: Mapping[str, Any], outputs: Mapping[str, Any]
         from .rope_launch import candidates as rope_candidates
 
         return list(rope_candidates([Call(arguments, outputs["out"])]))
-    return list(configs.candidates(arguments["x"].shape[-1], _wide(op, arguments)))
+    return list(configs.candidates(arguments["x"].shape[-1], op, _wide(arguments)))
 
 
-def _wide(op: str, arguments: Mapping[str, Any]) -> bool:
-    """Whether a norm of one tensor reads fp32 scale or shift (`configs.WIDE`)."""
-    given = [arguments.get(name) for name in ("scale", "shift")]
-    return op == "norm_modulate" and any(t is not None and t.dtype.itemsize == 4 for t in given)
+def _wide(arguments: Mapping[str, Any]) -> bool:
+    """Whether scale or shift is fp32."""
+    given = [arguments.get(name) for name in ("scale", "shift", "scale2", "shift2")]
+    return any(t is not None and t.dtype.itemsize == 4 for t in given)
 
 
 def _expression(value: Int | None, width: int) -> str | None:

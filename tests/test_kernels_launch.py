@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from dkfuse.kernels.configs import WARPS, choose
-from dkfuse.kernels.launch import Launch, plan, supports
+from dkfuse.kernels.launch import Launch, candidates, plan, supports
 from dkfuse.kernels.support import MAX_ROW
 from dkfuse.kernels.unsupported import Unsupported
 
@@ -143,6 +143,30 @@ def test_configurations_cover_every_width() -> None:
         assert (config.chunks - 1) * config.chunk < width <= config.chunks * config.chunk
         assert config.chunk <= 8 * 32 * config.num_warps
     assert WARPS[-1][0] == MAX_ROW
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "residual", "expected"),
+    [
+        (5120, torch.float32, False, (256, 2)),
+        (5120, BF16, False, (1024, 4)),
+        (5120, torch.float32, True, (1024, 4)),
+        (2048, torch.float32, False, (1024, 4)),
+    ],
+)
+def test_long_rows_with_fp32_parameters_take_narrower_accesses(width, dtype, residual, expected) -> None:
+    x, row = meta(1, 64, width), meta(1, 1, width, dtype=dtype)
+    given = {"residual": x, "sum_dtype": BF16} if residual else {}
+    op = "residual_norm_modulate" if residual else "norm_modulate"
+    results = {"out": x, **({"sum": x} if residual else {})}
+    arguments = {**norm_call(x, scale=row, shift=row), **given}
+    (taken,) = plan(op, arguments, results, sm_count=132).config
+    assert (taken.chunk, taken.num_warps) == expected
+    assert candidates(op, arguments, results)[0] == taken
+
+
+def test_two_modulations_of_rows_that_fill_few_chunks() -> None:
+    assert (choose(2432, "norm_modulate_dual").chunk, choose(2432, "norm_modulate").chunk) == (512, 1024)
 
 
 X = meta(2, 5, 64)
