@@ -203,3 +203,14 @@ def test_launches_that_serve_several_sites_are_shared_out() -> None:
     assert (large.microseconds, small.microseconds, large.of_copy, large.shared) == (6.0, 2.0, 0.5, True)
     assert site_times(found, [[Launched("nvjet", 8.0)]], lambda _: 1.0) == []
     assert site_times([], [[]], lambda _: 1.0) == []
+
+
+def test_the_cpus_time_is_taken_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dkfuse.bench import timing
+
+    waits: list[int] = []
+    calls: list[int] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(len(calls)))
+    (spent,) = timing.cpu_microseconds({"a": lambda: calls.append(1)}).values()
+    assert waits == [20, 20 + timing.CALLS]
+    assert 0 < spent < 1e4

@@ -27,6 +27,7 @@ from dkfuse.kernels import attention_kernels, attention_run
 from dkfuse.seams import attention_table
 
 from .kernels import NO_GPU
+from .timing import cpu_microseconds
 
 SHAPES = (
     "1x24x4608x128",  # FLUX.1 1024px
@@ -45,7 +46,6 @@ SHAPES = (
     "1x24x4352x96",  # Lumina-Image-2.0
 )
 BUDGET = 0.1  # seconds per kernel and shape
-CALLS = 300
 
 
 Shape = tuple[int, int, int, int, int]
@@ -135,22 +135,10 @@ def overhead(valid: int | None = None) -> dict[str, float]:
     """Microseconds of CPU per call, of attention that is too small to keep a GPU busy; FlashAttention 4 also by its
     own function, which our op calls only once (`attention_fa4`)."""
     q, k, v = tensors((1, 4, 128, 128, 64))
-    found = {}
     plain = {"torch sdpa": lambda: F.scaled_dot_product_attention(q, k, v)}
     if attention_kernels.version_of("fa4") is not None:
         plain["fa4's function"] = lambda: attention_run.fa4(q, k, v, False, None)
-    for name, call in (
-        masked_calls(q, k, v, valid, len(k[0, 0]) - 8) if valid else {**plain, **calls(q, k, v)}
-    ).items():
-        for _ in range(20):
-            call()
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _ in range(CALLS):
-            call()
-        found[name] = (time.perf_counter() - started) / CALLS * 1e6
-        torch.cuda.synchronize()
-    return found
+    return cpu_microseconds(masked_calls(q, k, v, valid, len(k[0, 0]) - 8) if valid else {**plain, **calls(q, k, v)})
 
 
 def main(arguments: list[str] | None = None) -> int:

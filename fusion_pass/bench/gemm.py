@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 
 import torch
 
@@ -21,10 +20,10 @@ from dkfuse.seams import gemm_measure, gemm_table
 from dkfuse.seams.gemm_measure import Product
 
 from .kernels import NO_GPU
+from .timing import cpu_microseconds
 
 ACTS = {"none": "none", "gelu": "gelu", "silu": "silu_first"}
 TURNS, TURN = 9, 12.0
-CALLS = 300
 
 
 def parse(text: str) -> tuple[int, int, int, str]:
@@ -46,17 +45,7 @@ def overhead() -> dict[str, float]:
         calls[f"quack {kind}"] = lambda act=act, added=added: torch.ops.dkfuse.linear(  # type: ignore[misc]
             x, weight, added, act=act, using=QUACK, tiles=DEFAULT_TILES
         )
-    found = {}
-    for name, call in calls.items():
-        for _ in range(20):
-            call()
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _ in range(CALLS):
-            call()
-        found[name] = (time.perf_counter() - started) / CALLS * 1e6
-        torch.cuda.synchronize()
-    return found
+    return cpu_microseconds(calls)
 
 
 def main(arguments: list[str] | None = None) -> int:

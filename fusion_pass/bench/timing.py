@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 COLD_BYTES = 256 << 20  # several times the L2 cache of any current GPU
 LAUNCHES = 24
+CALLS = 300  # of which the CPU's time is taken, fewer than CUDA queues
 
 
 def sets_needed(bytes_per_call: int) -> int:
@@ -44,6 +46,21 @@ def microseconds(calls: Sequence[Callable[[], Any]], replays: int = 15) -> float
         times.append(start.elapsed_time(end) * 1e3 / len(launches))
     del kept
     return statistics.median(times)
+
+
+def cpu_microseconds(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """Time of the CPU per call, of work that is too small to keep a GPU busy."""
+    found = {}
+    for name, call in calls.items():
+        for _ in range(20):
+            call()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        found[name] = (time.perf_counter() - started) / CALLS * 1e6
+        torch.cuda.synchronize()
+    return found
 
 
 @functools.cache
