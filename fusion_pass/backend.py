@@ -23,7 +23,7 @@ from dkfuse.kernels.provider_ops import define_all
 from dkfuse.kernels.providers import PROVIDERS
 from dkfuse.kernels.support import OPERANDS
 
-from . import building, compat, fuse, memory, seams, watch
+from . import building, compat, compat_triton, fuse, memory, seams, watch
 from .choose import check_installed, resolve_target
 from .drift import keep_roundings
 from .recording import publish, withdraw
@@ -119,7 +119,7 @@ def _compile(gm: fx.GraphModule, inputs: Any, way: _Way) -> Any:
     try:
         with building.collected() as launched:
             compiled = compat.inductor(
-                gm, inputs, {**compat.launch_options(), **options, HOOK: compat.graph_pass(passes, uuid)}
+                gm, inputs, {**compat_triton.launch_options(), **options, HOOK: compat.graph_pass(passes, uuid)}
             )
     except Exception as failure:
         if os.environ.get("DKFUSE_DEBUG") == "1" or (context.error is None and not launched):

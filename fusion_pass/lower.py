@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import compat, joins, tuning
+from . import compat, compat_triton, joins, tuning
 from .calls import bound_arguments, op_name, replace_results, result_names
 from .groups import grouped, in_place
 from .inline import inline
@@ -157,7 +157,7 @@ def _launch(
     tensors = list(inputs.values())
     scalars = {k: v for k, v in launch.scalars.items() if isinstance(v, torch.SymInt)}
     constants = {**launch.constants, **{k: v for k, v in launch.scalars.items() if k not in scalars}}
-    kernel_idx, constants_idx = compat.register_triton_kernel(
+    kernel_idx, constants_idx = compat_triton.register_triton_kernel(
         _configured(launch.kernel, launch.num_warps, launch.num_stages), constants
     )
     pointers = {p: buffers.get(n) or memory_of(inputs[n]) for p, n in launch.tensors.items()}
@@ -169,7 +169,7 @@ def _launch(
         "kwargs": {**pointers, **{k: with_symbols(graph, v, tensors) for k, v in scalars.items()}},
         "tensors_to_clone": [p for p, n in launch.tensors.items() if n in buffers],
     }
-    node = graph.call_function(compat.triton_call_target(), (), kwargs)
+    node = graph.call_function(compat_triton.triton_call_target(), (), kwargs)
     parameter = {n: p for p, n in launch.tensors.items()}
     node.meta["val"] = {parameter[n]: _like(b.meta["val"]) for n, b in buffers.items()}
     node.meta["eager_input_vals"] = fake_arguments(node)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dkfuse import compat
+from dkfuse import compat, compat_triton
 
 aten = torch.ops.aten
 
@@ -77,7 +77,7 @@ def test_mode_options():
 
 
 def test_inductor_still_launches_user_kernels_statically():
-    assert compat.launch_options(), "static_launch_user_defined_triton_kernels is gone: launches cost 7 us more"
+    assert compat_triton.launch_options(), "static_launch_user_defined_triton_kernels is gone: launches cost 7 us more"
 
 
 def test_the_hook_exists():
@@ -90,7 +90,7 @@ def test_triton_nodes_are_functional_and_torch_keeps_their_strides():
 
     from torch._inductor import graph
 
-    target = compat.triton_call_target()
+    target = compat_triton.triton_call_target()
     assert target is torch.ops.higher_order.triton_kernel_wrapper_functional
     assert "eager_input_vals" in inspect.getsource(graph), "Inductor no longer reads eager_input_vals"
 
@@ -103,11 +103,11 @@ def test_statically_known_true_on_plain_booleans(condition):
 def test_torch_analyses_a_kernel_of_ours_once(monkeypatch):
     from torch._higher_order_ops import triton_kernel_wrap
 
-    name = next(n for n in compat.ANALYSES if hasattr(triton_kernel_wrap, n))  # StopIteration: torch renamed it
+    name = next(n for n in compat_triton.ANALYSES if hasattr(triton_kernel_wrap, n))  # StopIteration: torch renamed it
     seen = []
     monkeypatch.setattr(triton_kernel_wrap, name, lambda kernel, kwargs, metadata: seen.append(kernel) or [len(seen)])
     ours, foreign = type("Kernel", (), {})(), type("Kernel", (), {})()
-    compat.register_triton_kernel(ours, {})
+    compat_triton.register_triton_kernel(ours, {})
     x, y = torch.empty(2), torch.empty(2, dtype=torch.int32)
     with compat._analysed_once():
         analyse = getattr(triton_kernel_wrap, name)
@@ -136,11 +136,13 @@ def test_torchs_worker_processes_are_told_how_kernels_are_launched(monkeypatch):
     monkeypatch.setattr(AsyncCompile, "use_process_pool", classmethod(lambda cls: True))
     monkeypatch.setattr(AsyncCompile, "process_pool", staticmethod(lambda: object.__new__(SubprocPool)))
     AsyncCompile().triton("torchs", "source of torch's")
-    with compat.workers_told():
+    with compat_triton.workers_told():
         AsyncCompile().triton("ours", "source of ours")
     (job, before), (_, after) = told
-    assert job == compat.WORKER_JOB
-    assert set(after) - set(before) == set(compat.launch_options()), "torch tells them by itself: drop workers_told"
+    assert job == compat_triton.WORKER_JOB
+    assert set(after) - set(before) == set(compat_triton.launch_options()), (
+        "torch tells them by itself: drop workers_told"
+    )
     assert before.items() <= after.items() and SubprocPool.submit is submit
 
 

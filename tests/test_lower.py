@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dkfuse import compat, inline, joins, lower
+from dkfuse import compat, compat_triton, inline, joins, lower
 from dkfuse.fuse import plan
 from dkfuse.replace import replace
 from dkfuse.settings import Settings
@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 D = 64
 aten = torch.ops.aten
-WRAPPER = compat.triton_call_target()
+WRAPPER = compat_triton.triton_call_target()
 
 
 def lowered(function, *inputs, dynamic=False, join=True):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from dkfuse import compat, lower
+from dkfuse import compat, compat_triton, lower
 from dkfuse.fuse import plan
 from dkfuse.replace import replace
 from dkfuse.settings import Settings
@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 
 HEADS, WIDTH, TEXT, IMAGE = 4, 32, 3, 8
 D = HEADS * WIDTH
-WRAPPER = compat.triton_call_target()
+WRAPPER = compat_triton.triton_call_target()
 aten = torch.ops.aten
 
 
@@ -95,7 +95,7 @@ def test_one_launch_writes_both_joint_tensors() -> None:
     inputs = (random(1, IMAGE, D), random(1, TEXT, D), *weights(), random(WIDTH), *tables(TEXT + IMAGE))
     graph = lowered(normed_then_joined, *inputs)
     (launch,) = launches(graph)
-    assert compat.triton_kernel_name(launch) == "dkfuse_norm_rope_x4"
+    assert compat_triton.triton_kernel_name(launch) == "dkfuse_norm_rope_x4"
     assert launch.kwargs["tensors_to_clone"] == ["out_0", "out_2"], "one pointer for each joint tensor"
     assert count(graph, aten.cat.default) == 1, "only the values are still joined by a copy"
     assert count(graph, aten.empty_strided.default) == 2
@@ -110,7 +110,7 @@ def test_any_number_of_tokens() -> None:
     for tensor in inputs[-2:]:
         torch._dynamo.mark_dynamic(tensor, 0)
     graph = lowered(normed_then_joined, *inputs, dynamic=None)  # type: ignore[arg-type]
-    assert [compat.triton_kernel_name(n) for n in launches(graph)] == ["dkfuse_norm_rope_x4"]
+    assert [compat_triton.triton_kernel_name(n) for n in launches(graph)] == ["dkfuse_norm_rope_x4"]
 
 
 def single(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, c: Tensor, s: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def single(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, c: Tensor, s: Tensor) 
 def test_in_place() -> None:
     graph = lowered(single, random(1, IMAGE, D), *weights(), *tables(IMAGE))
     (launch,) = launches(graph)
-    assert compat.triton_kernel_name(launch) == "dkfuse_norm_rope_x2"
+    assert compat_triton.triton_kernel_name(launch) == "dkfuse_norm_rope_x2"
     assert launch.kwargs["tensors_to_clone"] == ["x_0", "x_1"]
     assert count(graph, aten.empty_strided.default) == 0
 
@@ -172,7 +172,7 @@ def key_of_the_query(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, c: Tensor, s
 
 def test_calls_that_need_each_other_are_two_launches() -> None:
     graph = lowered(key_of_the_query, random(1, IMAGE, D), *weights(), *tables(IMAGE))
-    assert [compat.triton_kernel_name(n) for n in launches(graph)] == ["dkfuse_norm_rope"] * 2
+    assert [compat_triton.triton_kernel_name(n) for n in launches(graph)] == ["dkfuse_norm_rope"] * 2
 
 
 def contiguous_heads(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, c: Tensor, s: Tensor) -> Tensor:
@@ -195,4 +195,4 @@ def two_attentions(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, c: Tensor, s: 
 
 def test_one_launch_for_each_attention() -> None:
     graph = lowered(two_attentions, random(1, IMAGE, D), *weights(), *tables(IMAGE))
-    assert [compat.triton_kernel_name(n) for n in launches(graph)] == ["dkfuse_norm_rope_x2"] * 2
+    assert [compat_triton.triton_kernel_name(n) for n in launches(graph)] == ["dkfuse_norm_rope_x2"] * 2

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import compat
+from .. import compat_triton
 from .kernels import NO_GPU
 
 STEPS = 50
@@ -111,7 +111,7 @@ def measure(with_opaque: bool = True) -> dict[str, float]:
             continue
         torch._dynamo.reset()
         compiled = torch.compile(program(norm), dynamic=False, options=options)
-        with compat.workers_told() if options else contextlib.nullcontext():
+        with compat_triton.workers_told() if options else contextlib.nullcontext():
             first = compiled(*inputs)
         error = ((first.double() - expected).norm() / expected.norm()).item()
         if not error < 0.2:
