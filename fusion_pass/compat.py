@@ -176,9 +176,6 @@ def decompositions() -> dict:
     return select_decomp_table()
 
 
-# -- Triton kernels inside an FX graph -------------------------------------------------------------------------------
-
-
 def environment_fingerprint() -> str:
     """Torch, Triton and GPU: what a stored record is only valid for."""
     parts = [torch.__version__, str(torch.version.cuda), os.environ.get("TRITON_INTERPRET", "")]

@@ -1,4 +1,4 @@
-"""Triton kernels of ours inside what torch compiles: what differs between versions, and what Inductor does too often."""
+"""Our Triton kernels inside what torch compiles: what differs between versions, what Inductor does too often."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def test_torch_analyses_a_kernel_of_ours_once(monkeypatch):
     ours, foreign = type("Kernel", (), {})(), type("Kernel", (), {})()
     compat_triton.register_triton_kernel(ours, {})
     x, y = torch.empty(2), torch.empty(2, dtype=torch.int32)
-    with compat._analysed_once():
+    with compat_triton.analysed_once():
         analyse = getattr(triton_kernel_wrap, name)
         assert analyse(ours, {"x": x, "n": 3}, {}) == [1]
         assert analyse(ours, {"x": x + 1, "n": 3}, {}) == [1]  # the same kinds of arguments
