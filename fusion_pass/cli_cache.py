@@ -14,7 +14,7 @@ TEXTS = {
     "kernels": "compiled kernel",
     "records": "coverage record",
     "attention": "timed attention",
-    "launches": "timed launch",
+    "launches": "timed launch configuration",
     "gemm": "timed GEMM",
 }
 

@@ -51,6 +51,9 @@ class Group:
         return _sources((site.source for site in self.sites), limit)
 
 
+NO_RULE = "no rule explains this site"
+
+
 @dataclass
 class ReasonGroup:
     """Sites that were not fused for the same reason."""
@@ -58,8 +61,13 @@ class ReasonGroup:
     status: Status
     stage: str
     code: str
-    message: str  # of the first site
     sites: list[Site] = field(default_factory=list)
+
+    @property
+    def message(self) -> str:
+        """The one that most sites have, of several the first."""
+        messages = Counter(site.reason.message if site.reason else NO_RULE for site in self.sites)
+        return messages.most_common(1)[0][0]
 
     @property
     def families(self) -> str:
@@ -113,9 +121,8 @@ def by_reason(coverage: Coverage) -> list[ReasonGroup]:
             continue
         reason = site.reason
         stage, code = (reason.stage, reason.code) if reason else ("structure", "no_rule")
-        message = reason.message if reason else "no rule explains this site"
         key = (site.status, stage, code)
-        groups.setdefault(key, ReasonGroup(site.status, stage, code, message)).sites.append(site)
+        groups.setdefault(key, ReasonGroup(site.status, stage, code)).sites.append(site)
     return sorted(groups.values(), key=lambda group: (-len(group.sites), group.stage, group.code))
 
 

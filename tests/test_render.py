@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dkfuse import summary
 from dkfuse.render import FORMATS, format_of, render, to_markdown, to_text, write
 from dkfuse.render_html import to_html
-from dkfuse.report import Coverage, Graph, Status
+from dkfuse.report import Coverage, Graph, Reason, Site, Status
 
 
 def test_groups(sample: Coverage) -> None:
@@ -34,6 +34,13 @@ def test_groups(sample: Coverage) -> None:
         ("structure", "no_rule", 1),
     ]
     assert summary.traffic(sample.sites) == summary.Traffic(300_000_000, 150_000_000)
+
+
+def test_a_group_shows_the_message_that_most_of_its_sites_have() -> None:
+    reasons = [Reason("kernel", "not_faster", f"{rows} rows", "gemm") for rows in (128, 4096, 4096, 512)]
+    sites = [Site(str(i), "gemm_kernel", Status.LEFT_TO_INDUCTOR, reason=r) for i, r in enumerate(reasons)]
+    (group,) = summary.by_reason(Coverage(graphs=[Graph(0, 1, 0.1, sites=sites)]))
+    assert (group.message, group.variants) == ("4096 rows", 3)
 
 
 def test_headline(sample: Coverage) -> None:
