@@ -44,8 +44,8 @@ def times(launches: Sequence[Launch], tensors: Mapping[str, Any]) -> list[tuple[
     """
     device = next(iter(tensors.values())).device
     with compat.real_tensors(), torch.no_grad(), torch.cuda.device(device):
-        per_set = sum(_extent(t) * t.element_size() for t in tensors.values())
-        count = max(1, min(MOST_SETS, math.ceil(COLD_BYTES / per_set)))
+        per_set = sum(extent(t) * t.element_size() for t in tensors.values())
+        count = sets_needed(per_set)
         if count * per_set > SHARE * _free(device):
             log.debug("dkfuse: %d bytes are too many to time %s with", count * per_set, launches[0].config_text)
             return None
@@ -63,12 +63,17 @@ def times(launches: Sequence[Launch], tensors: Mapping[str, Any]) -> list[tuple[
             torch.cuda.empty_cache()
 
 
+def sets_needed(bytes_per_call: int) -> int:
+    """How many sets of tensors of this size keep every launch cold, MOST_SETS at most."""
+    return max(1, min(MOST_SETS, math.ceil(COLD_BYTES / bytes_per_call)))
+
+
 def like(tensors: Mapping[str, Any], generator: torch.Generator) -> Tensors:
     """Random tensors with the shapes, strides, dtypes and alignment of `tensors`."""
     found = {}
     for name, tensor in tensors.items():
         start = misalignment(tensor) // tensor.element_size()
-        memory = torch.empty(start + _extent(tensor), dtype=tensor.dtype, device=generator.device)
+        memory = torch.empty(start + extent(tensor), dtype=tensor.dtype, device=generator.device)
         if tensor.dtype.is_floating_point:
             memory.normal_(generator=generator)
         else:  # a mask of tokens
@@ -82,7 +87,8 @@ def misalignment(tensor: Any) -> int:
     return tensor.storage_offset() * tensor.element_size() % ACCESS
 
 
-def _extent(tensor: Any) -> int:
+def extent(tensor: Any) -> int:
+    """Elements from the first of a tensor to its last, in memory."""
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
@@ -148,4 +154,4 @@ def _round(launch: Launch, sets: Sequence[Tensors]) -> float:
     return start.elapsed_time(end) * 1e3 / count
 
 
-__all__ = ["like", "misalignment", "times"]
+__all__ = ["extent", "like", "misalignment", "sets_needed", "times"]

@@ -89,6 +89,12 @@ def test_times_are_taken_once_and_kept(runs, tmp_path, monkeypatch):
     assert runs == ["cudnn", "flash", "fa4", "cudnn"]
 
 
+def test_timing_leaves_the_models_random_numbers_alone(runs, tmp_path):
+    state = torch.get_rng_state()
+    attention_measure.times([torch.empty(1, 2, 8, 16)] * 3, False, ["cudnn"], str(tmp_path))
+    assert runs == ["cudnn"] and torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_broken_file_is_replaced(runs, tmp_path, monkeypatch):
     tensors = [torch.empty(1, 2, 8, 16) for _ in range(3)]
     attention_measure.times(tensors, False, ["cudnn"], str(tmp_path))

@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 
-COLD_BYTES = 256 << 20  # several times the L2 cache of any current GPU
+from .. import tuning_clock
+
 LAUNCHES = 24
 CALLS = 300  # of which the CPU's time is taken, fewer than CUDA queues
 
 
 def sets_needed(bytes_per_call: int) -> int:
-    """How many buffer sets of this size keep every launch cold."""
-    return max(2, min(48, -(-COLD_BYTES // bytes_per_call)))
+    """How many buffer sets of this size keep every launch cold, two at least."""
+    return max(2, tuning_clock.sets_needed(bytes_per_call))
 
 
 def microseconds(calls: Sequence[Callable[[], Any]], replays: int = 15) -> float:

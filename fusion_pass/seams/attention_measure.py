@@ -7,7 +7,6 @@ attention then, given the mask as `[B, 1, 1, Sk]` bias.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import statistics
@@ -16,9 +15,11 @@ from typing import Any
 import torch
 
 from dkfuse.errors import first_line
-from dkfuse.kernels import attention_kernels, disk_cache
+from dkfuse.kernels import attention_kernels
 
 from .. import compat
+from ..tuning_clock import extent
+from . import kept_times
 from .attention_table import DENSE
 
 log = logging.getLogger("dkfuse")
@@ -40,18 +41,15 @@ def times(
     """Microseconds of each kernel for a call with q, k, v like `tensors` (fake, of known sizes); inf where it failed.
 
     folder: the cache folder of the settings; lengths: with numbers of keys, sure: of which so many take part
-    in any case. The tensors that it is timed on are random,
-    on the same device.
+    in any case. The tensors that it is timed on are random, on the same device.
     """
-    key = _key(tensors, causal, lengths, sure)
-    if key not in _known:
-        _known[key] = _read(key, folder)
-    if missing := [name for name in kernels if name not in _known[key]]:
-        with compat.real_tensors(), torch.no_grad():
-            real = [_random(t) for t in tensors]
-            _known[key].update({name: _time(real, causal, name, lengths, sure) for name in missing})
-        _write(key, folder, _known[key])
-    return {name: _known[key][name] for name in kernels}
+
+    def measure(names: list[str]) -> dict[str, float]:
+        generator = torch.Generator(tensors[0].device).manual_seed(0)  # not torch's own, whose numbers are the model's
+        real = [_random(t, generator) for t in tensors]
+        return {name: _time(real, causal, name, lengths, sure) for name in names}
+
+    return kept_times.times(_known, KIND, _key(tensors, causal, lengths, sure), kernels, folder, measure)
 
 
 def failure(kernel: str, q: torch.Tensor, k: torch.Tensor, causal: bool, lengths: bool = False) -> str | None:
@@ -111,9 +109,9 @@ def _key(tensors: list[torch.Tensor], causal: bool, lengths: bool, sure: int) ->
     return f"{calls}{causal}{lengths}{sure}", compat.environment_fingerprint(), attention_kernels.versions()
 
 
-def _random(like: torch.Tensor) -> torch.Tensor:
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
-    return torch.randn(extent, dtype=like.dtype, device=like.device).as_strided(tuple(like.shape), like.stride())
+def _random(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    memory = torch.randn(extent(like), dtype=like.dtype, device=like.device, generator=generator)
+    return memory.as_strided(tuple(like.shape), like.stride())
 
 
 def _time(tensors: list[torch.Tensor], causal: bool, kernel: str, lengths: bool = False, sure: int = 0) -> float:
@@ -135,13 +133,3 @@ def _time(tensors: list[torch.Tensor], causal: bool, kernel: str, lengths: bool 
         log.warning("dkfuse: attention kernel %s failed at %s: %s", kernel, list(tensors[0].shape), first_line(error))
         return float("inf")
     return statistics.median(found)
-
-
-def _read(key: tuple[str, ...], folder: str | None) -> dict[str, float]:
-    found = disk_cache.get(key, KIND, folder)
-    return json.loads(found) if found is not None else {}
-
-
-def _write(key: tuple[str, ...], folder: str | None, data: dict[str, float]) -> None:
-    kept = {name: time for name, time in data.items() if time != float("inf")}
-    disk_cache.put(key, json.dumps(kept).encode(), KIND, folder)

@@ -8,7 +8,6 @@ makes of it.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,10 +16,11 @@ from typing import Any
 import torch
 
 from dkfuse.errors import first_line
-from dkfuse.kernels import disk_cache, gemm, gemm_kernels
+from dkfuse.kernels import gemm, gemm_kernels
 from dkfuse.kernels.gemm_kernels import CUBLAS, GATED, QUACK
 
 from .. import compat
+from . import kept_times
 
 log = logging.getLogger("dkfuse")
 TURNS = 5
@@ -50,16 +50,8 @@ def times(product: Product, tiles: list[str], folder: str | None) -> dict[str, f
     folder: the cache folder of the settings. The tensors that it is timed on are random, on the same device.
     """
     key = repr(product), compat.environment_fingerprint(), gemm_kernels.fingerprint()
-    if key not in _known:
-        found = disk_cache.get(key, KIND, folder)
-        _known[key] = json.loads(found) if found is not None else {}
     names = [CUBLAS, *tiles]
-    if any(name not in _known[key] for name in names):
-        with compat.real_tensors(), torch.no_grad():
-            _known[key].update(timed(product, names))
-        kept = {name: time for name, time in _known[key].items() if time != float("inf")}
-        disk_cache.put(key, json.dumps(kept).encode(), KIND, folder)
-    return {name: _known[key][name] for name in names}
+    return kept_times.times(_known, KIND, key, names, folder, lambda _: timed(product, names))  # they take turns
 
 
 def failure(product: Product, tiles: str) -> str | None:
