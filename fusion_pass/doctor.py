@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from dkfuse.kernels.packages import installed
+
 from .settings import OTHER_VARIABLES, Settings, unknown_variables
 from .version import __version__
 from .versions import OLDEST_TORCH, TESTED_TORCH, release
@@ -85,7 +87,7 @@ def _software(has_gpu: bool) -> list[Check]:
         ("transformers", ("transformers",), "diffusers"),
         ("accelerate", ("accelerate",), "diffusers"),
     ):
-        version = next(filter(None, map(_version, distributions)), None)
+        version = installed(*distributions)
         limits = tested.get(name)
         if version and limits and not in_range(version, limits):
             hint = f"{limits[0]} to {limits[1]} are tested, its kernels are not used: pip install 'dkfuse[{extra}]'"
@@ -121,7 +123,7 @@ def _attention() -> Check:
 
 
 def _torch() -> Check:
-    version = _version("torch")
+    version = installed("torch")
     oldest, tested = (".".join(map(str, v)) for v in (OLDEST_TORCH, TESTED_TORCH[1]))
     if version is None:
         return Check("torch", "not installed", "error", f"pip install 'torch>={oldest}'")
@@ -146,19 +148,12 @@ def _registered() -> Check:
 
 
 def _triton(has_gpu: bool) -> Check:
-    version = _version("triton") or _version("pytorch-triton") or _version("triton-windows")
+    version = installed("triton", "pytorch-triton", "triton-windows")
     if version and importlib.util.find_spec("triton") is not None:
         return Check("triton", version)
     if has_gpu:
         return Check("triton", "not installed", "error", "install a CUDA build of torch, which brings its own triton")
     return Check("triton", "not installed", "optional", "pip install triton (without a GPU only its interpreter runs)")
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _driver() -> list[list[str]] | None:

@@ -12,8 +12,6 @@ and a warm start times nothing.
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import json
 import logging
 import math
@@ -26,6 +24,7 @@ import torch
 
 from dkfuse.kernels import disk_cache
 from dkfuse.kernels.launch import Launch
+from dkfuse.kernels.packages import installed
 
 from . import compat, tuning_clock
 
@@ -149,7 +148,7 @@ def _key(table: Launch, choices: Sequence[Any], tensors: Mapping[str, Any]) -> t
 
 
 def _triton() -> str:
-    return importlib.metadata.version("triton") if importlib.util.find_spec("triton") else ""
+    return installed("triton", "pytorch-triton") or ""
 
 
 def _read(key: tuple[str, ...], choices: Sequence[Any]) -> Found | None:

@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .attention_limits import LENGTHS, MOSTLY_SURE, NO_LENGTHS
+from .packages import between, installed
 from .registry import Constraint
 from .unsupported import Unsupported
 
@@ -235,11 +234,8 @@ def version_of(name: str) -> str | None:
     kernel = KERNELS[name]
     if not kernel.distributions:
         return torch.__version__
-    for distribution in kernel.distributions:
-        try:
-            return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
+    if (found := installed(*kernel.distributions)) is not None:
+        return found
     return "?" if kernel.module and importlib.util.find_spec(kernel.module) is not None else None
 
 
@@ -250,7 +246,7 @@ def untested(name: str) -> str | None:
         return None
     if kernel.tested is None:
         return f"{name} {version} was never tested with dkfuse: ask for it with dkfuse.attention={name}"
-    if not _numbers(kernel.tested[0]) <= _numbers(version) <= _numbers(kernel.tested[1]):
+    if not between(version, kernel.tested):
         return (
             f"{name} {version} is outside of what was tested ({' to '.join(dict.fromkeys(kernel.tested))}): "
             f"ask for it with dkfuse.attention={name}"
@@ -261,7 +257,3 @@ def untested(name: str) -> str | None:
 def versions() -> str:
     """The kernels' packages as they are installed: part of what a compiled graph depends on."""
     return ",".join(f"{name}={version_of(name)}" for name, kernel in KERNELS.items() if kernel.distributions)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", version.split("+")[0])))

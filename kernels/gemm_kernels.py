@@ -6,15 +6,14 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from .packages import between, installed
 from .registry import Constraint
 from .unsupported import Unsupported
 
@@ -114,16 +113,13 @@ def problem(arguments: Mapping[str, Any], capability: int) -> Unsupported | None
 @functools.cache
 def version() -> str | None:
     """The installed version of quack, or None."""
-    try:
-        return metadata.version(DISTRIBUTION)
-    except metadata.PackageNotFoundError:
-        return None
+    return installed(DISTRIBUTION)
 
 
 def untested() -> str | None:
     """Why the installed version is not used, in one sentence; None where it is, or where there is none."""
     found = version()
-    if found is None or _numbers(TESTED[0]) <= _numbers(found) <= _numbers(TESTED[1]):
+    if found is None or between(found, TESTED):
         return None
     return f"{DISTRIBUTION} {found} is outside of what was tested ({' to '.join(dict.fromkeys(TESTED))}): {INSTALL}"
 
@@ -131,7 +127,3 @@ def untested() -> str | None:
 def fingerprint() -> str:
     """What a compiled graph depends on."""
     return f"{DISTRIBUTION}={version()}"
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", text.split("+")[0])))

@@ -16,8 +16,8 @@ import functools
 import importlib.util
 import re
 from dataclasses import dataclass
-from importlib import metadata
 
+from .packages import installed
 from .unsupported import Unsupported
 
 
@@ -82,10 +82,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 @functools.cache
 def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
+    return installed(distribution)
 
 
 @functools.cache

@@ -73,7 +73,7 @@ def test_doctor_reports_what_makes_dkfuse_unusable(run: Run, monkeypatch: pytest
     assert "DKFUSE_FUEL='lots' is not allowed" in " ".join(out.split())
     monkeypatch.delenv("DKFUSE_FUEL")
     versions = {"torch": "2.10.0"}
-    monkeypatch.setattr(doctor, "_version", versions.get)
+    monkeypatch.setattr(doctor, "installed", lambda *names: next(filter(None, map(versions.get, names)), None))
     found = doctor.diagnose()
     by_name = {check.name: check for check in found.checks}
     assert by_name["torch"].state == "error"

@@ -28,8 +28,9 @@ import datetime
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from importlib import metadata
 from typing import Any
+
+from dkfuse.kernels.packages import installed
 
 from .averages import ratio
 from .classify import ATTENTION, GEMM, GLUE, KINDS
@@ -199,11 +200,8 @@ def versions() -> dict[str, str]:
     found.update({"cuda": torch.version.cuda} if torch.version.cuda else {})
     found.update({"cudnn": str(cudnn)} if cudnn else {})
     for name, distributions in PACKAGES.items():
-        for distribution in distributions:
-            try:
-                found.setdefault(name, metadata.version(distribution))
-            except metadata.PackageNotFoundError:
-                continue
+        if (version := installed(*distributions)) is not None:
+            found[name] = version
     return found
 
 
