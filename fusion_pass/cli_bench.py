@@ -45,7 +45,7 @@ def model(
         typer.Option(
             metavar="SIDE,...",
             help="inductor, max-autotune (no CUDA graphs), plain (dkfuse without packed weights, torch's own "
-            "kernels of attention), eager; main one first.",
+            "kernels of attention and GEMMs), eager; main one first.",
         ),
     ] = "inductor",
     layers: Annotated[

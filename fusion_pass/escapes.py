@@ -11,6 +11,7 @@ from collections.abc import Callable, Container
 import torch
 from torch import fx
 
+from .canonical import bare
 from .operands import base_node
 from .rules import Candidate, Code, Reject
 from .terms import Term, TermView, same_shape, same_size
@@ -43,8 +44,7 @@ def collect_interior(site: Candidate) -> None:
 def _shared_factor(site: Candidate, node: fx.Node) -> bool:
     """``1 + scale`` in full size that other sites read too: the op adds the number itself."""
     term = site.view.term(node)
-    while term is not None and term.op == "round":
-        term = term.args[0]
+    term = None if term is None else bare(term)
     if term is None or term.op != "add" or term.args[0].op != "const" or not same_shape(term.shape, site.shape):
         return False
     ours = site.interior | site.roots

@@ -185,7 +185,7 @@ def notes(coverage: Coverage) -> list[str]:
 
 def timed(coverage: Coverage) -> str | None:
     """What timing launch configurations brought; None where none were timed."""
-    gains = [site.config_gain for site in coverage.sites if site.config_by == "timing" and site.config_gain is not None]
+    gains = [site.config_gain for site in coverage.sites if site.config_gain is not None]
     if not gains:
         return None
     faster = [gain for gain in gains if gain > 1]

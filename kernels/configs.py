@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 VECTOR = 8  # elements of a 16-byte access in half precision
+LANES = 32
+MOST_WARPS = 16
+CANDIDATES = 6  # configurations of one launch that are timed, at most
 
 
 def in_warps(number: int) -> str:
@@ -23,11 +26,6 @@ class Config:
 
     def __str__(self) -> str:
         return f"{in_warps(self.num_warps)}, {self.chunks} x {self.chunk} columns"
-
-
-LANES = 32
-CANDIDATES = 6  # configurations of one launch that are timed, at most
-MOST_WARPS = 16
 
 
 def _power_of_two(n: int) -> int:
@@ -67,9 +65,9 @@ def candidates(width: int, op: str = "", wide: bool = False) -> list[Config]:
     Half and twice the warps, each also with chunks of half the access: fp32 rows then take one of 16 bytes, and rows
     that are no multiple of a chunk waste less.
     """
-    first = choose(width)
-    found = [choose(width, op, wide), first]
-    for num_warps in (first.num_warps, 2 * first.num_warps, first.num_warps // 2):
+    found = [choose(width, op, wide)]
+    usual = choose(width).num_warps
+    for num_warps in (usual, 2 * usual, usual // 2):
         if not 1 <= num_warps <= MOST_WARPS:
             continue
         whole = with_warps(width, num_warps)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .gemm_kernels import ACTIVATIONS, DEFAULT_TILES, GATED, HALF, NAMES, QUACK, TILES
-from .linear_ops import check
+from .linear_ops import check, widened
 
 aten = torch.ops.aten
 SCHEMA = (
@@ -68,8 +68,8 @@ def reference(
 ) -> Tensor:
     """The definition: fp32 inside (fp64 for fp64), one rounding."""
     _check(x, weight, bias, act, using, tiles)
-    wide = [t if t is None or t.element_size() >= 4 else t.float() for t in (x, weight, bias)]
-    return activated(F.linear(wide[0], wide[1], wide[2]), act).to(x.dtype)  # type: ignore[arg-type]
+    h = F.linear(widened(x), widened(weight), None if bias is None else widened(bias))
+    return activated(h, act).to(x.dtype)
 
 
 def by_cublas(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:

@@ -46,7 +46,8 @@ def check(op: str, parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None)
         raise ValueError(f"dkfuse::{op}: bias has shape {tuple(bias.shape)}, it must be [{weight.shape[0]}].")
 
 
-def _compute(tensor: Tensor) -> Tensor:
+def widened(tensor: Tensor) -> Tensor:
+    """`tensor` in the dtype that its sums are computed in."""
     return tensor.float() if tensor.element_size() < 4 else tensor
 
 
@@ -59,7 +60,7 @@ def _pairs(parts: Sequence[Tensor], weight: Tensor) -> list[tuple[Tensor, Tensor
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The definition: fp32 inside (fp64 for fp64), one rounding."""
     check("linear_gelu", (x,), weight, bias)
-    return F.gelu(F.linear(_compute(x), _compute(weight), _compute(bias)), approximate="tanh").to(x.dtype)
+    return F.gelu(F.linear(widened(x), widened(weight), widened(bias)), approximate="tanh").to(x.dtype)
 
 
 def split_linear(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -67,8 +68,8 @@ def split_linear(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -
     check("split_linear", parts, weight, bias)
     total: Tensor | None = None
     for part, columns in _pairs(parts, weight):
-        product = F.linear(_compute(part), _compute(columns), _compute(bias) if bias is not None else None)
-        total, bias = (product if total is None else _compute(total) + product).to(part.dtype), None
+        product = F.linear(widened(part), widened(columns), widened(bias) if bias is not None else None)
+        total, bias = (product if total is None else widened(total) + product).to(part.dtype), None
     assert total is not None
     return total
 
