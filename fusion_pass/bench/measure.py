@@ -11,8 +11,8 @@ memory stays there: for their share of a cold compile measure one model per proc
 Times. All sides run alternately, call by call, so that clocks drift for all of them; results are medians. GPU time is
 the sum of the kernels in a profile of one call, right after others of that side (STEADY): at the clocks of a long run,
 which are lower than those of a single forward on an idle GPU where GEMMs reach the power limit. The time in a loop is
-taken at those clocks too, and has in it what the GPU waits for between kernels. Packing (`--pack`) is
-done before anything is compiled: all sides see the same weights, which are contiguous for each of them.
+taken at those clocks too, and has in it what the GPU waits for between kernels. Packing (`--pack`) is done before
+anything is compiled: all sides see the same weights, which are contiguous for each of them.
 """
 
 from __future__ import annotations

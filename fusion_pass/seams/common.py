@@ -97,19 +97,29 @@ def reshaped(graph: fx.Graph, result: fx.Node, linear: Linear, old: fx.Node, bet
     """`result` [rows, N] in the shape of `old`, whose views between the product and `old` are in `between`."""
     if linear.batched:
         shape = with_symbols(graph, list(linear.product.meta["val"].shape), [linear.x])
-        result = _view(graph, result, shape, linear.product.meta["val"].shape)
+        result = view(graph, result, shape, linear.product.meta["val"].shape)
     wanted = old.meta["val"].shape
     if same_shape(result.meta["val"].shape, wanted):
         return result
     views = [n for n in (*linear.views, *between) if n.target in KEEP_ROWS]
-    view = next(v for v in views if same_shape(v.meta["val"].shape, wanted) and len(v.args) > 1)
-    return _view(graph, result, view.args[1], wanted)
+    last = next(v for v in views if same_shape(v.meta["val"].shape, wanted) and len(v.args) > 1)
+    return view(graph, result, last.args[1], wanted)
 
 
-def _view(graph: fx.Graph, node: fx.Node, shape: Any, sizes: Any) -> fx.Node:
-    view = graph.call_function(aten.reshape.default, (node, list(shape)))
-    view.meta["val"] = node.meta["val"].reshape(list(sizes))
-    return view
+def view(graph: fx.Graph, node: fx.Node, shape: Any, sizes: Any) -> fx.Node:
+    """`node` reshaped to `shape`, whose symbols are nodes; sizes: the same as values."""
+    found = graph.call_function(aten.reshape.default, (node, list(shape)))
+    found.meta["val"] = node.meta["val"].reshape(list(sizes))
+    return found
+
+
+def as_one(graph: fx.Graph, first: fx.Node, size: int) -> fx.Node:
+    """The memory of `first` and of what follows it, as a tensor of `size` rows or elements."""
+    value = first.meta["val"]
+    shape, strides = [size, *value.shape[1:]], list(value.stride())
+    node = graph.call_function(aten.as_strided.default, (first, shape, strides))
+    node.meta["val"] = value.as_strided(shape, strides)
+    return node
 
 
 def is_tensor(node: fx.Node) -> bool:
@@ -132,7 +142,7 @@ def rows(graph: fx.Graph, node: fx.Node) -> fx.Node:
     value = node.meta["val"]
     if value.dim() == 2:
         return node
-    return _view(graph, node, [-1, value.shape[-1]], [-1, value.shape[-1]])
+    return view(graph, node, [-1, value.shape[-1]], [-1, value.shape[-1]])
 
 
 def mergeable(value: torch.Tensor) -> bool:

@@ -4,7 +4,8 @@ The rival is cuBLAS as PyTorch calls it: addmm for act "none", `_addmm_activatio
 Triton pass over its result. torch 2.11 with CUDA 13, quack-kernels 0.6.1; each pair in turns for 8 to 25 ms a turn, at
 the power limit, where most of these products run; the mean of two runs where there are two, which differ by up to 2 %.
 Rows, columns (of the weight: both halves of a gated one) and K are of [rows, K] @ [K, columns]; gains are by tiles
-(`dkfuse.kernels.gemm_kernels.TILES`). `python -m dkfuse.bench.gemm` measures them again.
+(`dkfuse.kernels.gemm_kernels.TILES`). They were taken on CUDA graphs of rotating operands, before the module
+`dkfuse.bench.gemm`, which takes such rows, was written.
 
 A row speaks for products near it, less what their last wave of tiles leaves idle more than its own: quack computes
 whole waves of tiles, one tile per multiprocessor. That is why 4608 x 3072 (4.4 waves, which take the time of 5) loses
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 
 from dkfuse.kernels.gemm_kernels import TILES
 
-from .common import SMS
+from .common import sms
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def efficiency(rows: int, columns: int, tiles: str, capability: int = 90) -> flo
     """The share of the time of whole waves of whole tiles in which the result is computed, clusters kept together."""
     (height, width), (down, across) = TILES[tiles].tile, TILES[tiles].cluster
     clusters = math.ceil(rows / (height * down)) * math.ceil(columns / (width * across))
-    at_once = SMS.get(f"sm{capability}", SMS["sm90"]) // (down * across)
+    at_once = sms(f"sm{capability}") // (down * across)
     waves = math.ceil(clusters / at_once)
     return rows * columns / (waves * at_once * height * down * width * across)
 

@@ -28,7 +28,7 @@ from ..report import Reason, Site, Status
 from ..rules import Code, Stage
 from ..settings import Settings
 from ..strides import RESHAPES, propagate
-from .common import TILE, described, sms
+from .common import TILE, as_one, described, sms
 from .epilogue import problem
 from .gelu import find as gelus
 from .linear import Linear, linears, source
@@ -202,12 +202,11 @@ def _apply(run: list[Linear], readers: set[fx.Node]) -> None:
     order = {node: i for i, node in enumerate(graph.nodes)}
     first = min((linear.product for linear in run), key=order.__getitem__)
     columns = [linear.features[1] for linear in run]
-    k = run[0].features[0]
     with graph.inserting_before(first):
-        weight = _emit(graph, aten.as_strided.default, (run[0].weight, [sum(columns), k], [k, 1]))
+        weight = as_one(graph, run[0].weight, sum(columns))
         operands = [first.args[-2], _emit(graph, aten.permute.default, (weight, [1, 0]))]
         if first.target is aten.addmm.default:
-            operands.insert(0, _emit(graph, aten.as_strided.default, (run[0].bias, [sum(columns)], [1])))
+            operands.insert(0, as_one(graph, run[0].bias, sum(columns)))
         result = _emit(graph, first.target, tuple(operands))
         copy_origin(first, result)
         stops = list(itertools.accumulate(columns))

@@ -32,7 +32,7 @@ from ..settings import Settings
 from ..symbols import arguments as with_symbols
 from ..terms import same_shape, short_dtype
 from . import gating, gemm_choice
-from .common import aten, mergeable, read_sizes_elsewhere, record, rows
+from .common import as_one, mergeable, read_sizes_elsewhere, record, rows, view
 from .gating import Gating
 from .linear import Linear, linears, read, source
 from .seam import Seam
@@ -167,7 +167,7 @@ def _apply(graph: fx.Graph, found: Gating, tiles: str) -> None:
             order = _in_memory(found)
             assert order is not None
             pairs = list(zip(*map(_weights, order), strict=True))
-            weights = [_as_one(graph, pair[0], 2 * pair[0].meta["val"].shape[0]) for pair in pairs]
+            weights = [as_one(graph, pair[0], 2 * pair[0].meta["val"].shape[0]) for pair in pairs]
             for pair in pairs:
                 memory.take(pair)
         args, kwargs = (x, *weights), {"act": _act(found), "using": QUACK, "tiles": tiles}
@@ -178,19 +178,9 @@ def _apply(graph: fx.Graph, found: Gating, tiles: str) -> None:
         wanted = found.result.meta["val"].shape
         if not same_shape(call.meta["val"].shape, wanted):
             live = [linear.x, source(linear.x)]
-            result = graph.call_function(aten.reshape.default, (call, with_symbols(graph, list(wanted), live)))
-            result.meta["val"] = call.meta["val"].reshape(list(wanted))
+            result = view(graph, call, with_symbols(graph, list(wanted), live), wanted)
     found.result.replace_all_uses_with(result)
     old = [*found.inside, found.result]
     for each in found.linears:
         old += [each.product, *each.views, each.node]
     read_sizes_elsewhere(graph, old, [linear.x, result])
-
-
-def _as_one(graph: fx.Graph, first: fx.Node, size: int) -> fx.Node:
-    """The memory of `first` and of what follows it, as a tensor of `size` rows or elements."""
-    value = first.meta["val"]
-    shape, strides = [size, *value.shape[1:]], list(value.stride())
-    node = graph.call_function(aten.as_strided.default, (first, shape, strides))
-    node.meta["val"] = value.as_strided(shape, strides)
-    return node
