@@ -38,7 +38,7 @@ class _Finder(DistributionFinder):
 
 
 if __name__ == "__main__":  # python -m dkfuse
-    from dkfuse.cli import main
+    from dkfuse.cli.main import main
 
     main()
 else:

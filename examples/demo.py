@@ -24,7 +24,7 @@ from torch import nn
 
 import dkfuse
 from dkfuse import zoo
-from dkfuse.render import print_report
+from dkfuse.reporting.render import print_report
 
 console = Console(highlight=False)
 warnings.filterwarnings("ignore", category=FutureWarning)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from .backend import dkfuse
     from .packing import Packed, PackError, pack
-    from .recording import coverage, record
-    from .report import Coverage, Graph, Reason, Site, Status
+    from .reporting.recording import coverage, record
+    from .reporting.report import Coverage, Graph, Reason, Site, Status
     from .settings import Settings
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
@@ -33,16 +33,16 @@ if not os.path.isdir(os.path.join(_HERE, "kernels")):
 
 _LAZY = {
     "dkfuse": "backend",
-    "coverage": "recording",
+    "coverage": "reporting.recording",
     "pack": "packing",
     "Packed": "packing",
     "PackError": "packing",
-    "record": "recording",
-    "Coverage": "report",
-    "Graph": "report",
-    "Reason": "report",
-    "Site": "report",
-    "Status": "report",
+    "record": "reporting.recording",
+    "Coverage": "reporting.report",
+    "Graph": "reporting.report",
+    "Reason": "reporting.report",
+    "Site": "reporting.report",
+    "Status": "reporting.report",
     "Settings": "settings",
     "Constraint": "kernels.registry",
     "Implementation": "kernels.registry",

@@ -16,20 +16,20 @@ from typing import Any
 import torch
 from torch import fx
 
-from dkfuse import patterns
 from dkfuse.kernels import disk_cache, failures, registry
 from dkfuse.kernels.failures import Failure
 from dkfuse.kernels.provider_ops import define_all
 from dkfuse.kernels.providers import PROVIDERS
 from dkfuse.kernels.support import OPERANDS
 
-from . import building, compat, compat_triton, fuse, memory, seams, watch
-from .choose import check_installed, resolve_target
-from .drift import keep_roundings
-from .recording import publish, withdraw
-from .report import Graph
+from . import compat, compat_triton, fuse, memory, patterns, seams
+from .choosing import building, watch
+from .choosing.choose import check_installed, resolve_target
+from .reporting.recording import publish, withdraw
+from .reporting.report import Graph
+from .reporting.store import Record, graph_key
+from .rewriting.drift import keep_roundings
 from .settings import Settings
-from .store import Record, graph_key
 from .versions import check_torch
 
 log = logging.getLogger("dkfuse")

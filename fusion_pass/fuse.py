@@ -19,19 +19,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from dkfuse import patterns
-
-from . import anchors, building, choose, gain, heads, layouts, plan_heads, records, seams
-from .anchors import Anchor
-from .checks import FULL, build, build_dual
-from .cycles import Together, check_cycles
-from .head_site import HeadSite
-from .operands import base_node
-from .pattern import Binding, matches
-from .report import Graph, Status
-from .rules import Candidate, Code, NotThisRule, Reject, Rule, Stage
+from . import patterns, seams
+from .choosing import building, choose
+from .matching import anchors, gain, heads, plan_heads
+from .matching.anchors import Anchor
+from .matching.checks import FULL, build, build_dual
+from .matching.cycles import Together, check_cycles
+from .matching.head_site import HeadSite
+from .matching.operands import base_node
+from .matching.pattern import Binding, matches
+from .matching.rules import Candidate, Code, NotThisRule, Reject, Rule, Stage
+from .matching.terms import Term, TermView
+from .reporting import records
+from .reporting.report import Graph, Status
+from .rewriting import layouts
 from .settings import Settings
-from .terms import Term, TermView
 
 QK_NORM = (
     "norm of a query or key that is not fused with what follows it: Inductor joins the two, "
@@ -107,9 +109,9 @@ def _fused(planned: Plan) -> int:
 
 def run(graph: fx.Graph, settings: Settings, lowered: bool = True) -> Graph:
     """Fuse `graph` in place and return its record. `lowered=False` leaves ``dkfuse::`` ops in the graph."""
-    from .lower import lower
-    from .opaque import lower_opaque
-    from .replace import replace
+    from .rewriting.lower import lower
+    from .rewriting.opaque import lower_opaque
+    from .rewriting.replace import replace
 
     started = time.perf_counter()
     what = decided(graph, settings, built=True)

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
+from .choosing.orders import kernel_orders, names, orders
 from .errors import SettingsError, did_you_mean
-from .orders import kernel_orders, names, orders
 
 PREFIX = "dkfuse."
 ENVIRONMENT_PREFIX = "DKFUSE_"

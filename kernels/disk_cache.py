@@ -99,7 +99,7 @@ def put(parts: tuple[str, ...], data: bytes, kind: str = "kernels", folder: str 
 
 
 def _path(parts: tuple[str, ...], kind: str, folder: str | None) -> Path:
-    from dkfuse.store import source_hash
+    from dkfuse.reporting.store import source_hash
 
     digest = hashlib.sha256()
     for part in (source_hash(), torch.__version__, *parts):

@@ -6,10 +6,10 @@
     qk_norm     norm(x) * w + b              K0-K8 alone
 
 each of one tensor or of several streams that are joined for attention. What a rotation is, in any spelling, is decided
-in `dkfuse.rotation`; how parts are found, in `dkfuse.heads`.
+in `dkfuse.matching.rotation`; how parts are found, in `dkfuse.matching.heads`.
 """
 
-from dkfuse.rules import Rule
+from dkfuse.matching.rules import Rule
 
 NORM_ROPE = Rule("norm_rope", "norm_rope", "norm_rope")
 ROPE = Rule("rope", "rope", "norm_rope")

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dkfuse.pattern import Add, Mul, Norm, Num, Pattern, R, Var, alt
-from dkfuse.rules import Candidate, Code, NotThisRule, Reject, Rule
-from dkfuse.terms import Term, same_size
+from dkfuse.matching.pattern import Add, Mul, Norm, Num, Pattern, R, Var, alt
+from dkfuse.matching.rules import Candidate, Code, NotThisRule, Reject, Rule
+from dkfuse.matching.terms import Term, same_size
 
 
 def is_vector(term: Term) -> bool:

@@ -13,9 +13,9 @@ The operands of `add` and `mul` come in any order: which factor is the gate is d
 
 from __future__ import annotations
 
-from dkfuse.pattern import Add, Mul, Norm, Num, Pattern, R, Var, alt
-from dkfuse.rules import Rule
-from dkfuse.terms import Term
+from dkfuse.matching.pattern import Add, Mul, Norm, Num, Pattern, R, Var, alt
+from dkfuse.matching.rules import Rule
+from dkfuse.matching.terms import Term
 
 from .modulate import affine, check_modulation, is_vector, modulated
 

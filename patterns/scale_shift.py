@@ -6,8 +6,8 @@ Found in AuraFlow's output layer and in LTX-2's key and value modulation. A regi
 
 from __future__ import annotations
 
-from dkfuse.pattern import Add, Mul, Num, R, Var
-from dkfuse.rules import Rule
+from dkfuse.matching.pattern import Add, Mul, Num, R, Var
+from dkfuse.matching.rules import Rule
 
 FACTOR = R("ONE_PLUS", Add(Num(1.0, "offset"), Var("scale")))
 POINTWISE = (

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from dkfuse import Settings, compat, seams
 from dkfuse.kernels import attention_kernels
-from dkfuse.report import Site
+from dkfuse.reporting.report import Site
 from dkfuse.seams import attention_choice, attention_table, cpu_bound
 from dkfuse.seams.attention_table import Row
 

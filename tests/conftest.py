@@ -100,7 +100,7 @@ def root() -> Path:
 @pytest.fixture
 def sample() -> Any:
     """A report with every status, several graphs, a note and awkward characters."""
-    from dkfuse.report import Coverage, Graph, Reason, Site, Status
+    from dkfuse.reporting.report import Coverage, Graph, Reason, Site, Status
 
     sites = [
         Site(
@@ -138,7 +138,7 @@ def sample() -> Any:
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run a command line in this process: (exit code, stdout, stderr)."""
-    from dkfuse import cli
+    from dkfuse.cli import main as cli
 
     def run(*arguments: Any) -> tuple[int, str, str]:
         code = cli.run([str(argument) for argument in arguments])

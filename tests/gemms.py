@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import dkfuse
 from dkfuse import Settings, seams
 from dkfuse.kernels import gemm_kernels
-from dkfuse.report import Site
+from dkfuse.reporting.report import Site
 
 from .harness import BF16, tally
 

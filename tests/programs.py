@@ -12,8 +12,8 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dkfuse import compat
-from dkfuse.terms import Term, TermView
-from dkfuse.views import apply
+from dkfuse.matching.terms import Term, TermView
+from dkfuse.matching.views import apply
 
 Step = Callable[[list[Tensor]], Tensor]
 SHAPES = ((2, 3, 4), (2, 3, 4), (2, 1, 4), (4,), (2, 2, 4), (3, 1))

@@ -16,7 +16,7 @@ from dkfuse.bench.classify import GLUE, KINDS, kind, op_of
 from dkfuse.bench.device import Launched
 from dkfuse.bench.results import OURS, ModelResult, Side
 from dkfuse.bench.sites import site_times
-from dkfuse.report import Site, Status
+from dkfuse.reporting.report import Site, Status
 
 NAMES = {
     "gemm": [

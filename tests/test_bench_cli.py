@@ -14,9 +14,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from dkfuse import cli_bench
 from dkfuse.bench import measure, show_models, targets
 from dkfuse.bench.results import OURS, ModelResult, Side, SiteTime, report
+from dkfuse.cli import bench as cli_bench
 from dkfuse.errors import ModelError
 
 

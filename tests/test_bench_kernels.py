@@ -16,10 +16,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from dkfuse import cli_bench
 from dkfuse.bench import kernels, peers, providers, show_kernels
 from dkfuse.bench.cases import CASES, Case
 from dkfuse.bench.rope_cases import RopeCase
+from dkfuse.cli import bench as cli_bench
 from dkfuse.kernels import registry
 from dkfuse.kernels.ops import reference_outputs
 from dkfuse.kernels.registry import Constraint, Implementation

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from dkfuse import loading, seams, zoo
+from dkfuse import seams, zoo
 from dkfuse.bench import measure, reference, sides, targets
 from dkfuse.bench.device import Launched, Timed
 from dkfuse.bench.others import OTHERS
 from dkfuse.bench.results import OURS, ModelResult
 from dkfuse.bench.sides import Options
+from dkfuse.cli import loading
 from dkfuse.errors import ModelError
 from dkfuse.settings import Settings
 

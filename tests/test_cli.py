@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from dkfuse import cli, recording
+from dkfuse.cli import main as cli
 from dkfuse.errors import TraceError
-from dkfuse.report import Coverage, Graph, Reason, Site, Status
+from dkfuse.reporting import recording
+from dkfuse.reporting.report import Coverage, Graph, Reason, Site, Status
+from dkfuse.reporting.weightless import FakeTensor
 from dkfuse.settings import Settings
-from dkfuse.weightless import FakeTensor
 
 pytest.importorskip("diffusers")
 
@@ -283,7 +284,7 @@ def test_file_model_for_real(run: Run, model_file: Path) -> None:
 
 
 def test_zoo_model_for_real_in_a_process_of_its_own(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from dkfuse.cli import main; main()"]
+    command = [sys.executable, "-c", "from dkfuse.cli.main import main; main()"]
     command += ["coverage", "sd3-medium", "--target", "sm90", "-f", "json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

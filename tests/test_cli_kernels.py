@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from dkfuse.example_calls import example, parse_shape
+from dkfuse.choosing.example_calls import example, parse_shape
 from dkfuse.kernels import registry
 from dkfuse.kernels.registry import Constraint, Implementation
 from dkfuse.kernels.support import OPERANDS

@@ -16,10 +16,11 @@ import typer
 from rich.console import Console
 from typer.models import OptionInfo
 
-from dkfuse import doctor, zoo
-from dkfuse.cli import app
-from dkfuse.progress import progress
-from dkfuse.report import Coverage, Graph, Site, Status
+from dkfuse import zoo
+from dkfuse.cli import doctor
+from dkfuse.cli.main import app
+from dkfuse.reporting.progress import progress
+from dkfuse.reporting.report import Coverage, Graph, Site, Status
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -37,7 +38,7 @@ def test_options_are_named_as_written() -> None:
             for info in getattr(hint, "__metadata__", ()):
                 if isinstance(info, OptionInfo) and (info.metavar or "").lower() == name:
                     found[command.__module__, name] = (info.default, *info.param_decls)
-    assert {("dkfuse.cli_bench", "mode"), ("dkfuse.cli_bench", "op"), ("dkfuse.cli", "target")} <= set(found)
+    assert {("dkfuse.cli.bench", "mode"), ("dkfuse.cli.bench", "op"), ("dkfuse.cli.main", "target")} <= set(found)
     assert all(f"--{name}" in declared for (_, name), declared in found.items()), found
 
 

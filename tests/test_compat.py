@@ -63,8 +63,8 @@ def test_nodes_say_where_they_come_from():
 
 
 def test_split_and_chunk_are_one_of_the_known_splits():
-    from dkfuse.readers import SPLITS
-    from dkfuse.views import VIEW_READERS
+    from dkfuse.matching.readers import SPLITS
+    from dkfuse.matching.views import VIEW_READERS
 
     graph = graph_at_the_hook(lambda x: torch.cat(x.chunk(2, -1)[::-1], -1), X)
     producers = {n.target for n in graph.nodes if n.op == "call_function"} & ({*SPLITS} | set(VIEW_READERS))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dkfuse.errors import ReportError
-from dkfuse.report import FAMILIES, SCHEMA, STAGES, Coverage, Graph, Reason, Site, Status
+from dkfuse.reporting.report import FAMILIES, SCHEMA, STAGES, Coverage, Graph, Reason, Site, Status
 
 TEXT = st.text(max_size=12)
 REASON = st.builds(Reason, st.sampled_from(STAGES), TEXT, TEXT, st.none() | TEXT)

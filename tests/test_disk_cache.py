@@ -50,7 +50,7 @@ def test_every_part_counts(i):
 def test_other_sources_and_another_torch_are_other_entries(monkeypatch):
     import torch
 
-    from dkfuse import store
+    from dkfuse.reporting import store
 
     cached_bytes(PARTS, lambda: b"one")
     for owner, name, value in ((store, "source_hash", lambda: "another"), (torch, "__version__", "9.9")):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dkfuse.fuse import plan, run
-from dkfuse.report import Status
+from dkfuse.reporting.report import Status
 from dkfuse.settings import Settings
 
 D = 32

@@ -210,7 +210,7 @@ def test_a_chain_of_rewritten_linears() -> None:
 def test_the_cache_key_knows_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch import fx, nn
 
-    from dkfuse.store import graph_key
+    from dkfuse.reporting.store import graph_key
 
     gm, keys = fx.symbolic_trace(nn.Identity()), set()
     for version in (None, "0.6.1", "0.7.0"):

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from dkfuse import compat
 from dkfuse.fuse import run, settled
-from dkfuse.report import Status
+from dkfuse.reporting.report import Status
 from dkfuse.settings import Settings
 
 D, PATCH = 64, 2

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dkfuse import compat, compat_triton, inline, joins, lower
+from dkfuse import compat, compat_triton
 from dkfuse.fuse import plan
-from dkfuse.replace import replace
+from dkfuse.rewriting import inline, joins, lower
+from dkfuse.rewriting.replace import replace
 from dkfuse.settings import Settings
 
 pytest.importorskip("triton")

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from dkfuse import compat, compat_triton, lower
+from dkfuse import compat, compat_triton
 from dkfuse.fuse import plan
-from dkfuse.replace import replace
+from dkfuse.rewriting import lower
+from dkfuse.rewriting.replace import replace
 from dkfuse.settings import Settings
 
 pytest.importorskip("triton")

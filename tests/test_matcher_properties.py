@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
-from dkfuse import Settings, fuse, gain
-from dkfuse.terms import Term, TermView
+from dkfuse import Settings, fuse
+from dkfuse.matching import gain
+from dkfuse.matching.terms import Term, TermView
 
 from .harness import BF16, FP16, FP32, check_numerics, spell
 from .programs import Recorder, evaluate, program_inputs, programs, trace

@@ -388,7 +388,7 @@ def test_the_guard_tells_runs_apart_and_is_cheap():
 
 
 def test_where_inputs_lie_is_part_of_the_cache_key():
-    from dkfuse.store import graph_key
+    from dkfuse.reporting.store import graph_key
 
     gm = fx.symbolic_trace(nn.Identity())
     keys = {graph_key(gm, [], dkfuse.Settings(), runs) for runs in ([], [(0, 1)], [(0, 1, 2)])}

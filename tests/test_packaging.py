@@ -168,7 +168,7 @@ def test_console_script_and_metadata(wheel: Path) -> None:
     (info,) = wheel.glob("*.dist-info")
     installed = metadata.PathDistribution(info)
     scripts = {point.name: point.value for point in installed.entry_points.select(group="console_scripts")}
-    assert scripts == {"dkfuse": "dkfuse.cli:main"}
+    assert scripts == {"dkfuse": "dkfuse.cli.main:main"}
     assert {"cute", "sgl", "flashinfer", "attention", "diffusers", "all", "test"} <= set(
         installed.metadata.get_all("Provides-Extra")
     )

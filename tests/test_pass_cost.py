@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dkfuse import Settings, fuse
-from dkfuse.terms import TermView
+from dkfuse.matching.terms import TermView
 
 from .programs import trace
 from .toy_blocks import AdaLNZero, CrossAttention, DoubleStream, toy_inputs

@@ -12,7 +12,7 @@ from dkfuse import compat
 from dkfuse.kernels import ops
 from dkfuse.kernels.picks import PICKED
 from dkfuse.kernels.support import OPERANDS, supports
-from dkfuse.lower import bound_arguments
+from dkfuse.rewriting.lower import bound_arguments
 
 from .harness import check_numerics, counts, run, spell
 from .norm_calls import SHAPE, arguments_of
@@ -105,7 +105,7 @@ def test_every_length_and_eager_roundings(dynamic: bool) -> None:
 def test_masks_are_shared_and_pairs_are_views(rows: int) -> None:
     """What is handed to Inductor: one mask for all sites, and no copy of the rows."""
     from dkfuse.fuse import plan
-    from dkfuse.replace import replace
+    from dkfuse.rewriting.replace import replace
     from dkfuse.settings import Settings
 
     from .spellings_picks import picked_by_one_mask_computed_often as function

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dkfuse import choose
+from dkfuse.choosing import choose
+from dkfuse.choosing.example_calls import example
 from dkfuse.errors import SettingsError
-from dkfuse.example_calls import example
 from dkfuse.kernels import crossovers, failures, providers, registry
 from dkfuse.kernels.crossovers import Crossover
 from dkfuse.kernels.providers import in_range
 from dkfuse.kernels.registry import Constraint, Implementation
 from dkfuse.kernels.support import OPERANDS, supports
-from dkfuse.rules import Reject
+from dkfuse.matching.rules import Reject
 from dkfuse.settings import Settings
 
 NEVER = Constraint("never", "nothing", lambda arguments: "never")

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 import dkfuse
 from dkfuse import compat
+from dkfuse.choosing.example_calls import example
 from dkfuse.errors import KernelFailedWarning
-from dkfuse.example_calls import example
 from dkfuse.kernels import failures, ops, provider_ops, registry
 from dkfuse.kernels.registry import Constraint, Implementation
 from dkfuse.kernels.support import OPERANDS
@@ -294,7 +294,7 @@ def test_an_error_that_inductor_raises_anyway_is_raised(monkeypatch):
 
 
 def test_only_the_op_that_the_error_names_is_blamed():
-    from dkfuse.building import Launched, blamed
+    from dkfuse.choosing.building import Launched, blamed
 
     calls = [
         Launched("triton", op, example(op, (2, 4, 16), torch.float32), "") for op in ("norm_modulate", "gated_residual")
@@ -344,7 +344,7 @@ def test_the_example_runs_its_kernel(root):
 
 def test_without_a_compiler_the_definition_is_an_op_of_its_own_where_triton_would_run():
     """With dkfuse.remainder=eager, dkfuse.kernels=native on a GPU must not launch Triton."""
-    from dkfuse.opaque import is_opaque
+    from dkfuse.rewriting.opaque import is_opaque
 
     for provider, device, eager, opaque in (
         ("native", "meta", True, True),

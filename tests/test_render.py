@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dkfuse import summary
-from dkfuse.render import FORMATS, format_of, render, to_markdown, to_text, write
-from dkfuse.render_html import to_html
-from dkfuse.report import Coverage, Graph, Reason, Site, Status
+from dkfuse.reporting import summary
+from dkfuse.reporting.render import FORMATS, format_of, render, to_markdown, to_text, write
+from dkfuse.reporting.render_html import to_html
+from dkfuse.reporting.report import Coverage, Graph, Reason, Site, Status
 
 
 def test_groups(sample: Coverage) -> None:
@@ -180,7 +180,7 @@ def test_write_to_what_is_no_file(sample: Coverage, tmp_path: Path) -> None:
 
 
 def test_every_status_has_a_colour() -> None:
-    from dkfuse.render import COLOURS
+    from dkfuse.reporting.render import COLOURS
 
     page = to_html(Coverage())
     for status in Status:

@@ -183,7 +183,7 @@ def test_symbolic_tokens_and_batch_without_guards() -> None:
 
 def test_a_symbolic_grid_becomes_graph_nodes() -> None:
     """A norm alone has all rows on one axis: the number of programs is a rounded-up quotient."""
-    from dkfuse import symbols
+    from dkfuse.rewriting import symbols
 
     environment = ShapeEnv()
     context = StatelessSymbolicContext(

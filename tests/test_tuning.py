@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from dkfuse import compat, tuning
+from dkfuse import compat
+from dkfuse.choosing import tuning
 from dkfuse.kernels import disk_cache, launch
 from dkfuse.kernels.configs import CANDIDATES
 from dkfuse.kernels.rope_launch import Call, plan_group

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dkfuse import tuning_clock
+from dkfuse.choosing import tuning_clock
 from dkfuse.kernels import launch
 from dkfuse.kernels.launch import Launch
 from dkfuse.kernels.rope_launch import Call, candidates, plan_group

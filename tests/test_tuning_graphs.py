@@ -102,8 +102,8 @@ def test_in_place_launches_are_timed_on_other_tensors(clock: Clock, monkeypatch:
 @pytest.mark.parametrize("gain", [None, 1.0, 1.25])
 def test_the_report_says_who_chose(clock: Clock, monkeypatch: pytest.MonkeyPatch, gain: float | None) -> None:
     from dkfuse import fuse
-    from dkfuse.render import render
-    from dkfuse.report import Coverage
+    from dkfuse.reporting.render import render
+    from dkfuse.reporting.report import Coverage
     from dkfuse.settings import Settings
 
     clock.of = {1: (SLOW / (gain or 2.0), SLOW / (gain or 2.0))}

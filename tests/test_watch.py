@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 import dkfuse
-from dkfuse import compat, watch
+from dkfuse import compat
+from dkfuse.choosing import watch
 from dkfuse.errors import KernelFailedWarning, KernelLaunchError
 from dkfuse.kernels import failures, ops, registry
 from dkfuse.kernels.registry import Implementation
@@ -213,8 +214,8 @@ def test_a_graph_from_the_cache_is_compiled_anew(monkeypatch):
 
 
 def test_which_kernels_the_lines_name():
-    from dkfuse.building import Launched, refused
-    from dkfuse.example_calls import example
+    from dkfuse.choosing.building import Launched, refused
+    from dkfuse.choosing.example_calls import example
 
     operators = ("norm_modulate", "norm_modulate_dual", "gated_residual", "residual_norm_modulate")
     calls = [Launched("triton", op, example(op, (2, 4, 16), torch.float32), "") for op in operators]

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from dkfuse import zoo
 from dkfuse.errors import ModelError
-from dkfuse.weightless import SMALL, WeightlessMode, mode_of, without_memory
+from dkfuse.reporting.weightless import SMALL, WeightlessMode, mode_of, without_memory
 
 pytest.importorskip("diffusers")
 NAMES = list(zoo.MODELS)

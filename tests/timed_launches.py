@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from dkfuse import compat, tuning, tuning_clock
+from dkfuse import compat
+from dkfuse.choosing import tuning, tuning_clock
 from dkfuse.kernels.launch import Launch
 
 INF = float("inf")

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dkfuse.errors import first_line
 from dkfuse.kernels import attention_kernels, attention_run
-from dkfuse.seams import attention_table
 
+from ..errors import first_line
+from ..seams import attention_table
 from .kernels import NO_GPU
 from .timing import cpu_microseconds
 

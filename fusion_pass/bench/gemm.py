@@ -16,9 +16,9 @@ import torch
 import dkfuse.kernels.gemm  # noqa: F401  (registers the op)
 from dkfuse.kernels import gemm_kernels
 from dkfuse.kernels.gemm_kernels import CUBLAS, DEFAULT_TILES, QUACK, TILES
-from dkfuse.seams import gemm_measure, gemm_table
-from dkfuse.seams.gemm_measure import Product
 
+from ..seams import gemm_measure, gemm_table
+from ..seams.gemm_measure import Product
 from .kernels import NO_GPU
 from .timing import cpu_microseconds
 

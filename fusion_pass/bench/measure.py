@@ -27,8 +27,8 @@ import torch
 from torch import nn
 
 from .. import compat
-from ..recording import record
-from ..report import Coverage
+from ..reporting.recording import record
+from ..reporting.report import Coverage
 from . import targets
 from .averages import median, medians
 from .classify import KINDS, kind

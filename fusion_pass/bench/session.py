@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 
 from .. import compat
+from ..cli.exits import ENVIRONMENT, Failure, say
 from ..errors import ModelError, SettingsError, first_line
-from ..exits import ENVIRONMENT, Failure, say
 from . import kernels as work
 from . import measure, show_kernels, show_models
 from .device import Device

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from .. import summary
+from ..reporting import summary
 from .averages import ratio
 from .classify import KINDS
 from .results import OURS, PLAIN, ModelResult, Side

@@ -12,7 +12,7 @@ from typing import Any
 
 from dkfuse.kernels.ops import OPS
 
-from ..report import Site, Status
+from ..reporting.report import Site, Status
 from .averages import median
 from .classify import DKFUSE, kind, op_of
 from .device import Launched

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from ..progress import progress
+from ..reporting.progress import progress
 
 if TYPE_CHECKING:
     from rich.console import Console

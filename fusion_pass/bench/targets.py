@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from ..cli.loading import DTYPES, load_real, names_a_file
 from ..errors import ModelError, did_you_mean
-from ..loading import DTYPES, load_real, names_a_file
 
 HEADLINE = ("flux", "qwen-image", "z-image", "sd35-large@2", "hunyuan-video:480p", "wan21-14b")
 DEFAULT_LAYERS = 8  # blocks per stack of a zoo model, or as many as were published

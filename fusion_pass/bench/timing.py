@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .. import tuning_clock
+from ..choosing import tuning_clock
 
 LAUNCHES = 24
 CALLS = 300  # of which the CPU's time is taken, fewer than CUDA queues

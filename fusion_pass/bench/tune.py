@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .. import tuning, tuning_clock
+from ..choosing import tuning, tuning_clock
 from .cases import CASES
 from .kernels import NO_GPU
 from .rope_cases import ROPE_CASES

@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx
 
-from ..choose import resolve_target
-from ..report import SEAMS, Reason, Site, Status
-from ..rules import Code, Stage
+from ..choosing.choose import resolve_target
+from ..matching.rules import Code, Stage
+from ..reporting.report import SEAMS, Reason, Site, Status
 from ..settings import Settings
 from . import attention, epilogue, gemm, projections, split, swiglu
 from .seam import Seam

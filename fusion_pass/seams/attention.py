@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..calls import bound_arguments
-from ..choose import resolve_target
-from ..replace import copy_origin
-from ..report import Status
-from ..rules import Code
+from ..choosing.choose import resolve_target
+from ..matching.rules import Code
+from ..reporting.report import Status
+from ..rewriting.calls import bound_arguments
+from ..rewriting.replace import copy_origin
+from ..rewriting.strides import read_by_strides
 from ..settings import Settings
-from ..strides import read_by_strides
 from . import cpu_bound
 from .attention_call import Call, calls
 from .attention_choice import RULE, Decision, decide, reason

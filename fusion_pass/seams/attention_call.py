@@ -13,8 +13,8 @@ from torch import fx
 from dkfuse.kernels.attention_kernels import KERNELS
 
 from .. import compat
-from ..calls import bound_arguments
 from ..compat import statically_known_true
+from ..rewriting.calls import bound_arguments
 from .key_lengths import KeyLengths, Unproved, prove, sure
 
 aten = torch.ops.aten

@@ -25,8 +25,8 @@ import torch
 from dkfuse.kernels.attention_kernels import KERNELS, AttentionKernel, untested, version_of
 
 from .. import compat
-from ..report import Reason
-from ..rules import Code, Stage
+from ..matching.rules import Code, Stage
+from ..reporting.report import Reason
 from ..settings import Settings
 from . import attention_measure, attention_table
 from .attention_call import Call

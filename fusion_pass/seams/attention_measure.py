@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from dkfuse.errors import first_line
 from dkfuse.kernels import attention_kernels
 
 from .. import compat
-from ..tuning_clock import extent
+from ..choosing.tuning_clock import extent
+from ..errors import first_line
 from . import kept_times
 from .attention_table import DENSE
 

@@ -11,15 +11,15 @@ from torch import fx
 
 import dkfuse.kernels.linear_ops  # noqa: F401  (registers the ops, also for compiled code that comes from a cache)
 
-from .. import origin
-from ..choose import resolve_target
+from ..choosing.choose import resolve_target
 from ..compat import statically_known_true
-from ..records import shape_of
-from ..report import Site, Status
-from ..rules import Code, Reject, Stage
+from ..matching.rules import Code, Reject, Stage
+from ..matching.terms import NARROW, same_shape, short_dtype
+from ..reporting.records import shape_of
+from ..reporting.report import Site, Status
+from ..rewriting import origin
+from ..rewriting.symbols import arguments as with_symbols
 from ..settings import Settings
-from ..symbols import arguments as with_symbols
-from ..terms import NARROW, same_shape, short_dtype
 from .linear import KEEP_ROWS, Linear
 
 aten = torch.ops.aten

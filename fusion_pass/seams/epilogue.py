@@ -17,11 +17,11 @@ import torch
 from torch import fx
 
 from .. import compat
-from ..gain import footprint, is_elementwise, through_views
-from ..replace import copy_origin
-from ..rules import Code, Reject, Stage
+from ..matching.gain import footprint, is_elementwise, through_views
+from ..matching.rules import Code, Reject, Stage
+from ..matching.terms import short_dtype
+from ..rewriting.replace import copy_origin
 from ..settings import Settings
-from ..terms import short_dtype
 from . import gelu
 from .common import aten, check_allowed, check_sizes, mergeable, read_sizes_elsewhere, record, reshaped, rows
 from .gelu import Gelu

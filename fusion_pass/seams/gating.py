@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..gain import CASTS
-from ..terms import same_shape, same_size
+from ..matching.gain import CASTS
+from ..matching.terms import same_shape, same_size
 from .common import is_tensor
 from .gelu import ADD, DIV, MUL
 from .linear import KEEP_ROWS, Linear, aten

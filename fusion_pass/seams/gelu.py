@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import fx
 
-from ..gain import CASTS
+from ..matching.gain import CASTS
 from .common import is_tensor
 from .linear import KEEP_ROWS, Linear, aten
 

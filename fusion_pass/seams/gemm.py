@@ -21,8 +21,8 @@ import dkfuse.kernels.gemm  # noqa: F401  (registers the op, also for compiled c
 from dkfuse.kernels.gemm_kernels import QUACK
 
 from .. import compat
-from ..replace import copy_origin
-from ..rules import Reject
+from ..matching.rules import Reject
+from ..rewriting.replace import copy_origin
 from ..settings import Settings
 from . import gemm_choice, gemm_table
 from .common import aten, record

@@ -21,8 +21,8 @@ from dkfuse.kernels import gemm_kernels
 from dkfuse.kernels.gemm_kernels import CUBLAS, DEFAULT_TILES, GATED, INSTALL, TILES
 
 from .. import compat
-from ..choose import resolve_target
-from ..rules import Code, Reject, Stage
+from ..choosing.choose import resolve_target
+from ..matching.rules import Code, Reject, Stage
 from ..settings import Settings
 from . import gemm_measure, gemm_table
 from .gemm_measure import Product

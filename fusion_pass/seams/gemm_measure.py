@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from dkfuse.errors import first_line
 from dkfuse.kernels import gemm, gemm_kernels
 from dkfuse.kernels.gemm_kernels import CUBLAS, GATED, QUACK
 
 from .. import compat
+from ..errors import first_line
 from . import kept_times
 
 log = logging.getLogger("dkfuse")

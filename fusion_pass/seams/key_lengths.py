@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..replace import copy_origin
-from ..symbols import arguments as with_symbols
-from ..terms import same_size
+from ..matching.terms import same_size
+from ..rewriting.replace import copy_origin
+from ..rewriting.symbols import arguments as with_symbols
 from .mask_index import INDICES, KEY, NARROW, KeyLengths, Unproved, varying
 from .mask_reader import Reader, cast
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ..gain import is_view
-from ..strides import RESHAPES
-from ..terms import same_shape, same_size
+from ..matching.gain import is_view
+from ..matching.terms import same_shape, same_size
+from ..rewriting.strides import RESHAPES
 
 aten = torch.ops.aten
 KEEP_ROWS = (*RESHAPES, aten.alias.default)

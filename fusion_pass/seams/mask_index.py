@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..calls import bound_arguments
-from ..terms import same_size
+from ..matching.terms import same_size
+from ..rewriting.calls import bound_arguments
 from .mask_views import Axes, viewed
 
 aten, prims = torch.ops.aten, torch.ops.prims

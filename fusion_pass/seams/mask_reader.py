@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..calls import bound_arguments
 from ..compat import real_tensors
-from ..terms import same_size
+from ..matching.terms import same_size
+from ..rewriting.calls import bound_arguments
 from .mask_index import BATCH, CASTS, KEY, KeyLengths, Unproved, broadcast, key_index, key_number, through, varying
 from .mask_views import Axes, viewed
 

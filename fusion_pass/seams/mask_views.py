@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..calls import bound_arguments
-from ..strides import RESHAPES
-from ..terms import same_size
+from ..matching.terms import same_size
+from ..rewriting.calls import bound_arguments
+from ..rewriting.strides import RESHAPES
 
 aten = torch.ops.aten
 Axes = tuple[str | None, ...]

@@ -21,13 +21,14 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from .. import compat, memory, origin
-from ..choose import resolve_target
-from ..replace import copy_origin, fake_arguments
-from ..report import Reason, Site, Status
-from ..rules import Code, Stage
+from .. import compat, memory
+from ..choosing.choose import resolve_target
+from ..matching.rules import Code, Stage
+from ..reporting.report import Reason, Site, Status
+from ..rewriting import origin
+from ..rewriting.replace import copy_origin, fake_arguments
+from ..rewriting.strides import RESHAPES, propagate
 from ..settings import Settings
-from ..strides import RESHAPES, propagate
 from .common import TILE, as_one, described, sms
 from .epilogue import problem
 from .gelu import find as gelus

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..report import Site
+from ..reporting.report import Site
 
 
 @dataclass

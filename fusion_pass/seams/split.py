@@ -30,10 +30,10 @@ import torch
 from torch import fx
 
 from .. import compat
-from ..choose import resolve_target
-from ..gain import is_elementwise, through_views
-from ..replace import copy_origin
-from ..rules import Code, Reject, Stage
+from ..choosing.choose import resolve_target
+from ..matching.gain import is_elementwise, through_views
+from ..matching.rules import Code, Reject, Stage
+from ..rewriting.replace import copy_origin
 from ..settings import Settings
 from . import common, epilogue, gelu
 from .common import aten, check_allowed, check_sizes, is_tensor, mergeable, read_sizes_elsewhere, record, reshaped, rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ..strides import propagate, same_layout
+from ..rewriting.strides import propagate, same_layout
 
 aten = torch.ops.aten
 

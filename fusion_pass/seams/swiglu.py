@@ -25,12 +25,12 @@ from torch import fx
 from dkfuse.kernels.gemm_kernels import QUACK
 
 from .. import memory
-from ..gain import footprint, is_elementwise, through_views
-from ..replace import copy_origin
-from ..rules import Code, Reject, Stage
+from ..matching.gain import footprint, is_elementwise, through_views
+from ..matching.rules import Code, Reject, Stage
+from ..matching.terms import same_shape, short_dtype
+from ..rewriting.replace import copy_origin
+from ..rewriting.symbols import arguments as with_symbols
 from ..settings import Settings
-from ..symbols import arguments as with_symbols
-from ..terms import same_shape, short_dtype
 from . import gating, gemm_choice
 from .common import as_one, mergeable, read_sizes_elsewhere, record, rows, view
 from .gating import Gating

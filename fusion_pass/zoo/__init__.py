@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import ModelError, did_you_mean
-from ..weightless import WeightlessMode
+from ..reporting.weightless import WeightlessMode
 from . import flux, image, video
 from .build import Built, Layers, Model, Request, Variant
 

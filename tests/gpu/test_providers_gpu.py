@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 
 import dkfuse
-from dkfuse import lower
+from dkfuse.choosing.example_calls import example
 from dkfuse.errors import KernelFailedWarning, KernelLaunchError
-from dkfuse.example_calls import example
 from dkfuse.kernels import ops, provider_ops, registry
 from dkfuse.kernels.registry import Implementation
 from dkfuse.kernels.support import OPERANDS
+from dkfuse.rewriting import lower
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_providers")]
 D = 256

@@ -15,9 +15,9 @@ import torch
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import dkfuse
-from dkfuse import tuning, tuning_clock
 from dkfuse.bench.cases import CASES, Case
 from dkfuse.bench.rope_cases import ROPE_CASES, RopeCase
+from dkfuse.choosing import tuning, tuning_clock
 from dkfuse.kernels import disk_cache
 from dkfuse.kernels.launch import run
 

@@ -1,0 +1,128 @@
+"""The simplest form of a view of a term, or None: what lets two spellings of one slice be one term.
+
+any view that changes nothing                          the base
+reshape of reshape                                     one reshape
+unsqueeze of squeeze, squeeze of unsqueeze             the base
+slice of cat, along its dim                            the part, or a slice of it
+slice of a copy (``repeat_interleave`` makes one)      slice of what was copied
+slice of an expanded dim                               the dim of size 1 that was expanded
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..compat import statically_known_true
+from .terms import Term, TermView, same_shape, same_size
+
+
+def simplify(view: TermView, base: Term, attrs: tuple, shape: tuple) -> Term | None:
+    """`base` seen through the view `attrs`, where that is a simpler term than a view of `base`."""
+    kind = attrs[0]
+    if same_shape(shape, base.shape) and _changes_nothing(attrs, len(shape)):
+        return base
+    inner = base.args[0] if base.op == "view" else None
+    if inner is not None:
+        if kind == "reshape" and base.attrs[0] == "reshape":
+            return view.view(inner, attrs, shape)
+        if (kind, base.attrs[0]) in (("unsqueeze", "squeeze"), ("squeeze", "unsqueeze")) and attrs[1] == base.attrs[1]:
+            return inner
+        if kind == "slice" and base.attrs[0] == "clone" and inner.op == "view" and inner.attrs[0] == "expand":
+            return view.view(inner, attrs, shape)
+        if kind == "slice" and base.attrs[0] == "expand" and len(inner.shape) == len(base.shape):
+            dim = attrs[1]
+            if same_size(inner.shape[dim], 1) and same_size(shape[dim], 1):
+                rest = (*base.shape[:dim], 1, *base.shape[dim + 1 :])
+                return view.view(inner, ("expand",), rest)
+    if kind == "slice" and inner is not None and inner.op == "cat" and base.attrs[0] == "reshape":
+        return _half_of_cat(view, inner, base, attrs, shape)
+    if kind == "slice" and base.op == "cat" and base.attrs[0] == attrs[1] and attrs[4] == 1:
+        return _slice_of_cat(view, base, attrs[1], attrs[2], attrs[3])
+    return None
+
+
+def _changes_nothing(attrs: tuple, rank: int) -> bool:
+    match attrs[0]:
+        case "expand" | "reshape":
+            return True
+        case "slice":
+            return attrs[2] == 0 and attrs[4] == 1
+        case "permute":
+            return attrs[1] == tuple(range(rank))
+    return False
+
+
+def _half_of_cat(view: TermView, cat: Term, halves: Term, attrs: tuple, shape: tuple) -> Term | None:
+    """Half `i` of ``cat([a, b], -1)`` seen as [..., 2, r], where a and b are those halves."""
+    last = len(cat.shape) - 1
+    split = cat.attrs == (last,) and len(cat.args) == 2 and same_shape(halves.shape[:-1], (*cat.shape[:-1], 2))
+    if not split or attrs[1] != last or not same_size(shape[last], 1):
+        return None
+    i = attrs[2]
+    return unsqueeze_term(view, cat.args[i], last) if same_size(cat.args[i].shape[last], halves.shape[-1]) else None
+
+
+def _slice_of_cat(view: TermView, cat: Term, dim: int, start: Any, stop: Any) -> Term | None:
+    """Rows [start, stop) of a cat as (slices of) its parts; None where symbols do not tell which."""
+    at: Any = 0
+    found: list[Term] = []
+    for part in cat.args:
+        end = at + part.shape[dim]
+        if statically_known_true(stop <= at) or statically_known_true(start >= end):
+            at = end
+            continue
+        first = 0 if statically_known_true(start <= at) else start - at
+        last = part.shape[dim] if statically_known_true(stop >= end) else stop - at
+        known = statically_known_true(first >= 0) and statically_known_true(last <= part.shape[dim])
+        if not known or not statically_known_true(first < last):
+            return None
+        found.append(slice_term(view, part, dim, first, last))
+        at = end
+    return cat_terms(view, found, dim) if found else None
+
+
+def slice_term(view: TermView, base: Term, dim: int, start: Any, stop: Any, step: int = 1) -> Term:
+    """``base[start:stop:step]`` along `dim`, bounds in range."""
+    size = base.shape[dim]
+    length = (stop - start + step - 1) // step
+    if same_size(length, size) and step == 1:
+        return base
+    shape = (*base.shape[:dim], length, *base.shape[dim + 1 :])
+    return view.view(base, ("slice", dim, start, stop, step), shape)
+
+
+def select_term(view: TermView, base: Term, dim: int, index: int) -> Term:
+    """``base[index]`` along `dim`."""
+    row = slice_term(view, base, dim, index, index + 1)
+    return view.view(row, ("squeeze", dim), base.shape[:dim] + base.shape[dim + 1 :])
+
+
+def unsqueeze_term(view: TermView, base: Term, dim: int) -> Term:
+    return view.view(base, ("unsqueeze", dim), (*base.shape[:dim], 1, *base.shape[dim:]))
+
+
+def cat_terms(view: TermView, parts: list[Term], dim: int) -> Term:
+    """The parts one after the other along `dim`; slices that split a tensor and join it again are the tensor."""
+    if len(parts) == 1:
+        return parts[0]
+    if (whole := _rejoined(parts, dim)) is not None:
+        return whole
+    flat = [inner for p in parts for inner in (p.args if p.op == "cat" and p.attrs == (dim,) else (p,))]
+    length: Any = 0
+    for p in flat:
+        length = length + p.shape[dim]
+    shape = (*flat[0].shape[:dim], length, *flat[0].shape[dim + 1 :])
+    return view.make("cat", *flat, attrs=(dim,), shape=shape)
+
+
+def _rejoined(parts: list[Term], dim: int) -> Term | None:
+    """``cat([h[:, :t], h[:, t:]], 1)`` is h: blocks that split the stream and join it again."""
+    if any(p.op != "view" or p.attrs[:2] != ("slice", dim) for p in parts):
+        return None
+    base: Term = parts[0].args[0]
+    at: Any = 0
+    for p in parts:
+        if p.args[0] is not base or p.attrs[4] != 1 or not same_size(p.attrs[2], at):
+            return None
+        at = p.attrs[3]
+    return base if same_size(at, base.shape[dim]) else None

@@ -1,0 +1,67 @@
+"""Streams whose rows are not dense: a patch embedding's convolution leaves [B, L, D] with D outermost in memory.
+
+Eager's pointwise ops keep that layout from block to block, and kernels that read rows cannot take it. One copy where
+the stream begins makes it dense for good; it is made only if sites were refused for it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ..matching.gain import is_elementwise, is_view
+from .strides import propagate
+
+aten = torch.ops.aten
+
+
+def settle(graph: fx.Graph, nodes: list[fx.Node]) -> list[fx.Node]:
+    """Make `nodes`, operands that were refused for their inner stride, dense at their source; the copies made."""
+    sources: dict[fx.Node, None] = {}
+    for node in nodes:
+        sources.update(dict.fromkeys(_sources(node)))
+    copies = []
+    for source in sources:
+        users = list(source.users)
+        with graph.inserting_after(source):
+            copy = graph.call_function(aten.clone.default, (source,), {"memory_format": torch.contiguous_format})
+        copy.meta = {k: v for k, v in source.meta.items() if k != "val"}
+        copy.meta["val"] = aten.clone.default(source.meta["val"], memory_format=torch.contiguous_format)
+        for user in users:
+            user.replace_input_with(source, copy)
+        propagate(copy)
+        copies.append(copy)
+    return copies
+
+
+def undo(graph: fx.Graph, copies: list[fx.Node]) -> None:
+    """Take the copies of `settle` back."""
+    for copy in copies:
+        source = copy.args[0]
+        assert isinstance(source, fx.Node)
+        users = list(copy.users)
+        copy.replace_all_uses_with(source)
+        graph.erase_node(copy)
+        propagate(source, users)
+
+
+def _dense(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return not isinstance(value, torch.Tensor) or not value.dim() or value.stride(-1) == 1
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """The views by which rows stop being dense, up from `node` through elementwise ops and views."""
+    found: list[fx.Node] = []
+    seen: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        at = pending.pop()
+        if at in seen or _dense(at) or not (is_view(at) or is_elementwise(at)):
+            continue
+        seen.add(at)
+        inputs = [source for source in at.all_input_nodes if not _dense(source)]
+        if is_view(at) and not inputs:
+            found.append(at)
+        pending.extend(inputs)
+    return found

@@ -1,0 +1,128 @@
+"""Replacing sites by ops: a taken site becomes one ``dkfuse::`` call, its operands the nodes that were bound.
+
+Operands that no node computes are views of one that does, and are inserted.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from .. import compat
+from ..matching.head_site import HeadSite
+from ..matching.rules import Candidate
+from ..matching.terms import Term, TermView
+from ..matching.views import replay
+
+TABLES = ("cos", "sin")
+
+
+def replace(graph: fx.Graph, view: TermView, sites: list[Candidate | HeadSite]) -> list[fx.Node]:
+    """Put one op call in the place of each site; returns those that are read. Dead code is dropped, order restored."""
+    if not sites:
+        return []
+    renamed: dict[fx.Node, fx.Node] = {}
+    tables: dict[Term, fx.Node] = {}  # queries and keys of all blocks read the same ones
+    calls = [call for site in sites for call in _inserted(graph, view, site, renamed, tables)]
+    compat.stable_topological_sort(graph)
+    graph.eliminate_dead_code()
+    graph.lint()
+    live = set(graph.nodes)
+    return [call for call in calls if call in live]
+
+
+def _inserted(
+    graph: fx.Graph,
+    view: TermView,
+    site: Candidate | HeadSite,
+    renamed: dict[fx.Node, fx.Node],
+    tables: dict[Term, fx.Node],
+) -> list[fx.Node]:
+    if isinstance(site, HeadSite):
+        from .replace_heads import insert
+
+        return insert(graph, view, site, renamed, tables)
+    return [_insert(graph, view, site, renamed)]
+
+
+def op_call(
+    graph: fx.Graph,
+    view: TermView,
+    op: str,
+    terms: dict[str, Term],
+    attributes: dict[str, Any],
+    renamed: dict[fx.Node, fx.Node],
+    tables: dict[Term, fx.Node] | None = None,
+) -> fx.Node:
+    """A call of ``dkfuse::op`` on the nodes of `terms`, with everything that torch wants to know about it."""
+    import dkfuse.kernels.ops  # noqa: F401  (registers torch.ops.dkfuse)
+
+    overload = getattr(torch.ops.dkfuse, op).default
+    operands = {
+        name: realize(graph, view, term, renamed, tables if name in TABLES else None) for name, term in terms.items()
+    }
+    args = tuple(operands.get(a.name) for a in overload._schema.arguments if not a.kwarg_only)
+    call = graph.call_function(overload, args, dict(attributes))
+    call.meta["val"] = overload(*(a.meta["val"] if a is not None else None for a in args), **attributes)
+    call.meta["eager_input_vals"] = fake_arguments(call)
+    return call
+
+
+def _insert(graph: fx.Graph, view: TermView, site: Candidate, renamed: dict[fx.Node, fx.Node]) -> fx.Node:
+    anchor = site.output_nodes("out")[0]
+    with graph.inserting_before(anchor):
+        call = op_call(graph, view, site.op, site.operands, site.attributes, renamed)
+        call.meta["dkfuse_kernel"], call.meta["dkfuse_site"] = site.kernel, site
+        copy_origin(anchor, call)
+        results = _results(graph, call)
+    for name in site.outputs:
+        for old in site.output_nodes(name):
+            old.replace_all_uses_with(results[name])
+            renamed[old] = results[name]
+    return call
+
+
+def _results(graph: fx.Graph, call: fx.Node) -> dict[str, fx.Node]:
+    """The results of an op call by name; one `getitem` each where there are several."""
+    returns = call.target._schema.returns  # type: ignore[union-attr]
+    if len(returns) == 1:
+        return {"out": call}
+    results = {}
+    for i, result in enumerate(returns):
+        item = graph.call_function(operator.getitem, (call, i))
+        item.meta["val"] = call.meta["val"][i]
+        results[result.name] = item
+    return results
+
+
+def copy_origin(source: fx.Node, target: fx.Node) -> None:
+    for key in ("stack_trace", "nn_module_stack"):
+        if key in source.meta:
+            target.meta[key] = source.meta[key]
+
+
+def realize(
+    graph: fx.Graph,
+    view: TermView,
+    term: Term,
+    renamed: dict[fx.Node, fx.Node],
+    inserted: dict[Term, fx.Node] | None = None,
+) -> fx.Node:
+    """The node that computes `term`, its views inserted where no node has them, or taken from `inserted`."""
+    nodes = view.nodes(term)
+    if nodes:
+        return renamed.get(nodes[0], nodes[0])
+    if inserted is not None and term in inserted:
+        return inserted[term]
+    node = replay(graph, realize(graph, view, term.args[0], renamed, inserted), term)
+    if inserted is not None:
+        inserted[term] = node
+    return node
+
+
+def fake_arguments(node: fx.Node) -> tuple[Any, Any]:
+    """``(args, kwargs)`` of a node as fake values, in fx's own containers: torch compares the two structures."""
+    return fx.map_arg(node.args, lambda n: n.meta["val"]), fx.map_arg(node.kwargs, lambda n: n.meta["val"])

@@ -1,0 +1,84 @@
+"""New strides of a value, carried to what is computed from it, so that later passes read them as facts."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..compat import statically_known_true
+
+aten = torch.ops.aten
+
+RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)  # views, where strides allow it
+
+
+def propagate(
+    start: fx.Node, users: Iterable[fx.Node] | None = None, instead: Callable[[fx.Node], fx.Node | None] | None = None
+) -> None:
+    """Compute the fake values behind `start` anew, as far as their layouts change, each node after its inputs.
+
+    users: whom to begin with; by default all users of `start`. instead: another node with the values and the layout of
+    a node that is reached, which takes its place, or None. A view that need not be possible any more becomes a reshape.
+    """
+    pending = list(start.users if users is None else users)
+    heapq.heapify(pending)  # nodes compare by their place in the graph
+    while pending:
+        node = heapq.heappop(pending)
+        while pending and pending[0] is node:
+            heapq.heappop(pending)
+        if node.op != "call_function" or "val" not in node.meta:
+            continue
+        readers = list(node.users)
+        if instead is not None and (other := instead(node)) is not None:
+            node.replace_all_uses_with(other)
+            node.graph.erase_node(node)
+            changed = True
+        else:
+            changed = _recompute(node)
+        if changed:
+            for reader in readers:
+                heapq.heappush(pending, reader)
+
+
+def read_by_strides(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes whose strides may say what an `as_strided` reads: what it is computed from, up to the matmuls.
+
+    It means places in memory: with other strides it would read other values. A matmul's result has its own strides.
+    """
+    pending = [n for target in _BY_STRIDES for n in graph.find_nodes(op="call_function", target=target)]
+    found: set[fx.Node] = set()
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                if source.target not in _MATMULS:
+                    pending.append(source)
+    return found
+
+
+_BY_STRIDES = (aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default)
+_MATMULS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+
+
+def same_layout(one: Any, other: Any) -> bool:
+    """Whether two values, tensors or lists of them, are known to have the same sizes, strides and dtypes."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        pairs = zip((*one.shape, *one.stride()), (*other.shape, *other.stride()), strict=False)
+        same = one.dtype == other.dtype and one.dim() == other.dim()
+        return same and all(statically_known_true(a == b) for a, b in pairs)
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(one) == len(other) and all(map(same_layout, one, other))
+    return not isinstance(one, torch.Tensor) and not isinstance(other, torch.Tensor)
+
+
+def _recompute(node: fx.Node) -> bool:
+    """Whether the layout of its value changed."""
+    if node.target is aten.view.default:
+        node.target = aten.reshape.default
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    old, node.meta["val"] = node.meta["val"], node.target(*args, **kwargs)  # type: ignore[operator]
+    return not same_layout(old, node.meta["val"])
