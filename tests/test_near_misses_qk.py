@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from . import near_misses_norm_last, near_misses_rope, near_misses_rope_around
+from . import near_misses_norm_last, near_misses_rope, near_misses_rope_around, spellings_rope_moved
 from .harness import Spelling, counts, flat, run, spell
 from .test_near_misses import check_same
 
 ROWS = near_misses_rope.ROWS + near_misses_rope_around.ROWS + near_misses_norm_last.ROWS
+ROWS += spellings_rope_moved.NEAR_MISSES
 ROTATIONS = ("norm_rope", "rope")
 
 

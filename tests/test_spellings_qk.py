@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import fx
 
-from . import spellings_joint, spellings_norm_last, spellings_qk, spellings_rope, spellings_rope_forms
+from . import (
+    spellings_joint,
+    spellings_norm_last,
+    spellings_qk,
+    spellings_rope,
+    spellings_rope_forms,
+    spellings_rope_moved,  # noqa: F401  (its rows are in spellings_rope's)
+)
 from .harness import Spelling, check_numerics, counts, fused, run, spell
 
 ROWS = spellings_rope.ROWS + spellings_rope_forms.ROWS + spellings_qk.ROWS + spellings_joint.ROWS

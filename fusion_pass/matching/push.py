@@ -54,6 +54,8 @@ def adapt(view: TermView, attrs: tuple, arg: Term, before: tuple, after: tuple) 
     if arg.op == "const" or not arg.shape:
         return arg
     kind = attrs[0]
+    if kind == "clone":
+        return arg  # a layout of the value, which what is computed from does not have
     if kind == "expand":
         return arg if len(after) == len(before) and same_size(before[-1], after[-1]) else None
     if kind in ("unsqueeze", "squeeze", "slice"):
@@ -73,6 +75,9 @@ def adapt(view: TermView, attrs: tuple, arg: Term, before: tuple, after: tuple) 
         if not missing:
             return view.view(arg, attrs, tuple(arg.shape[d] for d in attrs[1]))
         moved = [d for i, d in enumerate(attrs[1]) if d != i]
+        if all(d >= missing for d in moved):
+            dims = tuple(d - missing for d in attrs[1][missing:])
+            return view.view(arg, ("permute", dims), tuple(arg.shape[d] for d in dims))
         return arg if all(d < missing for d in moved) else None
     if kind == "reshape":
         shape = _reshaped(arg.shape, before, after)

@@ -21,6 +21,7 @@ from . import gain
 from .gain import is_elementwise, is_view
 from .readers import SPLITS
 from .recombine import COMPLEX
+from .rotation_tables import from_pairs
 from .terms import TermView, getitem_source, same_size
 
 aten = torch.ops.aten
@@ -168,17 +169,31 @@ def _halves_below(
         if at in seen or at in taken or at.op != "call_function" or depth > REACH:
             continue
         seen.add(at)
-        if (half := _half(at, partial)) is not None:
+        if (half := _half(view, at, partial)) is not None:
             base, kind, i = half
-            halves.setdefault((view.term(base) or base, kind), set()).add(i)
+            halves.setdefault((base, kind), set()).add(i)
         products |= at.target in PRODUCTS
         if half is None and (is_elementwise(at) or is_view(at) or at.target in (*CASTS, *SCATTERS)):
             pending.extend((source, depth + 1) for source in _sources(at))
     return halves, products, seen
 
 
-def _half(node: fx.Node, partial: bool) -> tuple[fx.Node, str, int] | None:
+def _half(view: TermView, node: fx.Node, partial: bool) -> tuple[object, str, int] | None:
     """``(tensor, kind, i)`` where `node` extracts half i of the columns of a tensor, or of its first ones."""
+    if (found := _half_of_node(node, partial)) is not None:
+        base, kind, i = found
+        return view.term(base) or base, kind, i
+    term = view.term(node)
+    if term is None or (getitem_source(node) is None and node.target not in (aten.select.int, aten.slice.Tensor)):
+        return None
+    for style in ("interleaved", "half"):  # the two of a pair were moved away from the last dims
+        for i in (0, 1):
+            if (x := from_pairs(view, term, style, i)) is not None:
+                return x, style, i
+    return None
+
+
+def _half_of_node(node: fx.Node, partial: bool) -> tuple[fx.Node, str, int] | None:
     if (source := getitem_source(node)) is not None:
         producer, index = source
         pieces = producer.meta["val"] if producer.target in SPLITS else ()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .selection import selection
 from .terms import Term, TermView, same_shape, same_size
 
 
@@ -43,7 +44,7 @@ def pair_base(view: TermView, term: Term, style: str, i: int) -> Term | None:
     while seen.op == "view" and seen.attrs[0] == "squeeze":
         seen = seen.args[0]
     if seen.op != "view" or seen.attrs[0] != "slice":
-        return None
+        return from_pairs(view, stripped(term), style, i)
     source, (dim, start, stop, step) = seen.args[0], seen.attrs[1:]
     last, shape = len(source.shape) - 1, (*term.shape[:-1], width)
     if (
@@ -61,13 +62,29 @@ def pair_base(view: TermView, term: Term, style: str, i: int) -> Term | None:
             style == "half" and step == 1 and same_size(start, i * width // 2) and same_size(stop - start, width // 2)
         )
         return source if strided or block else None
-    if not same_size(source.shape[dim], 2) or step != 1 or start != i:
+    return from_pairs(view, stripped(term), style, i)
+
+
+def from_pairs(view: TermView, term: Term, style: str, i: int) -> Term | None:
+    """x of ``x.reshape(..., n, 2)[..., i]`` or ``x.reshape(..., 2, n)[..., i, :]``, dims moved in between or not."""
+    found = selection(term)
+    if not found.dims or (columns := found.dims[-1]) is None:
         return None
-    pairs = (width // 2, 2) if style == "interleaved" else (2, width // 2)
-    ones = [d for d in range(len(source.shape)) if not same_size(source.shape[d], 1) or d == dim]
-    tail = tuple(source.shape[d] for d in ones[-2:])
-    in_place = len(ones) >= 2 and ones[-1 if style == "interleaved" else -2] == dim and same_shape(tail, pairs)
-    return view.view(source, ("reshape",), shape) if in_place else None
+    step = 1 if style == "interleaved" else -1
+    pair = columns + step
+    while 0 <= pair < len(found.base.shape) and same_size(found.base.shape[pair], 1):
+        pair += step
+    if not 0 <= pair < len(found.base.shape) or pair in found.dims or not same_size(found.base.shape[pair], 2):
+        return None
+    if found.index(pair) != i or columns in found.ranges:
+        return None
+    last = (columns, pair) if style == "interleaved" else (pair, columns)
+    gone = tuple(d for d in range(len(found.base.shape)) if d not in found.dims and d != pair)
+    source, dims = found.without(view, pair), (*gone, *found.kept[:-1], *last)
+    wide = [d for d in dims if not same_size(source.shape[d], 1)]
+    if wide != sorted(wide):
+        source = view.view(source, ("permute", dims), tuple(source.shape[d] for d in dims))
+    return view.view(source, ("reshape",), (*term.shape[:-1], 2 * term.shape[-1]))
 
 
 def _wider(source: Term, width: int) -> bool:
@@ -78,10 +95,10 @@ def _wider(source: Term, width: int) -> bool:
 def tables_of(view: TermView, style: str, width: int, t: tuple[Term, ...], signs: tuple[bool, ...]) -> Tables:
     """How the op reads the tables of out = [[t0, t1], [t2, t3]] x."""
     if signs == (True, True, True, True):
-        elements = [_element(entry) for entry in t]
-        base = elements[0][0] if elements[0] is not None else None
-        if base is not None and elements == [(base, k) for k in range(4)]:
-            return Tables("matrix", view.view(base, ("reshape",), (*base.shape[:-3], 2 * width)))
+        elements = [_element(view, entry, width) for entry in t]
+        table = elements[0][0] if elements[0] is not None else None
+        if table is not None and elements == [(table, k) for k in range(4)]:
+            return Tables("matrix", table)
     if signs != (True, False, True, True):
         shown = " ".join("+" if s else "-" for s in signs)
         raise NotARotation(f"pairs are recombined with the signs {shown}; a rotation has + - + +, by row of its matrix")
@@ -102,23 +119,15 @@ def tables_of(view: TermView, style: str, width: int, t: tuple[Term, ...], signs
     raise NotARotation("the two components of a pair are multiplied with tables that do not belong together")
 
 
-def _element(term: Term) -> tuple[Term, int] | None:
-    """``(f, 2 * row + column)`` of ``f[..., row, column]``, f of shape [..., 2, 2]."""
-    picks: list[tuple[int, int]] = []  # (dim counted from the end of f, index), outermost view first
-    seen, squeezed = term, 0
-    while seen.op == "view" and not (len(picks) == 2 and not squeezed):
-        rank = len(seen.args[0].shape)
-        if seen.attrs[0] == "squeeze":
-            squeezed += 1
-        elif seen.attrs[0] == "slice" and seen.attrs[3] - seen.attrs[2] == 1:
-            picks.append((seen.attrs[1] - rank, seen.attrs[2]))
-            squeezed = max(0, squeezed - 1)
-        else:
-            return None
-        seen = seen.args[0]
-    if len(picks) != 2 or [int(same_size(s, 2)) for s in seen.shape[-2:]] != [1, 1]:
+def _element(view: TermView, term: Term, width: int) -> tuple[Term, int] | None:
+    """``(f, 2 * row + column)`` of ``f[..., row, column]``, f of shape [..., n, 2, 2] read as [..., 2 * width]."""
+    found = selection(term)
+    rank = len(found.base.shape)
+    if rank < 3 or found.kept != tuple(d for d in range(rank - 2) if d in found.dims):
         return None
-    (outer, i), (inner, j) = picks
-    if outer != -1:
-        return None  # the last pick is from a vector of 2
-    return (seen, 2 * i + j) if inner == -1 else (seen, 2 * j + i) if inner == -2 else None
+    row, column = found.index(rank - 2), found.index(rank - 1)
+    square = same_size(found.base.shape[-2], 2) and same_size(found.base.shape[-1], 2)
+    if row is None or column is None or not square or found.dims[-1] != rank - 3:
+        return None
+    table = view.view(found.without(view, rank - 2, rank - 1), ("reshape",), (*term.shape[:-1], 2 * width))
+    return table, 2 * row + column

@@ -3,7 +3,7 @@
 any view that changes nothing                          the base
 reshape of reshape                                     one reshape
 unsqueeze of squeeze, squeeze of unsqueeze             the base
-slice of cat, along its dim                            the part, or a slice of it
+slice of cat, along its dim                            the part, or a slice of it; also where its dims were exchanged
 slice of a copy (``repeat_interleave`` makes one)      slice of what was copied
 slice of an expanded dim                               the dim of size 1 that was expanded
 """
@@ -36,6 +36,8 @@ def simplify(view: TermView, base: Term, attrs: tuple, shape: tuple) -> Term | N
                 return view.view(inner, ("expand",), rest)
     if kind == "slice" and inner is not None and inner.op == "cat" and base.attrs[0] == "reshape":
         return _half_of_cat(view, inner, base, attrs, shape)
+    if kind == "slice" and inner is not None and base.attrs[0] in ("permute", "clone"):
+        return _slice_of_moved_cat(view, base, attrs, shape)
     if kind == "slice" and base.op == "cat" and base.attrs[0] == attrs[1] and attrs[4] == 1:
         return _slice_of_cat(view, base, attrs[1], attrs[2], attrs[3])
     return None
@@ -79,6 +81,18 @@ def _slice_of_cat(view: TermView, cat: Term, dim: int, start: Any, stop: Any) ->
         found.append(slice_term(view, part, dim, first, last))
         at = end
     return cat_terms(view, found, dim) if found else None
+
+
+def _slice_of_moved_cat(view: TermView, moved: Term, attrs: tuple, shape: tuple) -> Term | None:
+    """A slice along the dim of a cat whose dims were exchanged, and that was perhaps copied then."""
+    seen = moved.args[0] if moved.attrs[0] == "clone" else moved
+    if seen.op != "view" or seen.attrs[0] != "permute" or seen.args[0].op != "cat":
+        return None
+    cat, dims, (dim, start, stop, step) = seen.args[0], seen.attrs[1], attrs[1:]
+    if dims[dim] != cat.attrs[0] or step != 1:
+        return None
+    part = _slice_of_cat(view, cat, dims[dim], start, stop)
+    return None if part is None else view.view(part, ("permute", dims), shape)
 
 
 def slice_term(view: TermView, base: Term, dim: int, start: Any, stop: Any, step: int = 1) -> Term:
