@@ -21,7 +21,7 @@ from torch import fx
 
 from . import patterns, seams
 from .choosing import building, choose
-from .matching import anchors, gain, heads, plan_heads
+from .matching import anchors, frames, gain, heads, plan_heads
 from .matching.anchors import Anchor
 from .matching.checks import FULL, build, build_dual
 from .matching.cycles import Together, check_cycles
@@ -134,6 +134,7 @@ class Planner:
         self.view, self.settings, self.spent = view, settings, spent
         self.states = {a.key: State(a) for a in anchors.find(view)}
         self.queries = anchors.qk_reductions(view)
+        self.framed = frames.shapes(view)
         self.claimed: dict[fx.Node, Candidate | HeadSite] = {}
         self.taken: list[Candidate | HeadSite] = []
         self.together = Together()
@@ -147,8 +148,9 @@ class Planner:
             term = self.view.term(node)
             if term is None or term.op == "view" or self.view.nodes(term)[0] is not node or not wanted(term):
                 continue
+            seen = frames.unflattened(self.view, term, self.framed)
             for rule in rules:
-                if self._try(rule, term):
+                if any(self._try(rule, term, shaped) for shaped in seen):
                     break
 
     def finish(self, started: float) -> Plan:
@@ -158,10 +160,11 @@ class Planner:
         record.seconds = time.perf_counter() - started
         return Plan(self.view, self.taken, record, self.refused, list(self.states.values()))
 
-    def _try(self, rule: Rule, term: Term) -> bool:
+    def _try(self, rule: Rule, term: Term, shaped: Term) -> bool:
+        """Try `rule` on `term`, seen as `shaped`."""
         best: tuple[State, Reject] | None = None
         assert rule.pattern is not None, f"{rule.name} has no pattern to match"
-        for binding in matches(rule.pattern, self.view, term):
+        for binding in matches(rule.pattern, self.view, shaped):
             norm = binding.terms.get("norm")
             inner = term.args[0] if term.op == "round" else term
             state = self.states.get(anchors.key_of(self.view, norm) if norm is not None else ("sum", inner))
@@ -174,7 +177,7 @@ class Planner:
             if inner_state is not None and (inner_state.site is not None or inner_state.anchor.node in self.claimed):
                 continue
             try:
-                self.take(state, self._candidate(rule, term, binding, state))
+                self.take(state, self._candidate(rule, term, binding, state, shaped.shape))
                 if inner_state is not None:
                     inner_state.absorbed_by = state
                 return True
@@ -187,14 +190,14 @@ class Planner:
             best[0].attempts.append((best[1], rule))
         return False
 
-    def _candidate(self, rule: Rule, term: Term, binding: Binding, state: State) -> Candidate:
+    def _candidate(self, rule: Rule, term: Term, binding: Binding, state: State, shape: tuple) -> Candidate:
         if not self.settings.allows(rule.name):
             raise Reject(Code.DISABLED, f"rule {rule.name} is switched off by dkfuse.rules", Stage.KERNEL)
         norm = binding.terms.get("norm")
         if state.anchor.node in self.queries and norm is not None and heads.is_head(norm):
             raise Reject(Code.QK_NORM, QK_NORM, Stage.KERNEL, left=True)
         try:
-            return build(rule, self.view, term, binding, self.settings.roundings)
+            return build(rule, self.view, term, binding, self.settings.roundings, shape)
         except Reject as reject:
             if reject.code != Code.ESCAPES.value or "norm" not in binding.terms:
                 raise

@@ -33,6 +33,51 @@ def layer_norm_of_a_sum_of_squares(x: T, s: T, t: T, w: T) -> T:
     return (centred * (variance + 1e-6) ** -0.5 * (1 + s) + t) @ w
 
 
+@spelling("norm_modulate", USUAL)
+def layer_norm_of_moments(x: T, s: T, t: T, w: T) -> T:
+    mean = x.mean(-1, keepdim=True)
+    variance = x.pow(2).mean(-1, keepdim=True) - mean.pow(2)
+    return ((x - mean) / torch.sqrt(variance + 1e-6) * (1 + s) + t) @ w
+
+
+@spelling("norm_modulate", USUAL, FP32)
+def layer_norm_of_moments_never_negative(x: T, s: T, t: T, w: T) -> T:
+    mean, squares = x.sum(-1) / x.shape[-1], (x * x).sum(-1) / x.shape[-1]
+    rstd = ((squares - mean * mean).clamp(min=0) + 1e-6).rsqrt()
+    return ((x - mean[..., None]) * rstd[..., None] * (1 + s) + t) @ w
+
+
+@spelling("norm_modulate", "x:BLD:f s:B1D t:B1D w:DD")
+def layer_norm_of_moments_far_from_zero(x: T, s: T, t: T, w: T) -> tuple[T, T]:
+    """The kernel subtracts the mean first; eager's difference of two large numbers has lost digits."""
+    x = x + 100
+    mean = x.mean(-1, keepdim=True)
+    variance = torch.square(x).mean(-1, keepdim=True) - mean**2
+    return x, (((x - mean) * torch.rsqrt(variance + 1e-6)).to(w.dtype) * (1 + s) + t) @ w
+
+
+@spelling("unmatched:no_rule scale_shift", USUAL, FP32)
+def moments_of_another(x: T, s: T, t: T, w: T) -> T:
+    """The mean of squares of x, the mean of 2x: no variance."""
+    mean = (2 * x).mean(-1, keepdim=True)
+    variance = x.pow(2).mean(-1, keepdim=True) - mean.pow(2)
+    return ((x - mean) * torch.rsqrt(variance.abs() + 1e-6) * (1 + s) + t) @ w
+
+
+@spelling("unmatched:no_rule scale_shift", USUAL, FP32)
+def moments_not_below_a_number(x: T, s: T, t: T, w: T) -> T:
+    mean = x.mean(-1, keepdim=True)
+    variance = (x.pow(2).mean(-1, keepdim=True) - mean.pow(2)).clamp(min=0.1)
+    return ((x - mean) * torch.rsqrt(variance) * (1 + s) + t) @ w
+
+
+@spelling("unmatched:no_rule scale_shift", USUAL, FP32)
+def layer_norm_by_a_deviation_and_a_number(x: T, s: T, t: T, w: T) -> T:
+    """1 / (std + e) is no 1 / sqrt(var + e): for short rows the two differ."""
+    mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True, unbiased=False)
+    return ((x - mean) / (std + 1e-2) * (1 + s) + t) @ w
+
+
 # -- unit vectors, the RMSNorm of lucidrains' mmdit and x-transformers -------------------------------------------------
 
 

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from . import (
     spellings,
     spellings_biases,
     spellings_by_hand,
+    spellings_frames,
     spellings_norms,
     spellings_picks,
     spellings_streams,
 )
 from .harness import Spelling, check_numerics, counts, run, spell
 
-TABLES = (spellings, spellings_norms, spellings_streams, spellings_biases, spellings_picks, spellings_by_hand)
+TABLES = (
+    spellings,
+    spellings_norms,
+    spellings_streams,
+    spellings_biases,
+    spellings_picks,
+    spellings_by_hand,
+    spellings_frames,
+)
 ROWS = [row for part in TABLES for row in part.ROWS]
 
 
@@ -40,3 +50,17 @@ def test_spelling_compiled_by_inductor(row: Spelling) -> None:
 def test_the_table_is_long_enough_and_names_are_unique() -> None:
     names = [row.name for row in ROWS]
     assert len(names) == len(set(names)) >= 95
+
+
+FRAMES = ("frames", "frames_before_an_affine_norm", "frames_in_fp32")
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.name in FRAMES], ids=lambda row: row.name)
+def test_frames_of_any_number_of_tokens(row: Spelling) -> None:
+    args = spell(row.inputs, row.dtype)
+    for text, arg in zip(row.inputs.split(), args, strict=True):
+        if text.split(":")[1] == "BLD":
+            torch._dynamo.maybe_mark_dynamic(arg, 1)
+    results, coverage = run(row.function, args, dynamic=None)
+    assert counts(coverage) == row.expected, str(coverage)
+    check_numerics(row.function, args, results)

@@ -1,8 +1,8 @@
 """The denominator of coverage: places that could be fused, found without asking the rules.
 
 * every norm reduction: `var_mean`, a mean of squares that goes to `rsqrt` or a division, a native norm op;
-* every gated residual: ``stream + gate * branch`` with a gate that is broadcast over the tokens or cut from a bigger
-  tensor;
+* every gated residual: ``stream + gate * branch`` with a gate that is broadcast over the tokens, all or those of a
+  frame, cut from a bigger tensor, or picked or repeated for every token;
 * every rotation of pairs of columns (`rotation_anchors`);
 * every modulation without a norm: ``x * (1 + scale) + shift`` with broadcast scale and shift.
 
@@ -16,10 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from . import rotation_anchors
-from .canonical import bare, centred
-from .checks import is_cut, is_row_parameter
-from .terms import Term, TermView, getitem_source, same_shape, same_size
+from . import rotation_anchors, stream_anchors
+from .terms import Term, TermView, bare, getitem_source, same_size
+from .variances import centred
 
 aten = torch.ops.aten
 
@@ -58,7 +57,9 @@ def find(view: TermView) -> list[Anchor]:
     for node in view.order:
         if node.op != "call_function":
             continue
-        anchor = _norm_anchor(view, node) or (None if node in rotating else _stream_anchor(view, node))
+        anchor = _norm_anchor(view, node)
+        if anchor is None and node not in rotating and (stream := stream_anchors.find(view, node)) is not None:
+            anchor = Anchor(stream[0], node, ("sum", stream[1]))
         if anchor is not None and anchor.key not in found:
             found[anchor.key] = anchor
     return sorted(found.values(), key=lambda anchor: view.order[anchor.node])
@@ -78,12 +79,25 @@ def _norm_anchor(view: TermView, node: fx.Node) -> Anchor | None:
         term = view.term(node)
         while term is not None and term.op in ("view", "round"):
             term = term.args[0]
-        if term is not None and term.op == "var":
-            return Anchor("norm", node, ("var", term.args[0], term.attrs[0]))
+        if term is not None and (var := term if term.op == "var" else _variance_of(view, node)) is not None:
+            return Anchor("norm", node, ("var", var.args[0], var.attrs[0]))
         if term is not None and term.op == "sum" and (x := centred(bare(term.args[0]).args[0])) is not None:
             return Anchor("norm", node, ("var", x, 0))
         last = term is not None and term.op in ("mean", "sum")
         return Anchor("norm", node, ("mean", term.args[0]) if term is not None and last else node)
+    return None
+
+
+def _variance_of(view: TermView, node: fx.Node) -> Term | None:
+    """The variance that a mean of squares becomes when the square of the mean is subtracted."""
+    for user in node.users:
+        seen = view.term(user)
+        while seen is not None and seen.op in ("view", "round"):
+            seen = seen.args[0]
+        if seen is not None and seen.op == "var":
+            return seen
+        if seen is not None and seen.op in ("mean", "sum") and (found := _variance_of(view, user)) is not None:
+            return found
     return None
 
 
@@ -147,56 +161,6 @@ def _reaches_root(node: fx.Node, depth: int = 6) -> bool:
         val = user.meta.get("val")
         small = isinstance(val, torch.Tensor) and same_size(val.numel(), node.meta["val"].numel())
         if depth and small and _reaches_root(user, depth - 1):
-            return True
-    return False
-
-
-def _stream_anchor(view: TermView, node: fx.Node) -> Anchor | None:
-    term = view.term(node)
-    if term is None:
-        return None
-    total = term.args[0] if term.op == "round" else term
-    shape = tuple(node.meta["val"].shape)
-    if total.op != "add" or len(shape) < 2 or view.nodes(term)[0] is not node:
-        return None
-    for stream, product in (total.args, total.args[::-1]):
-        if is_gated_residual(view.expose(stream), product, shape):
-            return Anchor("gated_residual", node, ("sum", total))
-        if is_modulation(stream, product, shape):
-            return Anchor("scale_shift", node, ("sum", total))
-    return None
-
-
-def is_gated_residual(stream: Term, product: Term, shape: tuple) -> bool:
-    """``stream + gate * branch``, and not the two products of a rotation."""
-    p, s = bare(product), bare(stream)
-    if p.op != "mul" or p.args[0].op == "const" or stream.op == "const" or not same_shape(stream.shape, shape):
-        return False
-    if s.op == "mul" and any(is_row_parameter(a, shape) for a in s.args):
-        return False
-    if s.op == "neg" or p.args[0] is p.args[1]:
-        return False
-    for gate, branch in (p.args, p.args[::-1]):
-        if same_shape(branch.shape, shape) and (is_row_parameter(gate, shape) or is_cut(gate, shape)):
-            return not is_factor_of_norm(gate)
-    return False
-
-
-def is_factor_of_norm(term: Term) -> bool:
-    return bool(term.shape) and same_size(term.shape[-1], 1)
-
-
-def is_modulation(shift: Term, product: Term, shape: tuple) -> bool:
-    """``x * (1 + scale) + shift`` without a norm below."""
-    p = bare(product)
-    if p.op != "mul" or product.norm_reach is not None or not is_row_parameter(shift, shape):
-        return False
-    for factor, x in (p.args, p.args[::-1]):
-        f = bare(factor)
-        while f.op == "view":
-            f = bare(f.args[0])
-        one_plus = f.op == "add" and f.args[0].op == "const" and f.args[0].value == 1.0
-        if one_plus and is_row_parameter(factor, shape) and same_shape(x.shape, shape):
             return True
     return False
 

@@ -19,16 +19,10 @@ import math
 
 import torch
 
-from .terms import Term, TermView
+from .terms import Term, TermView, bare
+from .variances import centred, mean_from_sum, never_negative, variance_from_moments, variance_from_squares
 
 LONGEST_CLAMP = 1e-8  # e of a unit vector: no row of an activation is so short that the formula above differs
-
-
-def bare(term: Term) -> Term:
-    """`term` without its roundings."""
-    while term.op == "round":
-        term = term.args[0]
-    return term
 
 
 def is_const(term: Term, value: float) -> bool:
@@ -90,32 +84,6 @@ def power(view: TermView, args, attrs) -> Term | None:
             return view.make("rsqrt", args[0])
         case -1 | -1.0:
             return view.make("reciprocal", args[0])
-    return None
-
-
-def mean_from_sum(view: TermView, args, attrs) -> Term | None:
-    c, s = args[0], bare(args[1])
-    known = c.op == "const" and s.op == "sum" and isinstance(s.args[0].shape[-1], int)
-    if known and abs(c.value * s.args[0].shape[-1] - 1.0) < 1e-6:
-        return view.make("mean", s.args[0], shape=s.shape)
-    return None
-
-
-def centred(term: Term) -> Term | None:
-    """x of ``x - mean(x)``."""
-    t = bare(term)
-    if t.op == "add":
-        for a, b in (t.args, t.args[::-1]):
-            m = bare(b)
-            if m.op == "neg" and bare(m.args[0]).op == "mean" and bare(m.args[0]).args[0] is a:
-                return a
-    return None
-
-
-def variance_from_squares(view: TermView, args, attrs) -> Term | None:
-    square = bare(args[0])
-    if square.op == "mul" and square.args[0] is square.args[1] and (x := centred(square.args[0])) is not None:
-        return view.make("var", x, attrs=(0,), shape=(*x.shape[:-1], 1))
     return None
 
 
@@ -208,6 +176,7 @@ ALGEBRA = {
         fold(lambda a, b: a + b),  # 1 + 0
         identity(0.0),  # x + 0
         distribute_norm,  # n + n * s
+        variance_from_moments,  # (x ** 2).mean(-1) - x.mean(-1) ** 2
     ],
     "mul": [
         fold(lambda a, b: a * b),  # 0.5 * 2
@@ -225,4 +194,5 @@ ALGEBRA = {
     ],
     "pow": [power],  # x ** 2, v ** -0.5
     "mean": [variance_from_squares],  # ((x - mean) ** 2).mean(-1)
+    "clamp_min": [never_negative],  # variance.clamp(min=0)
 }

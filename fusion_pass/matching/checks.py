@@ -15,20 +15,30 @@ from torch import fx
 
 from . import picks
 from .escapes import check_escapes, collect_interior
-from .operands import base_node, fake, text_shape
+from .operands import base_node, computed, fake, text_shape
 from .pattern import Binding
 from .rules import Candidate, Code, Reject, Replaceable, Rule, Stage
 from .terms import FLOATS, Term, TermView, broadcast_shape, same_shape, same_size, short_dtype
 from .views import is_view_of_input
 
 FULL = ("x", "residual")
+PICKING = (  # rows by their numbers
+    torch.ops.aten.index_select.default,
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.gather.default,
+    torch.ops.aten.embedding.default,
+)
 
 
-def build(rule: Rule, view: TermView, root: Term, binding: Binding, roundings: str = "fused") -> Candidate:
-    """The candidate for `binding`, or Reject."""
-    node = view.nodes(root)[0]
-    shape = tuple(node.meta["val"].shape)
-    site = Candidate(rule, view, root, binding, shape, node.meta["val"].device, family=rule.family)
+def build(
+    rule: Rule, view: TermView, root: Term, binding: Binding, roundings: str = "fused", shape: tuple | None = None
+) -> Candidate:
+    """The candidate for `binding`, or Reject. `shape` is what the op sees `root` in, where that is not its own."""
+    value = view.nodes(root)[0].meta["val"]
+    if (total := binding.terms.get("sum")) is not None:
+        binding = binding.rebind("sum", computed(view, total))
+    shape = tuple(value.shape) if shape is None else shape
+    site = Candidate(rule, view, root, binding, shape, value.device, family=rule.family)
     site.outputs["out"] = root
     return _checked(site, roundings)
 
@@ -36,6 +46,7 @@ def build(rule: Rule, view: TermView, root: Term, binding: Binding, roundings: s
 def build_dual(first: tuple[Term, Binding], second: tuple[Term, Binding], rule: Rule, view: TermView, roundings: str):
     """The candidate for two modulations of one norm (SD3.5's dual attention, LTX-2's cross-modal norms), or Reject."""
     (root, one), (other_root, two) = first, second
+    one, two = (b.rebind("sum", computed(view, b.terms["sum"])) if "sum" in b.terms else b for b in (one, two))
     names = set(one.terms) | set(two.terms)
     shared = names - {"scale", "shift"}
     if any(one.terms.get(n) is not two.terms.get(n) for n in shared) or one.numbers != two.numbers:
@@ -107,19 +118,22 @@ def is_row_parameter(term: Term, shape: tuple) -> bool:
 def is_cut(term: Term, shape: tuple) -> bool:
     """A full tensor that is made of conditioning: a per-token gate.
 
-    Either one slice of a bigger tensor across a dim that is not the last, or rows picked per token by `where`.
+    One slice of a bigger tensor across a dim that is not the last, rows picked per token by `where` or by an index, or
+    rows that were repeated for the tokens.
     """
     if not same_shape(term.shape, shape):
         return False
-    if term.op == "leaf" and term.attrs[0].target is torch.ops.aten.where.self:
-        rows = [a.meta["val"] for a in term.attrs[0].args[1:] if isinstance(a, fx.Node)]
-        return all(not same_shape(row.shape, shape) for row in rows)
     last = len(term.shape)
     while term.op == "view":
         if term.attrs[0] == "slice" and term.attrs[1] < last - 1 + (len(term.shape) > last):
             return len(term.args[0].shape) > last
+        if term.attrs[0] == "expand":
+            return True
         term = term.args[0]
-    return False
+    if term.op == "leaf" and term.attrs[0].target is torch.ops.aten.where.self:
+        rows = [a.meta["val"] for a in term.attrs[0].args[1:] if isinstance(a, fx.Node)]
+        return all(not same_shape(row.shape, shape) for row in rows)
+    return term.op == "leaf" and term.attrs[0].target in PICKING
 
 
 def check_eps(view: TermView, norm: Term) -> None:

@@ -6,15 +6,15 @@ twice, and readers that die with the site.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+import math
+from collections.abc import Callable, Container, Iterator
 
 import torch
 from torch import fx
 
-from .canonical import bare
-from .operands import base_node
+from .operands import base_node, computed
 from .rules import Candidate, Code, Reject
-from .terms import Term, TermView, same_shape, same_size
+from .terms import Term, TermView, bare, same_shape, same_size
 
 
 def collect_interior(site: Candidate) -> None:
@@ -77,6 +77,15 @@ def served(
     )
 
 
+def _readers(view: TermView, node: fx.Node, reshaped: Container[Term]) -> Iterator[fx.Node]:
+    """Users of a sum, and those of what is only a reshape of it."""
+    for user in node.users:
+        if view.term(user) in reshaped:
+            yield from _readers(view, user, reshaped)
+        else:
+            yield user
+
+
 def check_escapes(site: Candidate) -> None:
     """Raise Reject where a value inside the site is read outside of it; a sum that is becomes a result."""
     view = site.view
@@ -84,9 +93,10 @@ def check_escapes(site: Candidate) -> None:
     if "sum" in site.binding.terms:
         total = site.binding.terms["sum"]
         own = set(view.nodes(total))
-        site.interior -= own
+        reshaped = {t for t in site.binding.interior if t is not total and computed(view, t) is total}
+        site.interior -= own | {node for t in reshaped for node in view.nodes(t)}
         inside = site.interior | roots | own
-        if any(user not in inside for node in own for user in node.users):
+        if any(user not in inside for node in own for user in _readers(view, node, reshaped)):
             site.outputs["sum"] = total
     owned = site.interior | roots | set(view.nodes(site.binding.terms["sum"]) if "sum" in site.binding.terms else ())
     last = max(view.order[node] for node in owned)
@@ -94,7 +104,7 @@ def check_escapes(site: Candidate) -> None:
 
     for node in site.interior:
         val = node.meta.get("val")
-        full = isinstance(val, torch.Tensor) and same_shape(val.shape, site.shape)
+        full = isinstance(val, torch.Tensor) and same_size(val.numel(), math.prod(site.shape))  # in any shape
         statistic = view.term(node) is None or (bool(val.shape) and same_size(val.shape[-1], 1) and val.dim() > 1)
         if not (full or statistic):
             continue  # a row parameter such as 1 + scale: cheap to compute twice

@@ -9,12 +9,22 @@ from torch import fx
 
 from .terms import Term, TermView
 
+RESHAPES = ("reshape", "unsqueeze", "squeeze")  # views that keep the order of the elements
+
 
 def base_node(view: TermView, term: Term) -> fx.Node:
     """The node under the views of an operand."""
     while not view.nodes(term):
         term = term.args[0]
     return view.nodes(term)[0]
+
+
+def computed(view: TermView, term: Term) -> Term:
+    """What `term` is a reshape of, where a node computes that; `term` itself otherwise."""
+    seen = term
+    while seen.op == "view" and seen.attrs[0] in RESHAPES:
+        seen = seen.args[0]
+    return seen if view.nodes(seen) else term
 
 
 def fake(view: TermView, term: Term) -> torch.Tensor:

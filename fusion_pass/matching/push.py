@@ -54,8 +54,6 @@ def adapt(view: TermView, attrs: tuple, arg: Term, before: tuple, after: tuple) 
     if arg.op == "const" or not arg.shape:
         return arg
     kind = attrs[0]
-    if kind == "clone":
-        return arg  # a layout of the value, which what is computed from does not have
     if kind == "expand":
         return arg if len(after) == len(before) and same_size(before[-1], after[-1]) else None
     if kind in ("unsqueeze", "squeeze", "slice"):

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..compat import statically_known_true
-from .terms import Term, TermView, same_shape, same_size
+from .terms import Term, TermView, bare, same_shape, same_size
 
 
 def simplify(view: TermView, base: Term, attrs: tuple, shape: tuple) -> Term | None:
@@ -37,7 +37,7 @@ def simplify(view: TermView, base: Term, attrs: tuple, shape: tuple) -> Term | N
     if kind == "slice" and inner is not None and inner.op == "cat" and base.attrs[0] == "reshape":
         return _half_of_cat(view, inner, base, attrs, shape)
     if kind == "slice" and inner is not None and base.attrs[0] in ("permute", "clone"):
-        return _slice_of_moved_cat(view, base, attrs, shape)
+        return _slice_of_moved(view, base, attrs, shape)
     if kind == "slice" and base.op == "cat" and base.attrs[0] == attrs[1] and attrs[4] == 1:
         return _slice_of_cat(view, base, attrs[1], attrs[2], attrs[3])
     return None
@@ -83,10 +83,14 @@ def _slice_of_cat(view: TermView, cat: Term, dim: int, start: Any, stop: Any) ->
     return cat_terms(view, found, dim) if found else None
 
 
-def _slice_of_moved_cat(view: TermView, moved: Term, attrs: tuple, shape: tuple) -> Term | None:
-    """A slice along the dim of a cat whose dims were exchanged, and that was perhaps copied then."""
+def _slice_of_moved(view: TermView, moved: Term, attrs: tuple, shape: tuple) -> Term | None:
+    """A slice of a result whose dims were exchanged, and that was perhaps copied then; of a cat along its dim."""
     seen = moved.args[0] if moved.attrs[0] == "clone" else moved
-    if seen.op != "view" or seen.attrs[0] != "permute" or seen.args[0].op != "cat":
+    if seen.op != "view" or seen.attrs[0] != "permute":
+        return None
+    if seen is not moved and bare(seen.args[0]).op in ("add", "mul", "neg"):
+        return view.view(seen, attrs, shape)
+    if seen.args[0].op != "cat":
         return None
     cat, dims, (dim, start, stop, step) = seen.args[0], seen.attrs[1], attrs[1:]
     if dims[dim] != cat.attrs[0] or step != 1:

@@ -59,6 +59,13 @@ class Term:
         return render(self)
 
 
+def bare(term: Term) -> Term:
+    """`term` without its roundings."""
+    while term.op == "round":
+        term = term.args[0]
+    return term
+
+
 def render(term: Term, depth: int = 6) -> str:
     """A term as text, cut off below `depth`: what coverage prints for a site that no rule explains."""
     if term.op == "const":

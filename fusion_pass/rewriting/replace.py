@@ -14,8 +14,9 @@ from torch import fx
 from .. import compat
 from ..matching.head_site import HeadSite
 from ..matching.rules import Candidate
-from ..matching.terms import Term, TermView
+from ..matching.terms import Term, TermView, same_shape
 from ..matching.views import replay
+from .symbols import arguments
 
 TABLES = ("cos", "sin")
 
@@ -78,11 +79,24 @@ def _insert(graph: fx.Graph, view: TermView, site: Candidate, renamed: dict[fx.N
         call.meta["dkfuse_kernel"], call.meta["dkfuse_site"] = site.kernel, site
         copy_origin(anchor, call)
         results = _results(graph, call)
+        shaped = {name: _shaped(graph, results[name], site.output_nodes(name)[0]) for name in site.outputs}
     for name in site.outputs:
         for old in site.output_nodes(name):
-            old.replace_all_uses_with(results[name])
-            renamed[old] = results[name]
+            old.replace_all_uses_with(shaped[name])
+            renamed[old] = shaped[name]
     return call
+
+
+def _shaped(graph: fx.Graph, result: fx.Node, old: fx.Node) -> fx.Node:
+    """`result` in the shape of the value that it replaces: tokens that the op saw as frames."""
+    shape = old.meta["val"].shape
+    if same_shape(result.meta["val"].shape, shape):
+        return result
+    sizes = arguments(graph, list(shape), [result, *old.all_input_nodes])
+    reshaped = graph.call_function(torch.ops.aten.reshape.default, (result, sizes))
+    reshaped.meta["val"] = result.meta["val"].reshape(shape)
+    copy_origin(old, reshaped)
+    return reshaped
 
 
 def _results(graph: fx.Graph, call: fx.Node) -> dict[str, fx.Node]:
