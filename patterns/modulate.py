@@ -5,7 +5,7 @@
     n * scale                           A2, A2L                        the factor computed on the row
     n * gate + residual                 G3                             sandwich norm: `shift` is a full tensor
 
-A factor that is neither `scale` nor `1 + scale` (`2 + scale`) binds `offset` and is rejected by the check.
+In place of the 1 any number will do; ``1 - scale`` is a factor computed on the row.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dkfuse.matching.pattern import Add, Mul, Norm, Num, Pattern, R, Var, alt
-from dkfuse.matching.rules import Candidate, Code, NotThisRule, Reject, Rule
-from dkfuse.matching.terms import Term, same_size
+from dkfuse.matching.rules import Candidate, NotThisRule, Rule
+from dkfuse.matching.terms import Term, bare, same_size
 
 
 def is_vector(term: Term) -> bool:
@@ -23,12 +23,12 @@ def is_vector(term: Term) -> bool:
 
 
 def is_factor(term: Term) -> bool:
-    """Not itself ``c + s``: that spelling is matched with its constant."""
+    """Not itself ``c + s``: that spelling is matched with its constant. ``c - s`` is a factor: no node computes -s."""
     inner = term.args[0] if term.op == "round" else term
     while inner.op == "view":
         inner = inner.args[0]
     inner = inner.args[0] if inner.op == "round" else inner
-    return not (inner.op == "add" and inner.args[0].op == "const")
+    return not (inner.op == "add" and inner.args[0].op == "const" and bare(inner.args[1]).op != "neg")
 
 
 def affine(x: Pattern, vector: Callable[[Term], bool] = is_vector) -> Pattern:
@@ -47,14 +47,12 @@ def modulated(a: Pattern) -> Pattern:
 
 
 def check_modulation(site: Candidate) -> None:
-    """The constant of ``offset + scale`` must be the 1 of adaLN, and a norm's own affine is no modulation."""
-    offset, terms = site.binding.numbers.get("offset"), site.binding.terms
+    """A norm's own affine is no modulation."""
+    terms = site.binding.terms
     own = [terms[name] for name in ("scale", "shift") if name in terms]
     affine_only = "weight" not in terms or not terms.keys() & {"scale", "bias"}
-    if offset is None and affine_only and all(is_vector(t) for t in own):
+    if "offset" not in site.binding.numbers and affine_only and all(is_vector(t) for t in own):
         raise NotThisRule("an affine norm")
-    if offset is not None and offset != 1.0:
-        raise Reject(Code.OFFSET, f"the factor is {offset:g} + scale; only 1 + scale and scale itself are modulations")
 
 
 X = Var("x")

@@ -37,21 +37,6 @@ near_miss = near_miss_table(ROWS)
 
 
 @near_miss("left:feeds_pointwise")
-def two_plus_scale(x: T, s: T, t: T, w: T) -> T:
-    return (ln(x) * (2 + s) + t) @ w
-
-
-@near_miss("left:feeds_pointwise")
-def one_minus_scale(x: T, s: T, t: T, w: T) -> T:
-    return (ln(x) * (1 - s) + t) @ w
-
-
-@near_miss("left:feeds_pointwise")
-def minus_one_plus_scale(x: T, s: T, t: T, w: T) -> T:
-    return (ln(x) * (s - 1) + t) @ w
-
-
-@near_miss("left:feeds_pointwise")
 def addcmul_with_a_value(x: T, s: T, t: T, w: T) -> T:
     return torch.addcmul(t, ln(x), 1 + s, value=2) @ w
 

@@ -137,6 +137,50 @@ def a1_eps_1e_2(x: T, s: T, t: T, w: T) -> T:
     return (ln(x, eps=1e-2) * (1 + s) + t) @ w
 
 
+# -- A1: other factors -------------------------------------------------------------------------------------------------
+
+
+@spelling("norm_modulate", "x:BLD s:B1D t:B1D w:DD")
+def factor_2_plus_scale(x: T, s: T, t: T, w: T) -> T:
+    return (ln(x) * (2 + s) + t) @ w
+
+
+@spelling("norm_modulate", "x:BLD s:B1D t:B1D w:DD")
+def factor_scale_minus_1(x: T, s: T, t: T, w: T) -> T:
+    return (ln(x) * (s - 1) + t) @ w
+
+
+@spelling("norm_modulate", "x:BLD s:B1D t:B1D w:DD")
+def factor_1_minus_scale(x: T, s: T, t: T, w: T) -> T:
+    return (ln(x) * (1 - s) + t) @ w
+
+
+@spelling("norm_modulate", "x:BLD s:BD t:BD w:DD", FP32)
+def factor_1_minus_scale_unsqueezed(x: T, s: T, t: T, w: T) -> T:
+    return (ln(x) * (1 - s)[:, None] + t[:, None]) @ w
+
+
+@spelling("norm_modulate", "x:BLD s:B1D t:B1D w:DD", FP32)
+def factor_minus_1_minus_scale(x: T, s: T, t: T, w: T) -> T:
+    return ((-1 - s) * ln(x) + t) @ w
+
+
+@spelling("norm_modulate", "x:BLD s:B1D t:B1D w:DD")
+def factor_1_plus_doubled_scale(x: T, s: T, t: T, w: T) -> T:
+    return (ln(x) * (1 + 2 * s) + t) @ w
+
+
+@spelling("norm_modulate", "x:BLD s:B1D t:B1D w:DD")
+def factor_exp_of_scale(x: T, s: T, t: T, w: T) -> T:
+    return (ln(x) * s.exp() + t) @ w
+
+
+@spelling("left:pointwise_producer", "x:BLD s:BLD t:BLD w:DD")
+def factor_1_minus_scale_per_token(x: T, s: T, t: T, w: T) -> T:
+    """As many rows as tokens: what is subtracted from 1 would have to be written to memory."""
+    return (ln(x) * (1 - s) + t) @ w
+
+
 # -- where scale and shift come from -----------------------------------------------------------------------------------
 
 

@@ -37,7 +37,6 @@ def test_near_miss(row: Spelling) -> None:
 
 
 REASONS = {
-    "two_plus_scale": "offset",
     "scale_enlarges_the_norm": "broadcast",
     "product_is_read_elsewhere": "escapes",
     "scale_from_the_sum": "cycle",

@@ -37,7 +37,6 @@ class Code(str, enum.Enum):
     NO_RULE = "no_rule"  # no rule has this shape
     NORM_DIM = "norm_dim"  # the norm is not over the last dim
     VARIANCE = "variance"  # unbiased variance, or another statistic
-    OFFSET = "offset"  # the factor is c + scale with c other than 1
     BROADCAST = "broadcast"  # an operand or the result does not broadcast as the op expects
     DTYPE = "dtype"
     DEVICE = "device"
