@@ -47,6 +47,27 @@ def pairs_in_front(x: T, c: T, s: T) -> T:
     return torch.stack([a * c - b * s, a * s + b * c], dim=-1).flatten(-2).type_as(x)
 
 
+# -- products of matrices ----------------------------------------------------------------------------------------------
+
+
+@bshd("m:LR22:f", "qk_norm=2 unmatched:rotation=2")
+def matrices_by_einsum(x: T, m: T) -> T:
+    pairs = x.float().unflatten(-1, (-1, 2))
+    return torch.einsum("lpij,blhpj->blhpi", m, pairs).flatten(-2).type_as(x)
+
+
+@bhsd("m:LR22:f", "qk_norm=2 unmatched:rotation=2")
+def matrices_by_matmul(x: T, m: T) -> T:
+    pairs = x.float().unflatten(-1, (-1, 2))
+    return (m @ pairs.unsqueeze(-1)).squeeze(-1).flatten(-2).type_as(x)
+
+
+@bhsd("m:LR22:f", "qk_norm=2 unmatched:rotation=2")
+def matrices_by_matmul_of_rows(x: T, m: T) -> T:
+    pairs = x.float().unflatten(-1, (-1, 1, 2))
+    return (pairs @ m.mT).flatten(-3).type_as(x)
+
+
 # -- near misses -------------------------------------------------------------------------------------------------------
 
 

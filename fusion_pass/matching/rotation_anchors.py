@@ -4,7 +4,8 @@
 * a cat, scatter or reshape that puts together, along the last dim, what was computed from two complementary halves
   (even and odd, or first and second) of the columns of one tensor, or of its first columns where the cat has a third
   part, the others;
-* a sum over a last dim of size 2 of a product with a tensor that was seen as pairs.
+* a sum over a last dim of size 2 of a product with a tensor that was seen as pairs;
+* a reshape to columns of a batched product with 2x2 matrices.
 
 A swap of halves alone, without a product or a minus, is no rotation (the sine and cosine of a timestep embedding).
 """
@@ -44,7 +45,8 @@ def find(view: TermView) -> dict[fx.Node, set[fx.Node]]:
         elif _recombines(node):
             between = _mixes_halves(view, node, found)
         elif _merges_pairs(node) and not _behind(node, found):
-            between = set() if _sum_of_pairs(node) else _mixes_halves(view, node, found)
+            whole = _sum_of_pairs(node) or product_of_matrices(node) is not None
+            between = set() if whole else _mixes_halves(view, node, found)
         if between is not None:
             found[node] = between
     return found
@@ -97,7 +99,7 @@ def _merges_pairs(node: fx.Node) -> bool:
     before, after = node.args[0].meta["val"].shape, node.meta["val"].shape
     if len(before) < 2 or not after or 2 not in (before[-1], before[-2]):
         return False
-    return isinstance(after[-1], int) and same_size(before[-1] * before[-2], after[-1])
+    return isinstance(after[-1], int) and after[-1] > 2 and same_size(before[-1] * before[-2], after[-1])
 
 
 def _sources(node: fx.Node) -> Iterator[fx.Node]:
@@ -133,6 +135,18 @@ def _sum_of_pairs(node: fx.Node) -> bool:
         and same_size(shape[-1], 2)
         and list(source.args[1]) in ([-1], [len(shape) - 1])
     )
+
+
+def product_of_matrices(node: fx.Node) -> fx.Node | None:
+    """The batched product of 2x2 matrices and pairs (`einsum`, `matmul`) that `node` only reshapes."""
+    source = node.args[0]
+    while isinstance(source, fx.Node) and (is_view(source) or source.target in (*CASTS, aten.clone.default)):
+        source = source.args[0]
+    if not isinstance(source, fx.Node) or source.target is not aten.bmm.default:
+        return None
+    a, b = (factor.meta["val"].shape for factor in source.args)
+    square = any(same_size(m[1], 2) and same_size(m[2], 2) for m in (a, b))
+    return source if square and same_size(a[2], 2) else None
 
 
 def _mixes_halves(view: TermView, node: fx.Node, taken: Container[fx.Node]) -> set[fx.Node] | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..matching import rotation_anchors
 from ..matching.head_site import HeadSite
 from ..matching.operands import fake
 from ..matching.rules import Code, Reject, Rule, Stage
@@ -94,6 +95,11 @@ def _unexplained(state: State, view: TermView) -> tuple[Reason, str]:
         dims = node.args[1] if len(node.args) > 1 else None
         message = f"{node.target} over dims {dims}: only norms over the last dim are fused"
         return Reason(Stage.STRUCTURE.value, Code.NORM_DIM.value, message), text
+    if state.anchor.kind == "rotation" and (product := rotation_anchors.product_of_matrices(node)) is not None:
+        message = (
+            f"pairs are multiplied with 2x2 matrices by {product.target}, in a form that is not read as a rotation"
+        )
+        return Reason(Stage.STRUCTURE.value, Code.ROTATION.value, message), text
     return Reason(Stage.STRUCTURE.value, Code.NO_RULE.value, f"no rule explains {node.name}"), text
 
 
