@@ -50,22 +50,28 @@ def pairs_in_front(x: T, c: T, s: T) -> T:
 # -- products of matrices ----------------------------------------------------------------------------------------------
 
 
-@bshd("m:LR22:f", "qk_norm=2 unmatched:rotation=2")
+@bshd("m:LR22:f")
 def matrices_by_einsum(x: T, m: T) -> T:
     pairs = x.float().unflatten(-1, (-1, 2))
     return torch.einsum("lpij,blhpj->blhpi", m, pairs).flatten(-2).type_as(x)
 
 
-@bhsd("m:LR22:f", "qk_norm=2 unmatched:rotation=2")
+@bhsd("m:LR22:f")
 def matrices_by_matmul(x: T, m: T) -> T:
     pairs = x.float().unflatten(-1, (-1, 2))
     return (m @ pairs.unsqueeze(-1)).squeeze(-1).flatten(-2).type_as(x)
 
 
-@bhsd("m:LR22:f", "qk_norm=2 unmatched:rotation=2")
+@bhsd("m:LR22:f")
 def matrices_by_matmul_of_rows(x: T, m: T) -> T:
     pairs = x.float().unflatten(-1, (-1, 1, 2))
     return (pairs @ m.mT).flatten(-3).type_as(x)
+
+
+@bhsd("m:LR22:f")
+def matrices_by_matmul_transposed(x: T, m: T) -> T:
+    """The inverse rotation."""
+    return (x.float().unflatten(-1, (-1, 1, 2)) @ m).flatten(-3).type_as(x)
 
 
 # -- near misses -------------------------------------------------------------------------------------------------------
@@ -95,3 +101,16 @@ def heads_and_columns_exchanged(x: T, c: T, s: T) -> T:
     a, b = x[..., :8].unflatten(-1, (-1, 2)).transpose(-2, -3).unbind(-1)
     out = torch.stack([a * c[..., :4] - b * s[..., :4], a * s[..., :4] + b * c[..., :4]], dim=-1).flatten(-2)
     return torch.cat([out, x[..., 8:]], dim=-1)
+
+
+@near_miss("", "m:LR22")
+def matmul_of_another_pair(x: T, m: T) -> T:
+    """The matrices of the next pair of columns."""
+    return (m.roll(1, 1)[:, None] @ x.unflatten(-1, (-1, 2)).flip(-1).unsqueeze(-1)).flatten(-3) + x
+
+
+@near_miss("", "m:C22")
+def matmul_that_mixes_heads(x: T, m: T) -> T:
+    """The same column of two heads instead of two columns of one."""
+    two = x.unflatten(2, (2, 2)).movedim(3, -1)
+    return (m @ two.unsqueeze(-1)).squeeze(-1).movedim(-1, 3).flatten(2, 3)

@@ -84,21 +84,51 @@ def adapt(view: TermView, attrs: tuple, arg: Term, before: tuple, after: tuple) 
 
 
 def _reshaped(operand: tuple, before: tuple, after: tuple) -> tuple | None:
-    """Shape of a broadcast operand after ``reshape(before -> after)``: dims that differ must be all there or all 1."""
+    """Shape of a broadcast operand after ``reshape(before -> after)``: of dims that merge, all or none are 1."""
     if same_shape(operand, before):
         return after
     padded = (1,) * (len(before) - len(operand)) + tuple(operand)
+    new: tuple = ()
+    for old, made in _groups(before, after):
+        part = padded[old]
+        if same_shape(part, before[old]):
+            new += tuple(after[made])
+        elif all(same_size(m, 1) for m in part):
+            new += (1,) * len(after[made])
+        else:
+            return None
+    return new
+
+
+def _groups(before: tuple, after: tuple) -> list[tuple[slice, slice]]:
+    """The dims of `before` and of `after` that hold the same elements, in pairs as small as the sizes tell."""
+    if not all(isinstance(s, int) for s in (*before, *after)):
+        return _ends(before, after)
+    groups, i, j = [], 0, 0
+    while i < len(before) or j < len(after):
+        first, second, a, b = i, j, 1, 1
+        while True:
+            if (a <= b and i < len(before)) or j == len(after):
+                a, i = a * before[i], i + 1
+            else:
+                b, j = b * after[j], j + 1
+            if a == b and ((i > first and j > second) or i == len(before) or j == len(after)):
+                break
+            if i == len(before) and j == len(after):
+                break
+        groups.append((slice(first, i), slice(second, j)))
+    return groups
+
+
+def _ends(before: tuple, after: tuple) -> list[tuple[slice, slice]]:
+    """As `_groups` where sizes are symbols: equal dims at both ends, and what is between them."""
     head = 0
     while head < min(len(before), len(after)) and same_size(before[head], after[head]):
         head += 1
     tail = 0
     while tail < min(len(before), len(after)) - head and same_size(before[-1 - tail], after[-1 - tail]):
         tail += 1
-    middle = padded[head : len(padded) - tail]
-    if all(same_size(m, 1) for m in middle):
-        new: tuple = (1,) * (len(after) - head - tail)
-    elif same_shape(middle, before[head : len(before) - tail]):
-        new = after[head : len(after) - tail]
-    else:
-        return None
-    return padded[:head] + new + (padded[len(padded) - tail :] if tail else ())
+    middle = (slice(head, len(before) - tail), slice(head, len(after) - tail))
+    first = [(slice(i, i + 1), slice(i, i + 1)) for i in range(head)]
+    last = [tuple(slice(len(s) - t, len(s) - t + 1) for s in (before, after)) for t in range(tail, 0, -1)]
+    return [*first, middle, *((old, made) for old, made in last)]

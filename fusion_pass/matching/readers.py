@@ -14,7 +14,7 @@ from torch import fx
 
 from .canonical import make_norm
 from .recombine import RECOMBINE_READERS, argument
-from .simplify import select_term
+from .simplify import select_term, slice_term
 from .terms import Term, TermView, broadcast_shape, getitem_source, same_shape, same_size
 from .views import VIEW_READERS, read_split
 
@@ -133,6 +133,17 @@ def read_sum(view: TermView, node: fx.Node) -> Term | None:
     return _reduction(view, node, "sum", argument(node, 1, "dim", None), argument(node, 2, "keepdim", False))
 
 
+def read_bmm(view: TermView, node: fx.Node) -> Term | None:
+    """A product of 2x2 matrices and pairs, written out: what a rotation by matrices is made of."""
+    a, b = (view.operand(factor) for factor in node.args)
+    if a is None or b is None or not same_size(a.shape[2], 2):
+        return None
+    if not any(same_size(m.shape[1], 2) and same_size(m.shape[2], 2) for m in (a, b)):
+        return None
+    products = [view.make("mul", slice_term(view, a, 2, k, k + 1), slice_term(view, b, 1, k, k + 1)) for k in (0, 1)]
+    return view.make("add", *products)
+
+
 def _correction(node: fx.Node) -> float:
     value = argument(node, 2, "correction", None)
     return 1 if value is None else value
@@ -205,6 +216,7 @@ READERS = {
     aten.scalar_tensor.default: read_full,
     aten.mean.dim: read_mean,
     aten.sum.dim_IntList: read_sum,
+    aten.bmm.default: read_bmm,
     aten.var.correction: read_var,
     operator.getitem: read_getitem,
     aten.layer_norm.default: read_native_norm,

@@ -96,7 +96,8 @@ def _merges_pairs(node: fx.Node) -> bool:
     """``[..., n, 2]`` or ``[..., 2, n]`` to ``[..., 2n]``."""
     if node.target not in RESHAPES:
         return False
-    before, after = node.args[0].meta["val"].shape, node.meta["val"].shape
+    before = [s for s in node.args[0].meta["val"].shape if not same_size(s, 1)]
+    after = node.meta["val"].shape
     if len(before) < 2 or not after or 2 not in (before[-1], before[-2]):
         return False
     return isinstance(after[-1], int) and after[-1] > 2 and same_size(before[-1] * before[-2], after[-1])

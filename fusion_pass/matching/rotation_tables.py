@@ -95,9 +95,8 @@ def _wider(source: Term, width: int) -> bool:
 def tables_of(view: TermView, style: str, width: int, t: tuple[Term, ...], signs: tuple[bool, ...]) -> Tables:
     """How the op reads the tables of out = [[t0, t1], [t2, t3]] x."""
     if signs == (True, True, True, True):
-        elements = [_element(view, entry, width) for entry in t]
-        table = elements[0][0] if elements[0] is not None else None
-        if table is not None and elements == [(table, k) for k in range(4)]:
+        elements = [_element(view, entry) for entry in t]
+        if (table := _matrices(view, elements, width)) is not None:
             return Tables("matrix", table)
     if signs != (True, False, True, True):
         shown = " ".join("+" if s else "-" for s in signs)
@@ -119,8 +118,23 @@ def tables_of(view: TermView, style: str, width: int, t: tuple[Term, ...], signs
     raise NotARotation("the two components of a pair are multiplied with tables that do not belong together")
 
 
-def _element(view: TermView, term: Term, width: int) -> tuple[Term, int] | None:
-    """``(f, 2 * row + column)`` of ``f[..., row, column]``, f of shape [..., n, 2, 2] read as [..., 2 * width]."""
+def _matrices(view: TermView, elements: list[tuple[Term, tuple, int] | None], width: int) -> Term | None:
+    """The table [..., 2 * width] whose elements 0 to 3 are `elements`, or 0, 2, 1, 3 of: then it is transposed."""
+    if elements[0] is None:
+        return None
+    table, outer, _ = elements[0]
+    order = [e[2] for e in elements if e is not None and e[0] is table and same_shape(e[1], outer)]
+    if order == [0, 2, 1, 3]:
+        rank = len(table.shape)
+        dims = (*range(rank - 2), rank - 1, rank - 2)
+        table = view.view(table, ("permute", dims), table.shape)
+    elif order != [0, 1, 2, 3]:
+        return None
+    return view.view(table, ("reshape",), (*outer, 2 * width))
+
+
+def _element(view: TermView, term: Term) -> tuple[Term, tuple, int] | None:
+    """``f[..., row, column]`` of f [..., n, 2, 2]: f, the outer dims to read it in, and 2 * row + column."""
     found = selection(term)
     rank = len(found.base.shape)
     if rank < 3 or found.kept != tuple(d for d in range(rank - 2) if d in found.dims):
@@ -129,5 +143,8 @@ def _element(view: TermView, term: Term, width: int) -> tuple[Term, int] | None:
     square = same_size(found.base.shape[-2], 2) and same_size(found.base.shape[-1], 2)
     if row is None or column is None or not square or found.dims[-1] != rank - 3:
         return None
-    table = view.view(found.without(view, rank - 2, rank - 1), ("reshape",), (*term.shape[:-1], 2 * width))
-    return table, 2 * row + column
+    matrices, outer = found.without(view, rank - 2, rank - 1), term.shape[:-1]
+    if matrices.op == "view" and matrices.attrs[0] == "expand" and found.dims == tuple(range(rank - 2)):
+        matrices = matrices.args[0]  # `matmul` expands what it multiplies
+        outer = matrices.shape[:-3]
+    return matrices, outer, 2 * row + column

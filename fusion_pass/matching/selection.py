@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .simplify import slice_term
-from .terms import Term, TermView, same_size
+from .terms import Term, TermView, same_shape, same_size
 
 CHAIN = ("slice", "squeeze", "unsqueeze", "permute")
 
@@ -44,11 +44,19 @@ class Selection:
         return term
 
 
+def _adds_ones(term: Term) -> bool:
+    """A reshape that only inserts or drops dims of size 1."""
+    if term.attrs[0] != "reshape":
+        return False
+    before, after = ([s for s in shape if not same_size(s, 1)] for shape in (term.args[0].shape, term.shape))
+    return same_shape(before, after)
+
+
 def selection(term: Term) -> Selection:
     """What `term` selects, from the first term below it that is no such view."""
     chain = []
-    while term.op == "view" and term.attrs[0] in CHAIN:
-        chain.append(term.attrs)
+    while term.op == "view" and (term.attrs[0] in CHAIN or _adds_ones(term)):
+        chain.append((*term.attrs[:1], term.args[0].shape, term.shape) if term.attrs[0] == "reshape" else term.attrs)
         term = term.args[0]
     dims: list[int | None] = list(range(len(term.shape)))
     ranges: dict[int, tuple[Any, Any, int]] = {}
@@ -65,4 +73,7 @@ def selection(term: Term) -> Selection:
                 dims.insert(attrs[1], None)
             case "permute":
                 dims = [dims[d] for d in attrs[1]]
+            case "reshape":
+                wide = iter([d for d, size in zip(dims, attrs[1], strict=True) if not same_size(size, 1)])
+                dims = [None if same_size(size, 1) else next(wide) for size in attrs[2]]
     return Selection(term, tuple(dims), ranges)

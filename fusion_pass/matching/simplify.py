@@ -1,7 +1,7 @@
 """The simplest form of a view of a term, or None: what lets two spellings of one slice be one term.
 
 any view that changes nothing                          the base
-reshape of reshape                                     one reshape
+reshape of reshape                                     one reshape, and a slice if there was one in between
 unsqueeze of squeeze, squeeze of unsqueeze             the base
 slice of cat, along its dim                            the part, or a slice of it; also where its dims were exchanged
 slice of a copy (``repeat_interleave`` makes one)      slice of what was copied
@@ -10,6 +10,7 @@ slice of an expanded dim                               the dim of size 1 that wa
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ..compat import statically_known_true
@@ -25,6 +26,8 @@ def simplify(view: TermView, base: Term, attrs: tuple, shape: tuple) -> Term | N
     if inner is not None:
         if kind == "reshape" and base.attrs[0] == "reshape":
             return view.view(inner, attrs, shape)
+        if kind == "reshape" and (sliced := _slice_behind(view, base, shape)) is not None:
+            return sliced
         if (kind, base.attrs[0]) in (("unsqueeze", "squeeze"), ("squeeze", "unsqueeze")) and attrs[1] == base.attrs[1]:
             return inner
         if kind == "slice" and base.attrs[0] == "clone" and inner.op == "view" and inner.attrs[0] == "expand":
@@ -97,6 +100,26 @@ def _slice_of_moved(view: TermView, moved: Term, attrs: tuple, shape: tuple) -> 
         return None
     part = _slice_of_cat(view, cat, dims[dim], start, stop)
     return None if part is None else view.view(part, ("permute", dims), shape)
+
+
+def _slice_behind(view: TermView, sliced: Term, shape: tuple) -> Term | None:
+    """A reshape of a slice of a reshape as a slice of one reshape, where the last one leaves the sliced dim alone."""
+    reshaped = sliced.args[0]
+    if sliced.attrs[0] != "slice" or reshaped.op != "view" or reshaped.attrs[0] != "reshape":
+        return None
+    dim, size = sliced.attrs[1], sliced.shape[sliced.attrs[1]]
+    if not all(isinstance(s, int) for s in (*reshaped.shape, *shape)):
+        return None
+    before = math.prod(reshaped.shape[:dim])
+    places = [d for d in range(len(shape) + 1) if math.prod(shape[:d]) == before]
+    own = [d for d in places if d < len(shape) and shape[d] == size]
+    if not own and (size != 1 or not places):
+        return None
+    at, gone = (own[-1], False) if own else (places[-1], True)  # gone: the reshape drops the element's dim
+    inner, rest = shape[:at], shape[at:] if gone else shape[at + 1 :]
+    whole = view.view(reshaped.args[0], ("reshape",), (*inner, reshaped.shape[dim], *rest))
+    part = view.view(whole, ("slice", at, *sliced.attrs[2:]), (*inner, size, *rest))
+    return view.view(part, ("squeeze", at), shape) if gone else part
 
 
 def slice_term(view: TermView, base: Term, dim: int, start: Any, stop: Any, step: int = 1) -> Term:
