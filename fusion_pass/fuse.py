@@ -165,6 +165,8 @@ class Planner:
         best: tuple[State, Reject] | None = None
         assert rule.pattern is not None, f"{rule.name} has no pattern to match"
         for binding in matches(rule.pattern, self.view, shaped):
+            if shaped is not term and not frames.has_frames(binding.terms.values(), shaped.shape):
+                continue  # what a frame has one of is elsewhere: no reason to see the site in frames
             norm = binding.terms.get("norm")
             inner = term.args[0] if term.op == "round" else term
             state = self.states.get(anchors.key_of(self.view, norm) if norm is not None else ("sum", inner))

@@ -103,6 +103,19 @@ def frames_exchanged_with_places(h: T, y: T, g: T, w: T) -> T:
     return F.silu(ln(h + product.flatten(1, 2))) @ w
 
 
+@spelling("residual_gate_norm absorbed", GATED)
+def frames_repeated_before_a_norm_only(h: T, y: T, g: T, w: T) -> T:
+    return ln(torch.addcmul(h, y, g.repeat_interleave(2, dim=1))) @ w
+
+
+@spelling("residual_norm_modulate", "h:BLD y:BLD s:BFD t:BFD w:DD")
+def frames_of_an_ungated_stream(h: T, y: T, s: T, t: T, w: T) -> tuple[T, T]:
+    """ComfyUI's Wan: ``1 + scale`` of the repeated rows."""
+    s, t = (v.repeat_interleave(2, dim=1) for v in (s, t))
+    h = h + y
+    return h, torch.addcmul(t, ln(h), 1 + s) @ w
+
+
 # -- repeated, or picked by number -------------------------------------------------------------------------------------
 
 
@@ -113,9 +126,9 @@ def frames_repeated(h: T, y: T, g: T, s: T, t: T, w: T) -> tuple[T, T]:
     return h, (ln(h) * (1 + s) + t) @ w
 
 
-@spelling(WIDE, "h:LD y:LD g:HD s:HD t:HD i:L:i w:DD")
+@spelling("gated_residual left:pointwise_producer", "h:LD y:LD g:HD s:HD t:HD i:L:i w:DD")
 def rows_picked_by_number(h: T, y: T, g: T, s: T, t: T, i: T, w: T) -> tuple[T, T]:
-    """MiniMax H3: a row for each modality and timestep."""
+    """MiniMax H3, a row for each modality and timestep: the picked rows would have to be written to memory."""
     h = h + g.index_select(0, i) * y
     return h, (ln(h) * (1 + s.index_select(0, i)) + t.index_select(0, i)) @ w
 

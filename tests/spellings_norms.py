@@ -239,11 +239,6 @@ def of_query_and_key(x: T, a: T) -> T:
     return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
 
 
-@spelling("left:feeds_pointwise", "x:BLD s:B1D t:B1D w:DD")
-def of_another_offset(x: T, s: T, t: T, w: T) -> T:
-    return (ln(x) * (2 + s) + t) @ w
-
-
 @spelling("unmatched:norm_dim", "x:BDL w:LL")
 def of_another_dim(x: T, w: T) -> T:
     variance, mean = torch.var_mean(x.float(), dim=1, keepdim=True, correction=0)

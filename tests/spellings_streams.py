@@ -292,3 +292,19 @@ def branch_is_a_slice(h: T, y: T, g: T, s: T, t: T, w: T) -> tuple[T, T]:
     """Joint attention's output, split back into text and image."""
     h = h + g * (y @ w)[:, 4:]
     return h, modulated(h, s, t) @ w
+
+
+# -- a stream that is mixed with the branch, not added to --------------------------------------------------------------
+
+
+@spelling("gated_residual norm_modulate", STREAM, FP32)
+def lerp(h: T, y: T, g: T, s: T, t: T, w: T) -> tuple[T, T]:
+    """torch decomposes it into a sum with a factor for each row: a site, and the norm of it another."""
+    h = torch.lerp(h, y, g)
+    return h, modulated(h, s, t) @ w
+
+
+@spelling(WIDE, STREAM)
+def gate_1_minus(h: T, y: T, g: T, s: T, t: T, w: T) -> tuple[T, T]:
+    h = h + (1 - g) * y
+    return h, modulated(h, s, t) @ w

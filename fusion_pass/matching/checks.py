@@ -15,6 +15,7 @@ from torch import fx
 
 from . import picks
 from .escapes import check_escapes, collect_interior
+from .gain import PICKING
 from .operands import base_node, computed, fake, text_shape
 from .pattern import Binding
 from .rules import Candidate, Code, Reject, Replaceable, Rule, Stage
@@ -22,12 +23,6 @@ from .terms import FLOATS, Term, TermView, broadcast_shape, same_shape, same_siz
 from .views import is_view_of_input
 
 FULL = ("x", "residual")
-PICKING = (  # rows by their numbers
-    torch.ops.aten.index_select.default,
-    torch.ops.aten.index.Tensor,
-    torch.ops.aten.gather.default,
-    torch.ops.aten.embedding.default,
-)
 
 
 def build(

@@ -4,9 +4,12 @@
 
 No view of the gate is as long as the tokens, so the flatten does not move below the product. Seen unflattened, the sum
 and the norm of it are like any other: ``x.unflatten(1, (F, S)) + y.unflatten(1, (F, S)) * gate[:, :, None]``.
+Rows of frames that were repeated for the tokens are read before they were, in the same shape.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from .checks import is_row_parameter
 from .terms import Term, TermView, bare, same_shape, same_size
@@ -28,19 +31,29 @@ def _merges_rows(flat: tuple, framed: tuple) -> bool:
 
 
 def shapes(view: TermView) -> dict[tuple, list[tuple]]:
-    """``{[B, F * S, D]: [[B, F, S, D]]}``: the shapes in which the streams of a graph are gated, by their own."""
+    """``{[B, F * S, D]: [[B, F, S, D]]}``: the frames in which streams are gated and rows are repeated, by shape."""
     found: dict[tuple, list[tuple]] = {}
     for _, term in view.items():
+        shape = _repeated(term)
         total = bare(term)
-        if total.op != "add":
-            continue
-        for part in total.args:
+        for part in total.args if total.op == "add" else ():
             product = product_in_frames(view, part)
             if product is not None and same_shape(part.shape, total.shape):
-                known = found.setdefault(_key(total.shape), [])
-                if not any(same_shape(product.shape, shape) for shape in known):
-                    known.append(product.shape)
+                shape = product.shape
+        if shape is not None:
+            known = found.setdefault(_key(term.shape), [])
+            if not any(same_shape(shape, other) for other in known):
+                known.append(shape)
     return found
+
+
+def _repeated(term: Term) -> tuple | None:
+    """The shape in which rows were repeated, of ``rows.repeat_interleave(S, dim)``."""
+    if term.op != "view" or term.attrs[0] != "reshape":
+        return None
+    seen = term.args[0].args[0] if term.args[0].op == "view" and term.args[0].attrs[0] == "clone" else term.args[0]
+    spread = seen.op == "view" and seen.attrs[0] == "expand" and len(seen.args[0].shape) == len(seen.shape)
+    return seen.shape if spread and _merges_rows(term.shape, seen.shape) else None
 
 
 def _key(shape: tuple) -> tuple:
@@ -48,5 +61,15 @@ def _key(shape: tuple) -> tuple:
 
 
 def unflattened(view: TermView, term: Term, framed: dict[tuple, list[tuple]]) -> list[Term]:
-    """`term` as it is, and seen in each of the shapes that streams of its shape are gated in."""
-    return [term, *(view.view(term, ("reshape",), shape) for shape in framed.get(_key(term.shape), ()))]
+    """`term` seen in each of the frames that its shape is known in, and as it is."""
+    return [*(view.view(term, ("reshape",), shape) for shape in framed.get(_key(term.shape), ())), term]
+
+
+def has_frames(operands: Iterable[Term], shape: tuple) -> bool:
+    """One of `operands` of a site seen as `shape` has a row for each frame, and no more."""
+    for term in operands:
+        between = term.shape[1:-1]
+        ones = [same_size(s, 1) for s in between]
+        if len(term.shape) == len(shape) and any(ones) and not all(ones):
+            return True
+    return False

@@ -33,6 +33,13 @@ prims = torch.ops.prims
 
 CASTS = (prims.convert_element_type.default, aten._to_copy.default)
 
+PICKING = (  # rows by their numbers: Inductor reads them where they are used
+    aten.index_select.default,
+    aten.index.Tensor,
+    aten.gather.default,
+    aten.embedding.default,
+)
+
 
 @functools.lru_cache(maxsize=4096)
 def _is_pointwise(target: Any) -> bool:
@@ -81,7 +88,8 @@ def check(site: Candidate, claimed: Collection[fx.Node] = ()) -> None:
         produced = site.view.term(node)
         if produced is not None and produced.norm_reach is not None:
             continue  # likely the result of another site, which writes it to memory
-        if is_elementwise(node) and node.target is not aten.clone.default and only_read_in(node, inside):
+        computed = is_elementwise(node) or node.target in PICKING
+        if computed and node.target is not aten.clone.default and only_read_in(node, inside):
             text = f"{name} is the result of {node.target}, which Inductor computes inside the norm's kernel"
             raise _left(Code.POINTWISE_PRODUCER, text + " and which would have to be written to memory here")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .terms import Term, TermView, same_shape, same_size
+from .terms import Term, TermView, broadcast_shape, same_shape, same_size
 
 ARITHMETIC = ("add", "mul", "neg", "round", "rsqrt", "sqrt", "reciprocal", "pow", "double", "from_double")
 NORMS = ("layer_norm", "rms_norm")
@@ -33,7 +33,8 @@ def push(view: TermView, attrs: tuple, base: Term, shape: tuple) -> Term | None:
         return term
     if base.op == "round":
         return view.round(moved[0], base.attrs[0])
-    return view.make(base.op, *moved, attrs=base.attrs, shape=shape)
+    whole = same_shape(broadcast_shape([m.shape for m in moved]), shape)  # not where all operands were repeated
+    return view.make(base.op, *moved, attrs=base.attrs, shape=shape if whole else None)
 
 
 def _last_dim_survives(attrs: tuple, before: tuple, after: tuple) -> bool:
@@ -79,8 +80,15 @@ def adapt(view: TermView, attrs: tuple, arg: Term, before: tuple, after: tuple) 
         return arg if all(d < missing for d in moved) else None
     if kind == "reshape":
         shape = _reshaped(arg.shape, before, after)
-        return None if shape is None else view.view(arg, ("reshape",), shape)
+        return None if shape is None else _unrepeated(view.view(arg, ("reshape",), shape))
     return None
+
+
+def _unrepeated(term: Term) -> Term:
+    """Rows before `repeat_interleave` repeated them in a dim of their own: broadcasting gives the same."""
+    copied = term.args[0] if term.op == "view" and term.attrs[0] == "clone" else term
+    spread = copied.op == "view" and copied.attrs[0] == "expand" and len(copied.args[0].shape) == len(term.shape)
+    return copied.args[0] if spread else term
 
 
 def _reshaped(operand: tuple, before: tuple, after: tuple) -> tuple | None:
