@@ -32,14 +32,13 @@ from ..matching.terms import same_size
 from ..reporting.report import Site, Status
 from ..rewriting.groups import depends_on
 from ..rewriting.replace import copy_origin, fake_arguments
-from ..rewriting.strides import propagate, read_by_strides
+from ..rewriting.strides import copying_reader, propagate, read_by_strides, spread
 from ..rewriting.symbols import arguments as with_symbols
 from ..settings import Settings
 from .common import aten, check_allowed, check_sizes, described, emit, read_sizes_elsewhere
 from .joint_views import VIEWS, Joint, NotThis, Stream, batch_of, first_reads, joint_value, replayed, reread
 from .linear import Linear, read
 from .seam import Seam
-from .strides import copying_reader, spread
 
 FAMILY = "joint_projection"
 OP = "dkfuse::joint_linear"

@@ -26,11 +26,11 @@ from .. import compat
 from ..matching.gain import is_view
 from ..matching.rules import Code, Reject, Stage
 from ..rewriting.replace import copy_origin
+from ..rewriting.strides import spread
 from ..settings import Settings
 from .common import aten, check_allowed, emit, record
 from .linear import Linear
 from .seam import Seam
-from .strides import spread
 
 FAMILY = "patch_embedding"
 UNIT = 8  # elements: rows of operands of whole 16 bytes

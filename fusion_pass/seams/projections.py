@@ -27,14 +27,13 @@ from ..matching.rules import Code, Stage
 from ..reporting.report import Reason, Site, Status
 from ..rewriting import origin
 from ..rewriting.replace import copy_origin, fake_arguments
-from ..rewriting.strides import propagate
+from ..rewriting.strides import copying_reader, propagate
 from ..settings import Settings
 from .common import TILE, as_one, described, emit, sms
 from .epilogue import problem
 from .gelu import find as gelus
 from .linear import Linear, linears, source
 from .seam import Seam
-from .strides import copying_reader
 
 aten = torch.ops.aten
 FAMILY = "packed_projection"
