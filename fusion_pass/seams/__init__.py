@@ -6,6 +6,8 @@
     split         linear(cat([a, b])) as two GEMMs that add up
     epilogue      linear + tanh-GELU in one GEMM
     gemm          which kernel computes a linear
+    joint         linears of several streams that write their rows of a joint tensor
+    patches       a convolution of patches that do not overlap, as a GEMM
 
 A seam that is taken changes the graph at once: the sites found later read the new layouts as facts. A seam that is not
 taken is recorded with its reason, like any other site.
@@ -19,11 +21,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx
 
+from .. import compat
 from ..choosing.choose import resolve_target
 from ..matching.rules import Code, Stage
 from ..reporting.report import SEAMS, Reason, Site, Status
 from ..settings import Settings
-from . import attention, epilogue, gemm, projections, split, swiglu
+from . import attention, epilogue, gemm, joint, patches, projections, split, swiglu
 from .seam import Seam
 
 __all__ = ["FINDERS", "NAMES", "Seam", "run"]
@@ -35,6 +38,8 @@ FINDERS: tuple[Callable[[fx.Graph, Settings], Iterator[Seam]], ...] = (
     split.find,
     epilogue.find,
     gemm.find,
+    joint.find,
+    patches.find,
 )
 
 NAMES = SEAMS  # what `dkfuse.rules` calls them: the families of their sites
@@ -51,19 +56,24 @@ def run(graph: fx.Graph, settings: Settings) -> list[Site]:
     names: Counter[str] = Counter()
     taken = 0
     for find in FINDERS:
-        before = taken
+        before, finish = taken, []
         for seam in list(find(graph, settings)):
             if seam.apply is not None and settings.fuel is not None and taken >= settings.fuel:
                 _refuse_for_fuel(seam, settings.fuel)
             if seam.apply is not None:
                 seam.apply()
                 taken += 1
+                finish += [seam.finish] if seam.finish is not None else []
             place = f"{seam.site.module or 'graph'}:{seam.site.family}"
             seam.site.id = f"{place}#{names[place]}"
             names[place] += 1
             sites.append(seam.site)
+        if finish:
+            compat.stable_topological_sort(graph)
         if taken != before:
             graph.eliminate_dead_code()
+            for done in finish:
+                done()
             graph.lint()
     return sites
 
