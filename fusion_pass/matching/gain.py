@@ -88,7 +88,7 @@ def check(site: Candidate, claimed: Collection[fx.Node] = ()) -> None:
         produced = site.view.term(node)
         if produced is not None and produced.norm_reach is not None:
             continue  # likely the result of another site, which writes it to memory
-        computed = is_elementwise(node) or node.target in PICKING
+        computed = is_elementwise(node) or (node.target in PICKING and name not in ("x", "residual"))
         if computed and node.target is not aten.clone.default and only_read_in(node, inside):
             text = f"{name} is the result of {node.target}, which Inductor computes inside the norm's kernel"
             raise _left(Code.POINTWISE_PRODUCER, text + " and which would have to be written to memory here")
