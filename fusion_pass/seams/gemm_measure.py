@@ -4,18 +4,23 @@ Times are kept in the process and on disk (`disk_cache`, kind "gemm"), under the
 version. Kernels take turns of a few milliseconds, since most products run at the GPU's power limit, which an idle GPU
 does not know; the fastest turn of each counts. cuBLAS's SwiGLU is its GEMM and one pass over the result, which Inductor
 makes of it.
+
+A kernel that a helper compiles (`dkfuse.kernels.gemm_ahead`) is tried when Inductor is done, and counts as one that
+works until then; where it does not the graph is compiled again without it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from dkfuse.kernels import gemm, gemm_kernels
+from dkfuse.kernels import gemm, gemm_ahead, gemm_kernels
 from dkfuse.kernels.gemm_kernels import CUBLAS, GATED, QUACK
 
 from .. import compat
@@ -27,8 +32,10 @@ TURNS = 5
 TURN = 4.0  # milliseconds
 FEW = 8  # rows, and tiles of columns, to try a kernel with
 KIND = "gemm"
+Key = tuple[Any, ...]  # of a kernel that is tried: tiles, act, bias, dtype, device
 _known: dict[tuple[str, ...], dict[str, float]] = {}
-_failures: dict[tuple[Any, ...], str | None] = {}
+_failures: dict[Key, str | None] = {}
+_later: ContextVar[dict[Key, Product] | None] = ContextVar("dkfuse_gemms_to_try", default=None)
 
 
 @dataclass(frozen=True)
@@ -49,24 +56,68 @@ def times(product: Product, tiles: list[str], folder: str | None) -> dict[str, f
 
     folder: the cache folder of the settings. The tensors that it is timed on are random, on the same device.
     """
-    key = repr(product), compat.environment_fingerprint(), gemm_kernels.fingerprint()
     names = [CUBLAS, *tiles]
-    return kept_times.times(_known, KIND, key, names, folder, lambda _: timed(product, names))  # they take turns
+    return kept_times.times(_known, KIND, _key(product), names, folder, lambda _: timed(product, names))  # in turns
+
+
+def prepare(product: Product, tiles: list[str], folder: str | None) -> None:
+    """Have helpers begin to compile what `times` would take the time of."""
+    for name in kept_times.missing(_known, KIND, _key(product), tiles, folder):
+        submit(product, name)
+
+
+def _key(product: Product) -> tuple[str, ...]:
+    return repr(product), compat.environment_fingerprint(), gemm_kernels.fingerprint()
 
 
 def failure(product: Product, tiles: str) -> str | None:
     """What goes wrong when quack's kernel for such products is built and run once, on few rows; None: nothing does.
 
-    It is built here, rather than when the compiled code first runs. Without a GPU nothing is tried.
+    It is built here, rather than when the compiled code first runs; inside of `deferred` by a helper where one can, to
+    be tried by `failed`. Without a GPU nothing is tried.
     """
     if product.device.type != "cuda" or not torch.cuda.is_available():
         return None
     key = (tiles, product.act, product.bias, product.dtype, product.device)
     if key not in _failures:
         few = Product(FEW, 16 * FEW, 8 * FEW, product.act, product.bias, product.dtype, product.device)
-        with compat.real_tensors(), torch.no_grad():
-            _failures[key] = _tried(few, tiles)
+        if (later := _later.get()) is not None and submit(product, tiles):
+            later[key] = few
+            return None
+        _try(key, few)
     return _failures[key]
+
+
+def submit(product: Product, tiles: str) -> bool:
+    """Have a helper compile quack's kernel; whether it is one's."""
+    return gemm_ahead.submit(gemm_ahead.Kind.of(product.dtype, product.act, product.bias, tiles))
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[dict[Key, Product]]:
+    """The kernels that are chosen inside the block and left to helpers, for `failed`."""
+    found: dict[Key, Product] = {}
+    token = _later.set(found)
+    try:
+        yield found
+    finally:
+        _later.reset(token)
+
+
+def failed(found: dict[Key, Product]) -> bool:
+    """Wait for the kernels of a `deferred` block and try them; True where one failed, which `failure` then knows.
+
+    The last first: what no helper has begun is built here meanwhile.
+    """
+    for key in reversed(found):
+        _try(key, found[key])
+    return any(_failures[key] is not None for key in found)
+
+
+def _try(key: Key, few: Product) -> None:
+    if key not in _failures:
+        with compat.real_tensors(), torch.no_grad():
+            _failures[key] = _tried(few, key[0])
 
 
 def _tried(product: Product, tiles: str) -> str | None:
