@@ -29,7 +29,7 @@ from .reporting.recording import publish, withdraw
 from .reporting.report import Graph
 from .reporting.store import Record, graph_key
 from .rewriting.drift import keep_roundings
-from .seams import gemm_early, gemm_measure
+from .seams import gemm_early, late
 from .settings import Settings
 from .versions import check_torch
 
@@ -120,7 +120,7 @@ def _compile(gm: fx.GraphModule, inputs: Any, way: _Way) -> Any:
     identities = [record.uuid, *map(compat.pass_uuid, users)]
     uuid = None if None in identities else "/".join(map(str, identities))
     try:
-        with building.collected() as launched, gemm_measure.deferred() as gemms:
+        with building.collected() as launched, late.deferred() as attempts:
             compiled = compat.inductor(
                 gm, inputs, {**compat_triton.launch_options(), **options, HOOK: compat.graph_pass(passes, uuid)}
             )
@@ -133,7 +133,7 @@ def _compile(gm: fx.GraphModule, inputs: Any, way: _Way) -> Any:
         log.warning("dkfuse: internal error, the graph is left to Inductor: %s: %s", type(error).__name__, error)
         note = f"internal error: {type(error).__name__}: {error} (DKFUSE_DEBUG=1 raises it)"
         return _plain(gm, inputs, options, settings, note)
-    if gemm_measure.failed(gemms):
+    if late.failed(attempts):
         record.forget()
         return _compile(gm, inputs, way)
     if context.graphs:

@@ -192,6 +192,21 @@ class _Helper(threading.Thread):
         return Done(answer["error"], answer["seconds"], self.process.pid)
 
 
-POOL = Pool(min(MOST, max(1, len(os.sched_getaffinity(0)) - 1)) if hasattr(os, "sched_getaffinity") else 1)
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
+POOL = Pool(min(MOST, max(1, _processors() - 1)))
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=POOL._reset)  # the helpers are the parent's
+
+
+def allowed() -> bool:
+    """Whether there may be helpers: there is a processor for them, and Inductor has processes of its own too.
+
+    TORCHINDUCTOR_COMPILE_THREADS=1 asks for neither.
+    """
+    from dkfuse import compat
+
+    alone = sys.platform != "linux" or _processors() < 2 or compat.inductor_config("compile_threads") == 1
+    return not alone and POOL.problem is None

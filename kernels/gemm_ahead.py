@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from . import disk_cache, gemm_kernels
-from .compile_ahead import POOL, Done, Job
+from . import compile_ahead, disk_cache, gemm_kernels
+from .compile_ahead import Done, Job
 from .gemm_kernels import CAPABILITY
 from .packages import installed
 
@@ -49,20 +49,20 @@ class Kind:
 def start() -> None:
     """Start the helpers, which takes them seconds, where kernels can be compiled by any."""
     if usable():
-        POOL.start(MODULES, ENVIRONMENT)
+        compile_ahead.POOL.start(MODULES, ENVIRONMENT)
 
 
 def submit(kind: Kind) -> bool:
     """Have a helper compile the kernel. False where there is nothing to wait for: it is on disk, or no helper can."""
-    if not usable() or (on_disk(kind) and job(kind) not in POOL.jobs):
+    if not usable() or (on_disk(kind) and job(kind) not in compile_ahead.POOL.jobs):
         return False
     start()
-    return POOL.submit(job(kind))
+    return compile_ahead.POOL.submit(job(kind))
 
 
 def wait(kind: Kind) -> Done | None:
     """What became of the kernel where a helper compiles it; None where none does, and the caller has to."""
-    return POOL.wait(job(kind))
+    return compile_ahead.POOL.wait(job(kind))
 
 
 def job(kind: Kind) -> Job:
@@ -70,16 +70,9 @@ def job(kind: Kind) -> Job:
 
 
 def usable() -> bool:
-    """Whether helpers may compile: quack can be used, has a folder, and there are processors beside this one's.
-
-    Where Inductor is to compile with one thread (TORCHINDUCTOR_COMPILE_THREADS=1), so is this.
-    """
-    from dkfuse import compat
-
-    if sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2 or compat.inductor_config("compile_threads") == 1:
-        return False
+    """Whether helpers may compile quack's kernels: it can be used, and has a folder."""
     installed_well = gemm_kernels.version() is not None and gemm_kernels.untested() is None
-    return installed_well and POOL.problem is None and folder() is not None
+    return installed_well and compile_ahead.allowed() and folder() is not None
 
 
 def folder() -> str | None:
@@ -129,5 +122,9 @@ def note(kind: Kind, file: Path) -> None:
 
 
 def _parts(kind: Kind) -> tuple[str, ...]:
-    versions = (gemm_kernels.fingerprint(), *(f"{name}={installed(name)}" for name in WRITTEN_IN))
-    return "quack's file", repr(kind), f"{sys.version_info[:2]}", *versions, str(folder())
+    return "quack's file", repr(kind), gemm_kernels.fingerprint(), *written_in(), str(folder())
+
+
+def written_in() -> list[str]:
+    """Versions of what kernels are written in."""
+    return [f"{sys.version_info[:2]}", *(f"{name}={installed(name)}" for name in WRITTEN_IN)]

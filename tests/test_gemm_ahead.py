@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dkfuse
 from dkfuse import Settings, backend
-from dkfuse.kernels import disk_cache, gemm_ahead, gemm_quack
+from dkfuse.kernels import compile_ahead, disk_cache, gemm_ahead, gemm_quack
 from dkfuse.kernels.compile_ahead import Pool
 from dkfuse.kernels.gemm_ahead import Kind
-from dkfuse.seams import gemm_choice, gemm_early, gemm_measure
+from dkfuse.seams import gemm_choice, gemm_early, gemm_measure, late
 from dkfuse.seams.gemm_measure import Product
 
 from .gemms import install, on_gpu, rewritten
@@ -43,7 +44,7 @@ def pool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Recorder]:
     """Helpers may be used: quack is installed, there are processors, and folders of their own."""
     found = Recorder()
     install(monkeypatch)
-    monkeypatch.setattr(gemm_ahead, "POOL", found)
+    monkeypatch.setattr(compile_ahead, "POOL", found)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.delitem(sys.modules, "quack.cache", raising=False)
@@ -198,20 +199,20 @@ def tried(pool: Recorder, monkeypatch: pytest.MonkeyPatch) -> dict[str, str | No
 
 
 def test_what_helpers_compile_is_tried_at_the_end(tried: dict[str, Any]) -> None:
-    with gemm_measure.deferred() as later:
+    with late.deferred() as later:
         for tiles in ("128x192", "128x160", "128x192"):
             assert gemm_measure.failure(PRODUCT, tiles) is None
         assert tried["order"] == []
     tried["128x160"] = "its result is wrong"
-    assert gemm_measure.failed(later) and tried["order"] == ["128x160", "128x192"], "the last first"
-    with gemm_measure.deferred() as later:
+    assert late.failed(later) and tried["order"] == ["128x160", "128x192"], "the last first"
+    with late.deferred() as later:
         assert gemm_measure.failure(PRODUCT, "128x160") == "its result is wrong"
         assert gemm_measure.failure(PRODUCT, "128x192") is None
-    assert not gemm_measure.failed(later) and len(tried["order"]) == 2
+    assert not late.failed(later) and len(tried["order"]) == 2
 
 
 def test_without_helpers_it_is_tried_at_once(tried: dict[str, Any], pool: Recorder) -> None:
-    with config.patch(compile_threads=1), gemm_measure.deferred() as later:
+    with config.patch(compile_threads=1), late.deferred() as later:
         assert gemm_measure.failure(PRODUCT, "128x192") is None and tried["order"] == ["128x192"]
     assert later == {} and pool.started == 0
 
@@ -259,7 +260,7 @@ def test_a_kernel_that_fails_late_is_left_out(pool: Recorder, monkeypatch: pytes
         return first
 
     monkeypatch.setattr(gemm_measure, "failure", lambda product, tiles: known.get("128x192"))
-    monkeypatch.setattr(gemm_measure, "failed", failed)
+    monkeypatch.setattr(late, "failed", failed)
     forgotten: list[str] = []
     forget = backend.Record.forget
     monkeypatch.setattr(backend.Record, "forget", lambda self: forgotten.append(self.token) or forget(self))
@@ -283,7 +284,7 @@ def test_quack_finds_what_a_helper_compiled(monkeypatch: pytest.MonkeyPatch, tmp
     pytest.importorskip("quack")
     monkeypatch.setenv("QUACK_ARCH", "sm_90a")
     monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
-    monkeypatch.setattr(gemm_ahead, "POOL", pool := Pool())
+    monkeypatch.setattr(compile_ahead, "POOL", pool := Pool())
     from quack import cache
 
     monkeypatch.setattr(cache, "CACHE_DIR", str(tmp_path))
@@ -295,7 +296,7 @@ def test_quack_finds_what_a_helper_compiled(monkeypatch: pytest.MonkeyPatch, tmp
         assert gemm_ahead.submit(kind)
         job = gemm_ahead.job(kind)
         while not (pool.jobs[job].running() or pool.jobs[job].done()):
-            pass
+            time.sleep(0.05)
         kernel = gemm_quack.compiled(torch.float16, act, bias, "128x160", (9, 0))
         done = pool.finished()[job]
         assert done.error is None and function.cache_info().misses == misses

@@ -4,18 +4,14 @@ Times are kept in the process and on disk (`disk_cache`, kind "gemm"), under the
 version. Kernels take turns of a few milliseconds, since most products run at the GPU's power limit, which an idle GPU
 does not know; the fastest turn of each counts. cuBLAS's SwiGLU is its GEMM and one pass over the result, which Inductor
 makes of it.
-
-A kernel that a helper compiles (`dkfuse.kernels.gemm_ahead`) is tried when Inductor is done, and counts as one that
-works until then; where it does not the graph is compiled again without it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +21,7 @@ from dkfuse.kernels.gemm_kernels import CUBLAS, GATED, QUACK
 
 from .. import compat
 from ..errors import first_line
-from . import kept_times
+from . import kept_times, late
 
 log = logging.getLogger("dkfuse")
 TURNS = 5
@@ -35,7 +31,6 @@ KIND = "gemm"
 Key = tuple[Any, ...]  # of a kernel that is tried: tiles, act, bias, dtype, device
 _known: dict[tuple[str, ...], dict[str, float]] = {}
 _failures: dict[Key, str | None] = {}
-_later: ContextVar[dict[Key, Product] | None] = ContextVar("dkfuse_gemms_to_try", default=None)
 
 
 @dataclass(frozen=True)
@@ -73,19 +68,16 @@ def _key(product: Product) -> tuple[str, ...]:
 def failure(product: Product, tiles: str) -> str | None:
     """What goes wrong when quack's kernel for such products is built and run once, on few rows; None: nothing does.
 
-    It is built here, rather than when the compiled code first runs; inside of `deferred` by a helper where one can, to
-    be tried by `failed`. Without a GPU nothing is tried.
+    It is built here, rather than when the compiled code first runs; where a helper can build it, it is tried `late`.
+    Without a GPU nothing is tried.
     """
     if product.device.type != "cuda" or not torch.cuda.is_available():
         return None
     key = (tiles, product.act, product.bias, product.dtype, product.device)
-    if key not in _failures:
-        few = Product(FEW, 16 * FEW, 8 * FEW, product.act, product.bias, product.dtype, product.device)
-        if (later := _later.get()) is not None and submit(product, tiles):
-            later[key] = few
-            return None
-        _try(key, few)
-    return _failures[key]
+    few = Product(FEW, 16 * FEW, 8 * FEW, product.act, product.bias, product.dtype, product.device)
+    if key not in _failures and late.add(key, partial(submit, product, tiles), partial(_try, key, few)):
+        return None
+    return _try(key, few)
 
 
 def submit(product: Product, tiles: str) -> bool:
@@ -93,31 +85,11 @@ def submit(product: Product, tiles: str) -> bool:
     return gemm_ahead.submit(gemm_ahead.Kind.of(product.dtype, product.act, product.bias, tiles))
 
 
-@contextlib.contextmanager
-def deferred() -> Iterator[dict[Key, Product]]:
-    """The kernels that are chosen inside the block and left to helpers, for `failed`."""
-    found: dict[Key, Product] = {}
-    token = _later.set(found)
-    try:
-        yield found
-    finally:
-        _later.reset(token)
-
-
-def failed(found: dict[Key, Product]) -> bool:
-    """Wait for the kernels of a `deferred` block and try them; True where one failed, which `failure` then knows.
-
-    The last first: what no helper has begun is built here meanwhile.
-    """
-    for key in reversed(found):
-        _try(key, found[key])
-    return any(_failures[key] is not None for key in found)
-
-
-def _try(key: Key, few: Product) -> None:
+def _try(key: Key, few: Product) -> str | None:
     if key not in _failures:
         with compat.real_tensors(), torch.no_grad():
             _failures[key] = _tried(few, key[0])
+    return _failures[key]
 
 
 def _tried(product: Product, tiles: str) -> str | None:
