@@ -7,7 +7,9 @@
 Then one GEMM can read them all, which the pass makes of projections that read one input (`dkfuse.seams.projections`).
 Which do is known from the traced graph only. Here every group of `nn.Linear` children of one module is packed that
 have equal in_features, dtype, device and either all or none a bias, in the order of their registration: putting
-weights side by side that are not read together changes nothing.
+weights side by side that are not read together changes nothing. Queries, keys and values that follow one another are
+put in that order, so that the values of image and text are the same columns of their products and can be written into
+one joint tensor (`dkfuse.seams.joint`), also where a model registers ``add_k_proj, add_v_proj, add_q_proj``.
 
 What is kept: the Parameter objects, hence the state dict, optimizers, hooks, `requires_grad` and adapters around the
 layers; values, and updates of them in place; saving and loading by torch, safetensors' `save_file` and diffusers
@@ -19,6 +21,7 @@ and assignments to ``p.data``. Compiled code notices.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,6 +31,8 @@ from torch import nn
 from . import compat
 from .errors import DkfuseError
 from .memory import ALIGNMENT, follows
+
+ROLES = {"q": 0, "query": 0, "k": 1, "key": 1, "v": 2, "value": 2}  # words of names of projections
 
 
 class PackError(DkfuseError):
@@ -58,6 +63,12 @@ class _Group:
 
     names: list[str]
     linears: list[nn.Linear]
+
+    def in_order(self) -> _Group:
+        """Runs of queries, keys and values that are named alike in that order, all others as they are."""
+        runs = itertools.groupby(zip(self.names, self.linears, strict=True), key=lambda pair: _role(pair[0])[0])
+        pairs = [pair for _, run in runs for pair in sorted(run, key=lambda pair: _role(pair[0])[1])]
+        return _Group([name for name, _ in pairs], [linear for _, linear in pairs])
 
     @property
     def parameters(self) -> list[list[tuple[str, nn.Parameter]]]:
@@ -90,6 +101,15 @@ def pack(model: nn.Module) -> Packed:
     return done
 
 
+def _role(name: str) -> tuple[str, int]:
+    """What is left of a name without the word that says q, k or v, and which of the three; for others it as it is."""
+    words = re.split(r"[._]", name)
+    roles = [word for word in words if word in ROLES]
+    if len(roles) != 1:
+        return name, 0
+    return "_".join("" if word in ROLES else word for word in words), ROLES[roles[0]]
+
+
 def _groups(model: nn.Module) -> Iterator[_Group]:
     claimed: set[int] = set()
     for path, parent in model.named_modules():
@@ -111,7 +131,7 @@ def _groups(model: nn.Module) -> Iterator[_Group]:
         for group in found.values():
             if len(group.linears) > 1:
                 claimed.update(map(id, group.linears))
-                yield group
+                yield group.in_order()
 
 
 def _aligned(group: _Group) -> bool:

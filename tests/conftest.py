@@ -41,6 +41,23 @@ def fresh_compiler() -> Iterator[None]:
 
 
 @pytest.fixture
+def fused_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The functional graphs as they leave the pass, of what is compiled from here on."""
+    from dkfuse import backend
+
+    seen: list[Any] = []
+    original = backend.fuse.run
+
+    def run(graph: Any, *args: Any, **kwargs: Any) -> Any:
+        record = original(graph, *args, **kwargs)
+        seen.append(graph)
+        return record
+
+    monkeypatch.setattr(backend.fuse, "run", run)
+    return seen
+
+
+@pytest.fixture
 def fresh_providers(fresh_compiler: None) -> Iterator[None]:
     """Providers that the test registers, and kernels that fail in it, are forgotten with what was compiled."""
     from dkfuse.kernels import failures, provider_ops, providers, registry

@@ -16,6 +16,8 @@ from dkfuse.rewriting import lower
 from dkfuse.rewriting.replace import replace
 from dkfuse.settings import Settings
 
+from .harness import check_numerics, counts, run
+
 pytest.importorskip("triton")
 
 HEADS, WIDTH, TEXT, IMAGE = 4, 32, 3, 8
@@ -197,3 +199,46 @@ def two_attentions(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, c: Tensor, s: 
 def test_one_launch_for_each_attention() -> None:
     graph = lowered(two_attentions, random(1, IMAGE, D), *weights(), *tables(IMAGE))
     assert [compat_triton.triton_kernel_name(n) for n in launches(graph)] == ["dkfuse_norm_rope_x2"] * 2
+
+
+def of_heads_outside(x: Tensor, text: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wt: Tensor) -> Tensor:
+    """SD3.5's attention: [B, H, S, D], queries and keys normed and joined, values joined."""
+    norm = (WIDTH,)
+    q, k, v = (heads(x, w).transpose(1, 2) for w in (wq, wk, wv))
+    p = heads(text, wt).transpose(1, 2)
+    q, k = (torch.cat([F.rms_norm(y, norm), F.rms_norm(p, norm)], 2) for y in (q, k))
+    out = F.scaled_dot_product_attention(q, k, torch.cat([v, p], 2))
+    return out.transpose(1, 2).flatten(2) @ wt
+
+
+def test_heads_stay_inside_of_tokens_for_attention() -> None:
+    """The kernel writes the joint tensors as [B, S, H, D], so that attention's result is, which the model reads."""
+    graph = lowered(of_heads_outside, random(2, IMAGE, D), random(2, TEXT, D), *weights(4))
+    (launch,) = launches(graph)
+    written = {name: buffer.meta["val"] for name, buffer in launch.kwargs["kwargs"].items() if "out" in name}
+    assert {tuple(value.shape) for value in written.values()} == {(2, TEXT + IMAGE, HEADS, WIDTH)}
+    assert count(graph, aten.clone.default) == 0
+    assert count(graph, aten.cat.default) == 1  # of the values
+
+
+def read_by_another(x: Tensor, text: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wt: Tensor) -> tuple[Tensor, Tensor]:
+    q, k, v = (heads(x, w).transpose(1, 2) for w in (wq, wk, wv))
+    q, k = (F.rms_norm(y, (WIDTH,)) for y in (q, k))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), k @ v.transpose(2, 3)
+
+
+def test_other_readers_keep_the_order_of_the_model() -> None:
+    graph = lowered(read_by_another, random(2, IMAGE, D), random(2, TEXT, D), *weights(4))
+    (call,) = (n for n in graph.nodes if "scaled_dot_product" in str(n.target))
+    q, k = (node.meta["val"].stride() for node in call.args[:2])
+    assert q == (IMAGE * D, WIDTH, D, 1), "attention alone reads it"
+    assert k == (IMAGE * D, IMAGE * WIDTH, WIDTH, 1)
+
+
+@pytest.mark.parametrize("function", [of_heads_outside, read_by_another])
+def test_the_order_in_memory_changes_no_value(function: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    args = [random(2, IMAGE, D), random(2, TEXT, D), *(w / D**0.5 for w in weights(4))]
+    results, coverage = run(function, args)
+    assert counts(coverage)["qk_norm"] == 2
+    check_numerics(function, args, results)

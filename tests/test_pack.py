@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import dkfuse
-from dkfuse import PackError, Status, backend, memory, zoo
+from dkfuse import PackError, Status, memory, zoo
 from dkfuse.memory import UnpackedWarning
 from dkfuse.seams import projections
 from dkfuse.seams.projections import WORTH, saved
@@ -55,21 +55,6 @@ def near(ours: Tensor, model: nn.Module, inputs: Any = None) -> None:
 
 def side_by_side(*parameters: Tensor) -> bool:
     return all(a.data_ptr() + a.nbytes == b.data_ptr() for a, b in itertools.pairwise(parameters))
-
-
-@pytest.fixture
-def graphs(monkeypatch) -> list[fx.Graph]:
-    """The functional graphs as they leave the pass."""
-    seen: list[fx.Graph] = []
-    original = backend.fuse.run
-
-    def run(graph: fx.Graph, *args: Any, **kwargs: Any) -> Any:
-        record = original(graph, *args, **kwargs)
-        seen.append(graph)
-        return record
-
-    monkeypatch.setattr(backend.fuse, "run", run)
-    return seen
 
 
 def gemms(graph: fx.Graph) -> int:
@@ -221,7 +206,7 @@ def test_rows_that_are_not_aligned_stay():
 
 
 @pytest.mark.parametrize(("kind", "sites"), [(AdaLNZero, 1), (SingleStream, 1), (CrossAttention, 2)])
-def test_packed_projections_are_one_gemm(kind: Any, sites: int, graphs: list[fx.Graph]):
+def test_packed_projections_are_one_gemm(kind: Any, sites: int, fused_graphs: list[fx.Graph]):
     model = toy(kind, 1)
     _, before = run(model)
     torch.compiler.reset()
@@ -231,7 +216,7 @@ def test_packed_projections_are_one_gemm(kind: Any, sites: int, graphs: list[fx.
     assert all("dkfuse.pack(model)" in site.reason.message for site in packed(before) if site.reason)
     assert [site.status for site in packed(after)] == [Status.FUSED] * sites
     removed = sum(len(site.shapes) - 2 for site in packed(after))
-    assert gemms(graphs[1]) == gemms(graphs[0]) - removed
+    assert gemms(fused_graphs[1]) == gemms(fused_graphs[0]) - removed
     others = [[(s.family, s.status) for s in (*c.sites, *c.seams) if s.family != FAMILY] for c in (before, after)]
     assert others[0] == others[1], "a site was lost"
     near(out, model)

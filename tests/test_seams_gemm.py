@@ -18,24 +18,29 @@ from .linears import GELU_INPUTS, functional
 
 # -- in the pass -------------------------------------------------------------------------------------------------------
 
-# seams of the tiny models: their products are too narrow to be split, their attention too short to be measured
+# seams of the tiny models: their products are too narrow to be split, their attention too short to be measured, their
+# joint tensors too small to be worth writing in place
 ZOO = {
     "flux": {
         ("attention", "unmeasured"): 4,
         ("packed_projection", "not_packed"): 6,
         ("split_projection", "no_gain"): 2,
         ("gelu_epilogue", "fused"): 6,
+        ("joint_projection", "no_gain"): 2,
     },
     "sd3-medium": {
         ("attention", "unmeasured"): 2,
         ("packed_projection", "not_packed"): 4,
         ("gelu_epilogue", "fused"): 3,
+        ("joint_projection", "no_gain"): 6,
+        ("patch_embedding", "fused"): 1,
     },
     "wan21-1.3b": {
         ("attention", "unmeasured"): 4,
         ("packed_projection", "not_packed"): 4,
         ("split_projection", "dtype"): 1,
         ("gelu_epilogue", "fused"): 3,
+        ("patch_embedding", "fused"): 1,
     },
 }
 

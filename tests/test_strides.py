@@ -10,8 +10,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dkfuse.rewriting.strides import propagate, same_layout
-from dkfuse.seams.strides import spread
+from dkfuse.rewriting.strides import propagate, same_layout, spread
 
 aten = torch.ops.aten
 

@@ -37,7 +37,10 @@ FAMILIES = (
     "sandwich",
     "other_norm",
 )
-SEAMS = ("attention", "swiglu_epilogue", "packed_projection", "split_projection", "gelu_epilogue", "gemm_kernel")
+SEAMS = (
+    "attention", "swiglu_epilogue", "packed_projection", "split_projection", "gelu_epilogue", "gemm_kernel",
+    "joint_projection", "patch_embedding",
+)  # fmt: skip
 STAGES = ("structure", "semantics", "kernel")
 
 

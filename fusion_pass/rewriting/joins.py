@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from .calls import op_name
+
 aten = torch.ops.aten
 
 
@@ -26,14 +28,6 @@ class Join:
     buffer: fx.Node | None = None
     missing: int = 0
 
-    def part(self, start: Any, length: Any) -> torch.Tensor:
-        """The fake value of the rows that one kernel writes."""
-        return self.cat.meta["val"].narrow(self.dim, start, length)
-
-    def offset(self, start: Any) -> Any:
-        """Their distance from the start of the buffer, in elements."""
-        return start * self.cat.meta["val"].stride(self.dim)
-
 
 @dataclass
 class Part:
@@ -42,6 +36,18 @@ class Part:
     join: Join
     start: Any
     length: Any
+    dims: list[int] | None = None  # the cat's, of the result's: a permute lies between the two
+
+    @property
+    def value(self) -> torch.Tensor:
+        """The fake value of the rows that the kernel writes, as its result."""
+        rows = self.join.cat.meta["val"].narrow(self.join.dim, self.start, self.length)
+        return rows if self.dims is None else rows.permute([self.dims.index(d) for d in range(len(self.dims))])
+
+    @property
+    def offset(self) -> Any:
+        """Their distance from the start of the buffer, in elements."""
+        return self.start * self.join.cat.meta["val"].stride(self.join.dim)
 
 
 def find(graph: fx.Graph, calls: list[fx.Node]) -> dict[tuple[fx.Node, str], Part]:
@@ -53,6 +59,12 @@ def find(graph: fx.Graph, calls: list[fx.Node]) -> dict[tuple[fx.Node, str], Par
             results[call] = (call, "out")
         else:
             results.update({u: (call, names[u.args[1]]) for u in call.users if u.target is operator.getitem})
+    dims = {}
+    for node, place in list(results.items()):
+        permuted = next(iter(node.users), None)
+        if len(node.users) == 1 and permuted.target is aten.permute.default:  # type: ignore[union-attr]
+            results[permuted] = place  # type: ignore[index]
+            dims[permuted] = [d % node.meta["val"].dim() for d in permuted.args[1]]  # type: ignore[union-attr]
     found: dict[tuple[fx.Node, str], Part] = {}
     for cat in graph.find_nodes(op="call_function", target=aten.cat.default):
         parts = cat.args[0]
@@ -64,7 +76,7 @@ def find(graph: fx.Graph, calls: list[fx.Node]) -> dict[tuple[fx.Node, str], Par
         start: Any = 0
         for part in parts:
             length = part.meta["val"].shape[dim]
-            found[results[part]] = Part(join, start, length)
+            found[results[part]] = Part(join, start, length, dims.get(part))
             start = start + length
     return found
 
@@ -74,7 +86,7 @@ def _joinable(cat: fx.Node, parts: Any, results: dict[fx.Node, tuple[fx.Node, st
     dim = (cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", 0)) % value.dim()
     dense = all(a is b or a == b for a, b in zip(value.stride(), torch.empty_like(value).stride(), strict=True))
     return (
-        (dim != value.dim() - 1 or all(str(p.target) == "dkfuse.norm_rope.default" for p in parts))
+        (dim != value.dim() - 1 or all(p in results and op_name(results[p][0]) == "norm_rope" for p in parts))
         and dense
         and len(set(parts)) == len(parts)
         and all(p in results and set(p.users) == {cat} and p.meta["val"].dtype == value.dtype for p in parts)

@@ -72,8 +72,8 @@ def lower_to_triton(graph: fx.Graph, call: fx.Node, parts: dict[tuple[fx.Node, s
     values = call.meta["val"] if len(names) > 1 else (call.meta["val"],)
     outputs = {n: v for n, v in zip(names, values, strict=True) if n in _used_outputs(call, names)}
     places = {n: parts[call, n] for n in outputs if (call, n) in parts}
-    written = {**outputs, **{n: p.join.part(p.start, p.length) for n, p in places.items()}}
-    offsets = {n: p.join.offset(p.start) for n, p in places.items()}
+    written = {**outputs, **{n: p.value for n, p in places.items()}}
+    offsets = {n: p.offset for n, p in places.items()}
     memory = {n: places[n].join.cat.meta["val"] if n in places else v for n, v in outputs.items()}
 
     def planned(config: Any) -> Any:
@@ -118,7 +118,7 @@ def lower_group(graph: fx.Graph, calls: list[fx.Node], parts: dict[tuple[fx.Node
             planned.append(Call(fakes, call.meta["val"]))
             owners[f"{i}.out"] = call.meta["val"]
             continue
-        planned.append(Call(fakes, place.join.part(place.start, place.length), place.join.offset(place.start)))
+        planned.append(Call(fakes, place.value, place.offset))
         first = joint.setdefault(id(place.join), f"{i}.out")
         if first != f"{i}.out":
             alias[f"{i}.out"] = first

@@ -16,6 +16,7 @@ from ..matching.head_site import HeadSite
 from ..matching.rules import Candidate
 from ..matching.terms import Term, TermView
 from ..matching.views import replay
+from .strides import spread
 
 TABLES = ("cos", "sin")
 
@@ -26,9 +27,15 @@ def replace(graph: fx.Graph, view: TermView, sites: list[Candidate | HeadSite]) 
         return []
     renamed: dict[fx.Node, fx.Node] = {}
     tables: dict[Term, fx.Node] = {}  # queries and keys of all blocks read the same ones
-    calls = [call for site in sites for call in _inserted(graph, view, site, renamed, tables)]
+    moved: list[fx.Node] = []
+    calls = [call for site in sites for call in _inserted(graph, view, site, renamed, tables, moved)]
     compat.stable_topological_sort(graph)
     graph.eliminate_dead_code()
+    for result in moved:
+        spread(result)
+        for reader in result.users:
+            if "eager_input_vals" in reader.meta:
+                reader.meta["eager_input_vals"] = fake_arguments(reader)
     graph.lint()
     live = set(graph.nodes)
     return [call for call in calls if call in live]
@@ -40,11 +47,12 @@ def _inserted(
     site: Candidate | HeadSite,
     renamed: dict[fx.Node, fx.Node],
     tables: dict[Term, fx.Node],
+    moved: list[fx.Node],
 ) -> list[fx.Node]:
     if isinstance(site, HeadSite):
         from .replace_heads import insert
 
-        return insert(graph, view, site, renamed, tables)
+        return insert(graph, view, site, renamed, tables, moved)
     return [_insert(graph, view, site, renamed)]
 
 

@@ -1,7 +1,8 @@
 """Inserting a site of queries or keys: one ``dkfuse::norm_rope`` a part, and the cat that joins them.
 
 The result has the memory order that attention reads: that of the value it replaces, or of the contiguous copy that the
-model makes of it, which then is no copy any more.
+model makes of it, which then is no copy any more. Where attentions alone read it, heads stay inside of tokens, as the
+projections write them: torch's kernels give their result the order of the queries, and what follows reads tokens.
 """
 
 from __future__ import annotations
@@ -11,14 +12,21 @@ from typing import Any
 import torch
 from torch import fx
 
+import dkfuse.kernels.attention  # noqa: F401  (registers the op)
+
 from ..compat import statically_known_true
 from ..matching.gain import is_view
 from ..matching.head_site import HeadSite, reads_a_size
+from ..matching.operands import fake
 from ..matching.terms import Term, TermView, same_size
+from ..seams.attention_call import OPS
 from .replace import copy_origin, op_call
+from .strides import read_by_strides
 from .symbols import arguments
 
 aten = torch.ops.aten
+ATTENTIONS = (*OPS, torch.ops.dkfuse.attention.default)
+TOKENS_OUTSIDE = [0, 2, 1, 3]  # of [B, H, S, D]: tokens before heads in memory
 
 
 def insert(
@@ -27,8 +35,12 @@ def insert(
     site: HeadSite,
     renamed: dict[fx.Node, fx.Node],
     tables: dict[Term, fx.Node],
+    moved: list[fx.Node],
 ) -> list[fx.Node]:
-    """The op calls; the site's root is replaced by their result. `tables`: the views of tables inserted so far."""
+    """The op calls; the site's root is replaced by their result. `tables`: the views of tables inserted so far.
+
+    A result with other strides than what it replaces is added to `moved`.
+    """
     nodes = site.output_nodes("out")
     copies, order = result_order(site)
     calls = []
@@ -38,7 +50,9 @@ def insert(
             call.meta["dkfuse_kernel"], call.meta["dkfuse_site"] = site.kernel, site
             copy_origin(nodes[0], call)
             calls.append(call)
-        result = calls[0] if site.heads.dim is None else _joined(graph, calls, site.heads.dim, nodes[0])
+        result = calls[0] if site.heads.dim is None else _joined(graph, calls, site.heads.dim, order, nodes[0])
+        if not copies and order == TOKENS_OUTSIDE:
+            moved.append(result)
         for cast, path in site.casts.items():
             renamed[cast] = _views_again(graph, result, path)
             cast.replace_all_uses_with(renamed[cast])
@@ -56,14 +70,38 @@ def result_order(site: HeadSite) -> tuple[dict[fx.Node, fx.Node], list[int] | No
     """The copies that the result makes needless, and the op's `order`."""
     nodes = site.output_nodes("out")
     copies = _copies(nodes) if site.heads.dim is None and not site.casts else {}
-    return copies, _wanted_order(nodes, copies)
+    order = _wanted_order(nodes, copies)
+    return copies, TOKENS_OUTSIDE if order is None and not copies and _heads_stay_inside(site, nodes) else order
 
 
-def _joined(graph: fx.Graph, calls: list[fx.Node], dim: int, root: fx.Node) -> fx.Node:
-    cat = graph.call_function(aten.cat.default, (calls, dim))
-    cat.meta["val"] = aten.cat.default([call.meta["val"] for call in calls], dim)
-    copy_origin(root, cat)
-    return cat
+def _heads_stay_inside(site: HeadSite, nodes: list[fx.Node]) -> bool:
+    """Whether only attentions read the result [B, H, S, D], and its operands lie in memory as [B, S, H, D]."""
+    if not all(user.target in ATTENTIONS for node in nodes for user in node.users):
+        return False
+    for call in site.calls:
+        value = fake(site.view, call.operands["x"])
+        if value.dim() != 4:
+            return False
+        _, heads, tokens, last = value.stride()
+        if not (isinstance(heads, int) and isinstance(tokens, int) and heads < tokens and last == 1):
+            return False
+    return read_by_strides(nodes[0].graph).isdisjoint(nodes)
+
+
+def _joined(graph: fx.Graph, calls: list[fx.Node], dim: int, order: list[int] | None, root: fx.Node) -> fx.Node:
+    """The results as one, dense in the order that they have in memory."""
+    if order != TOKENS_OUTSIDE:
+        return _emitted(graph, root, aten.cat.default, calls, dim)
+    parts = [_emitted(graph, root, aten.permute.default, call, order) for call in calls]
+    cat = _emitted(graph, root, aten.cat.default, parts, order.index(dim))
+    return _emitted(graph, root, aten.permute.default, cat, order)  # of two dims: its own inverse
+
+
+def _emitted(graph: fx.Graph, root: fx.Node, target: Any, *args: Any) -> fx.Node:
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+    copy_origin(root, node)
+    return node
 
 
 def _keep_sizes(graph: fx.Graph, site: HeadSite, calls: list[fx.Node]) -> None:

@@ -6,6 +6,8 @@
     split         linear(cat([a, b])) as two GEMMs that add up
     epilogue      linear + tanh-GELU in one GEMM
     gemm          which kernel computes a linear
+    joint         linears of several streams that write their rows of a joint tensor
+    patches       a convolution of patches that do not overlap, as a GEMM
 
 A seam that is taken changes the graph at once: the sites found later read the new layouts as facts. A seam that is not
 taken is recorded with its reason, like any other site.
@@ -23,7 +25,7 @@ from ..choosing.choose import resolve_target
 from ..matching.rules import Code, Stage
 from ..reporting.report import SEAMS, Reason, Site, Status
 from ..settings import Settings
-from . import attention, epilogue, gemm, projections, split, swiglu
+from . import attention, epilogue, gemm, joint, patches, projections, split, swiglu
 from .seam import Seam
 
 __all__ = ["FINDERS", "NAMES", "Seam", "run"]
@@ -35,6 +37,8 @@ FINDERS: tuple[Callable[[fx.Graph, Settings], Iterator[Seam]], ...] = (
     split.find,
     epilogue.find,
     gemm.find,
+    joint.find,
+    patches.find,
 )
 
 NAMES = SEAMS  # what `dkfuse.rules` calls them: the families of their sites

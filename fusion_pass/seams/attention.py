@@ -24,7 +24,7 @@ from ..matching.rules import Code
 from ..reporting.report import Status
 from ..rewriting.calls import bound_arguments
 from ..rewriting.replace import copy_origin
-from ..rewriting.strides import read_by_strides
+from ..rewriting.strides import read_by_strides, spread
 from ..settings import Settings
 from . import cpu_bound
 from .attention_call import Call, calls
@@ -32,7 +32,6 @@ from .attention_choice import RULE, Decision, decide, reason
 from .common import described
 from .key_lengths import Numbers, numbers_of_keys
 from .seam import Seam
-from .strides import spread
 
 aten = torch.ops.aten
 OPAQUE = "dkfuse::attention"

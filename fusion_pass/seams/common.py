@@ -106,6 +106,13 @@ def reshaped(graph: fx.Graph, result: fx.Node, linear: Linear, old: fx.Node, bet
     return view(graph, result, last.args[1], wanted)
 
 
+def emit(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+    """A call of `target` at the graph's insertion point, with the value that it has."""
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+    return node
+
+
 def view(graph: fx.Graph, node: fx.Node, shape: Any, sizes: Any) -> fx.Node:
     """`node` reshaped to `shape`, whose symbols are nodes; sizes: the same as values."""
     found = graph.call_function(aten.reshape.default, (node, list(shape)))

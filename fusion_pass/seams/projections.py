@@ -27,9 +27,9 @@ from ..matching.rules import Code, Stage
 from ..reporting.report import Reason, Site, Status
 from ..rewriting import origin
 from ..rewriting.replace import copy_origin, fake_arguments
-from ..rewriting.strides import RESHAPES, propagate
+from ..rewriting.strides import copying_reader, propagate
 from ..settings import Settings
-from .common import TILE, as_one, described, sms
+from .common import TILE, as_one, described, emit, sms
 from .epilogue import problem
 from .gelu import find as gelus
 from .linear import Linear, linears, source
@@ -40,12 +40,6 @@ FAMILY = "packed_projection"
 RAMP = 1.16  # waves: (429 - 349) / 2 us of 34 us each
 WORTH = 0.04  # of the time of the separate GEMMs
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-VIEWS = {
-    aten.permute.default, aten.t.default, aten.transpose.int, aten.slice.Tensor, aten.select.int,
-    aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.expand.default,
-    aten.alias.default, aten.detach.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int,
-}  # fmt: skip
 
 
 def find(graph: fx.Graph, settings: Settings) -> Iterator[Seam]:
@@ -146,7 +140,7 @@ def _packed(run: list[Linear], target: str, settings: Settings) -> Seam:
         text = f"{count}: they fill the GPU for so long that one GEMM would save less than {WORTH:.0%}"
         return Seam(_left(run, "no_gain", text))
     readers: set[fx.Node] = set()
-    if (copied := _copying_reader(run, readers)) is not None:
+    if (copied := copying_reader(_columns(run), readers)) is not None:
         text = f"{count}: {copied.target} would have to copy its columns of the result"
         return Seam(_left(run, Code.LAYOUT.value, text))
     site = _site(run)
@@ -158,44 +152,12 @@ def _packed(run: list[Linear], target: str, settings: Settings) -> Seam:
     return Seam(site, lambda: _apply(run, readers))
 
 
-def _copying_reader(run: list[Linear], readers: set[fx.Node]) -> fx.Node | None:
-    """A reader that cannot read columns of a wider result in place; the others' first ops go to `readers`."""
+def _columns(run: list[Linear]) -> list[tuple[fx.Node, torch.Tensor]]:
+    """Each product with the value that it will have: columns of the wider one."""
     x, n = run[0].x.meta["val"], sum(linear.features[1] for linear in run)
     whole = x.new_empty((x.shape[0], n), dtype=run[0].product.meta["val"].dtype)
-    start = 0
-    for linear in run:
-        stop = start + linear.features[1]
-        pending = [(linear.product, whole[:, start:stop])]
-        start = stop
-        while pending:
-            node, value = pending.pop()
-            for user in node.users:
-                if user.op != "call_function":
-                    continue
-                if user.target in RESHAPES:
-                    try:
-                        pending.append((user, value.view(user.meta["val"].shape)))
-                    except (RuntimeError, ValueError):
-                        return user
-                elif user.target in VIEWS:
-                    args = [value if a is node else _value(a) for a in user.args]
-                    result = user.target(*args, **user.kwargs)  # type: ignore[operator]
-                    parts = result if isinstance(result, (tuple, list)) else None
-                    if parts is None:
-                        pending.append((user, result))
-                    else:
-                        pending += [(item, parts[item.args[1]]) for item in user.users]  # type: ignore[misc,index]
-                elif not isinstance(user.target, torch._ops.OpOverload) or user.target is aten.as_strided.default:
-                    return user
-                elif user.target.namespace not in ("aten", "prims", "dkfuse"):
-                    return user  # it may insist on the strides that it had
-                else:
-                    readers.add(user)
-    return None
-
-
-def _value(argument: object) -> object:
-    return fx.map_arg(argument, lambda n: n.meta["val"])
+    parts = whole.split([linear.features[1] for linear in run], 1)
+    return [(linear.product, part) for linear, part in zip(run, parts, strict=True)]
 
 
 def _apply(run: list[Linear], readers: set[fx.Node]) -> None:
@@ -205,14 +167,14 @@ def _apply(run: list[Linear], readers: set[fx.Node]) -> None:
     columns = [linear.features[1] for linear in run]
     with graph.inserting_before(first):
         weight = as_one(graph, run[0].weight, sum(columns))
-        operands = [first.args[-2], _emit(graph, aten.permute.default, (weight, [1, 0]))]
+        operands = [first.args[-2], emit(graph, aten.permute.default, weight, [1, 0])]
         if first.target is aten.addmm.default:
             operands.insert(0, as_one(graph, run[0].bias, sum(columns)))
-        result = _emit(graph, first.target, tuple(operands))
+        result = emit(graph, first.target, *operands)
         copy_origin(first, result)
         stops = list(itertools.accumulate(columns))
         parts = [
-            _emit(graph, aten.slice.Tensor, (result, 1, stop - size, stop))
+            emit(graph, aten.slice.Tensor, result, 1, stop - size, stop)
             for size, stop in zip(columns, stops, strict=True)
         ]
     for linear, part in zip(run, parts, strict=True):
@@ -225,12 +187,6 @@ def _apply(run: list[Linear], readers: set[fx.Node]) -> None:
             reader.meta["eager_input_vals"] = fake_arguments(reader)
     for nodes in zip(*map(_weights, run), strict=True):
         memory.take(nodes)
-
-
-def _emit(graph: fx.Graph, target: object, args: tuple) -> fx.Node:
-    node = graph.call_function(target, args)  # type: ignore[arg-type]
-    node.meta["val"] = target(*_value(args))  # type: ignore[operator,misc]
-    return node
 
 
 def _left(group: list[Linear], code: str, message: str) -> Site:

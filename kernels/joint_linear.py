@@ -1,0 +1,98 @@
+"""`dkfuse::joint_linear`: linears of several streams, their results one after the other as joint attention reads them.
+
+    out[b] = cat([x_1[b] @ weight_1.T + bias_1, x_2[b] @ weight_2.T + bias_2, ...])
+
+Shapes: x_i [B*S_i, K_i], the rows of a sample together; weight_i [N, K_i]; bias_i [N] or None; batch is B. The result
+is [B, S_1 + S_2 + ..., N], contiguous. Any strides and addresses.
+Dtypes: all of one floating dtype; sums in fp32 (fp64 for fp64), rounded once.
+tiles: for each stream how quack's GEMM is cut (`gemm_kernels.TILES`), or "" for cuBLAS.
+
+Each product is written where it belongs: rows of one sample are one matrix in the result, so that there is a GEMM for
+each stream and sample, and no copy.
+Errors: ValueError where shapes, dtypes or tiles do not fit; ImportError where quack is missing. On a CPU the result is
+the definition.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .gemm_kernels import TILES
+from .linear_ops import check, widened
+
+SCHEMA = "joint_linear(Tensor[] xs, Tensor[] weights, Tensor?[] biases, int batch, str[] tiles) -> Tensor"
+
+
+def _check(
+    xs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None], batch: int, tiles: Sequence[str]
+) -> None:
+    if not len(xs) == len(weights) == len(biases) == len(tiles) or not xs:
+        found = f"{len(xs)} xs, {len(weights)} weights, {len(biases)} biases, {len(tiles)} tiles"
+        raise ValueError(f"dkfuse::joint_linear: {found}; one of each is needed for every stream.")
+    for x, weight, bias in zip(xs, weights, biases, strict=True):
+        check("joint_linear", (x,), weight, bias)
+        if x.dtype != xs[0].dtype or weight.shape[0] != weights[0].shape[0]:
+            raise ValueError("dkfuse::joint_linear: the streams differ in dtype or in the columns of their results.")
+        if batch < 1 or x.shape[0] % batch:
+            raise ValueError(f"dkfuse::joint_linear: {x.shape[0]} rows cannot be those of {batch} samples.")
+    if unknown := [name for name in tiles if name and name not in TILES]:
+        raise ValueError(f"dkfuse::joint_linear: there are no tiles {unknown[0]!r}; known: {', '.join(TILES)}")
+
+
+def reference(
+    xs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None], batch: int, tiles: Sequence[str]
+) -> Tensor:
+    """The definition: fp32 inside (fp64 for fp64), one rounding."""
+    _check(xs, weights, biases, batch, tiles)
+    parts = []
+    for x, weight, bias in zip(xs, weights, biases, strict=True):
+        product = F.linear(widened(x), widened(weight), None if bias is None else widened(bias)).to(x.dtype)
+        parts.append(product.view(batch, -1, weight.shape[0]))
+    return torch.cat(parts, 1)
+
+
+def _empty(xs: Sequence[Tensor], weights: Sequence[Tensor], batch: int) -> Tensor:
+    return xs[0].new_empty((batch, sum(x.shape[0] // batch for x in xs), weights[0].shape[0]))
+
+
+def _cuda(
+    xs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None], batch: int, tiles: Sequence[str]
+) -> Tensor:
+    _check(xs, weights, biases, batch, tiles)
+    out = _empty(xs, weights, batch)
+    flat, joint, start = out.view(-1, out.shape[2]), out.shape[1], 0
+    index = out.device.index
+    with torch.cuda.device(index) if index != torch.cuda.current_device() else contextlib.nullcontext():
+        for x, weight, bias, cut in zip(xs, weights, biases, tiles, strict=True):
+            rows = x.shape[0] // batch
+            for i in range(batch if rows else 0):
+                part, place = x.narrow(0, i * rows, rows), flat.narrow(0, i * joint + start, rows)
+                if cut:
+                    from .gemm_quack import run
+
+                    run(part, weight, bias, "none", place, cut)
+                elif bias is None:
+                    torch.mm(part, weight.t(), out=place)
+                else:
+                    torch.addmm(bias, part, weight.t(), out=place)
+            start += rows
+    return out
+
+
+def _fake(
+    xs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None], batch: int, tiles: Sequence[str]
+) -> Tensor:
+    _check(xs, weights, biases, batch, tiles)
+    return _empty(xs, weights, batch)
+
+
+_library = torch.library.Library("dkfuse", "FRAGMENT")
+_library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+torch.library.register_fake("dkfuse::joint_linear", _fake, lib=_library)
+_library.impl("joint_linear", reference, "CompositeExplicitAutograd")
+_library.impl("joint_linear", _cuda, "CUDA")
