@@ -158,7 +158,7 @@ class _Helper(threading.Thread):
             self.process.wait()
 
     def _serve(self) -> None:
-        about = [os.getpid(), sys.path, self.modules, self.pool.limit]
+        about = [os.getpid(), list(map(str, sys.path)), self.modules, self.pool.limit]
         self.process = subprocess.Popen(
             [sys.executable, "-c", _START, json.dumps(about)],
             stdin=subprocess.PIPE,
@@ -166,7 +166,7 @@ class _Helper(threading.Thread):
             stderr=None if os.environ.get("DKFUSE_DEBUG") == "1" else subprocess.DEVNULL,
             env=dict(self.environment),
             bufsize=0,  # a buffer has a lock, which a thread of this kind may hold for ever when Python ends
-            start_new_session=True,
+            start_new_session=True,  # Ctrl-C is for this process
         )
         if (ready := self._answer()).error is not None:
             raise OSError(f"a helper could not import what it needs: {ready.error}")
@@ -204,9 +204,10 @@ if hasattr(os, "register_at_fork"):
 def allowed() -> bool:
     """Whether there may be helpers: there is a processor for them, and Inductor has processes of its own too.
 
-    TORCHINDUCTOR_COMPILE_THREADS=1 asks for neither.
+    TORCHINDUCTOR_COMPILE_THREADS=1 asks for neither. Without an interpreter to start there are none either.
     """
     from dkfuse import compat
 
-    alone = sys.platform != "linux" or _processors() < 2 or compat.inductor_config("compile_threads") == 1
-    return not alone and POOL.problem is None
+    if sys.platform != "linux" or _processors() < 2 or compat.inductor_config("compile_threads") == 1:
+        return False
+    return POOL.problem is None and bool(sys.executable) and not getattr(sys, "frozen", False)

@@ -14,7 +14,6 @@ import importlib
 import json
 import os
 import select
-import signal
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -25,7 +24,6 @@ PATIENCE = 2.0  # seconds between looks for the parent: another child of its may
 
 def main(parent: int, modules: list[str], limit: float) -> None:
     """Serve the process `parent` until it is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes our input
     answers = os.dup(1)
     os.dup2(2, 1)  # what compilers print is no answer
     _answer(answers, partial(_import, modules), limit)

@@ -66,6 +66,10 @@ def test_where_helpers_may_compile(pool: Recorder, monkeypatch: pytest.MonkeyPat
     with monkeypatch.context() as patch:
         patch.setattr("os.sched_getaffinity", lambda _: {0}, raising=False)
         assert not gemm_ahead.usable()
+    for name, value in (("frozen", True), ("executable", None)):  # the interpreter is the user's program, or unknown
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, name, value, raising=False)
+            assert not gemm_ahead.usable()
     for version in (None, "0.7.0"):
         with monkeypatch.context() as patch:
             install(patch, version)
@@ -123,9 +127,9 @@ def mlp(x: Tensor, w: Tensor, b: Tensor, v: Tensor) -> Tensor:
     return F.linear(F.gelu(F.linear(x, w, b), approximate="tanh"), v)
 
 
-def traced(*shapes: tuple[int, ...]) -> fx.GraphModule:
-    """`mlp` as Dynamo gives it to a backend, on a GPU."""
-    module = fx.symbolic_trace(mlp)
+def traced(*shapes: tuple[int, ...], function: Any = mlp) -> fx.GraphModule:
+    """`function` as Dynamo gives it to a backend, on a GPU."""
+    module = fx.symbolic_trace(function)
     with FakeTensorMode() as mode:
         values = [torch.empty(shape, device="cuda", dtype=BF16) for shape in shapes]
 
@@ -173,6 +177,23 @@ def test_not_started_where_their_kernels_are_on_disk(
             gemm_ahead.note(Kind("bfloat16", act, bias, tiles), tmp_path / "kernel.o")
     gemm_early.start(traced(*LARGE), Settings(target="sm90"))
     assert pool.started == 0
+
+
+def test_odd_linears(pool: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for function, shapes, started in (
+        (lambda x, w: F.linear(x, w), [(4096, 3072), (3072,)], 0),
+        (lambda x, w: F.linear(x, w), [(3072,), (9216, 3072)], 0),
+        (lambda x, w: F.linear(x, w), [(0, 3072), (9216, 3072)], 0),
+        (lambda x, w, b: F.linear(x, bias=b, weight=w), [(4096, 3072), (9216, 3072), (9216,)], 1),
+    ):
+        gemm_early.start(traced(*shapes, function=function), Settings(target="sm90"))
+        assert pool.started == started
+    module = traced(*LARGE)
+    for node in module.graph.nodes:
+        node.meta.clear()
+    gemm_early.start(module, Settings(target="sm90"))
+    assert pool.started == 1
 
 
 def test_without_a_gpu_nothing_is_started(pool: Recorder) -> None:

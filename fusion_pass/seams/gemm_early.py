@@ -15,6 +15,7 @@ from torch import fx
 
 from dkfuse.kernels import gemm_ahead, gemm_kernels
 
+from .. import compat
 from ..matching.rules import Reject
 from ..settings import Settings
 from . import gemm_choice
@@ -43,11 +44,20 @@ def _calls(graph: fx.Graph) -> Iterator[Call]:
     for node in graph.nodes:
         if node.op != "call_function" or node.target is not F.linear:
             continue
-        args = [a.meta.get("example_value") for a in node.args if isinstance(a, fx.Node)]
-        if len(args) < 2 or not all(isinstance(a, torch.Tensor) and a.device.type == "cuda" for a in args):
+        given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
+        x, weight, bias = (_value(given.get(name)) for name in ("input", "weight", "bias"))
+        if x is None or weight is None or (bias is None and given.get("bias") is not None):
             continue
-        if all(isinstance(size, int) for a in args for size in a.shape) and args[0].dim() > 1:
-            yield args[0], args[1], args[2] if len(args) > 2 else None, "gelu" if _is_gelu(node) else "none"
+        if x.dim() > 1 and weight.dim() == 2:
+            yield x, weight, bias, "gelu" if _is_gelu(node) else "none"
+
+
+def _value(node: object) -> torch.Tensor | None:
+    """The example of an operand, where it is a tensor of known sizes on a GPU."""
+    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    if not isinstance(value, torch.Tensor) or not compat.is_fake(value) or value.device.type != "cuda":
+        return None
+    return value if all(isinstance(size, int) for size in (*value.shape, *value.stride())) else None
 
 
 def _is_gelu(linear: fx.Node) -> bool:
