@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx
 
+from .. import compat
 from ..choosing.choose import resolve_target
 from ..matching.rules import Code, Stage
 from ..reporting.report import SEAMS, Reason, Site, Status
@@ -55,19 +56,24 @@ def run(graph: fx.Graph, settings: Settings) -> list[Site]:
     names: Counter[str] = Counter()
     taken = 0
     for find in FINDERS:
-        before = taken
+        before, finish = taken, []
         for seam in list(find(graph, settings)):
             if seam.apply is not None and settings.fuel is not None and taken >= settings.fuel:
                 _refuse_for_fuel(seam, settings.fuel)
             if seam.apply is not None:
                 seam.apply()
                 taken += 1
+                finish += [seam.finish] if seam.finish is not None else []
             place = f"{seam.site.module or 'graph'}:{seam.site.family}"
             seam.site.id = f"{place}#{names[place]}"
             names[place] += 1
             sites.append(seam.site)
+        if finish:
+            compat.stable_topological_sort(graph)
         if taken != before:
             graph.eliminate_dead_code()
+            for done in finish:
+                done()
             graph.lint()
     return sites
 

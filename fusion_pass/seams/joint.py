@@ -72,7 +72,10 @@ def find(graph: fx.Graph, settings: Settings) -> Iterator[Seam]:
             yield Seam(_site(members, reject))
             continue
         taken.update(members[0].products)
-        yield Seam(_site(members, None), partial(_apply, graph, members, readers))
+        wholes: list[fx.Node] = []
+        parts: list[fx.Node] = []
+        apply = partial(_apply, graph, members, wholes, parts)
+        yield Seam(_site(members, None), apply, partial(_finish, wholes, parts, readers))
 
 
 def _read(cat: fx.Node) -> Joint | None:
@@ -162,13 +165,14 @@ def _joined_columns(joint: Joint) -> int:
     return count // joint.batch
 
 
-def _apply(graph: fx.Graph, members: list[Joint], readers: set[fx.Node]) -> None:
+def _apply(graph: fx.Graph, members: list[Joint], wholes: list[fx.Node], parts: list[fx.Node]) -> None:
+    """Rewrite the graph; what takes the place of the cats goes to `wholes`, of the products to `parts`."""
     joints = []
     for joint in members:
         again = _read(joint.cat)  # a seam before this one may have replaced what it reads
         assert again is not None
         joints.append(replace(again, batch=joint.batch))
-    joint, order = joints[0], {node: i for i, node in enumerate(graph.nodes)}
+    joint = joints[0]
     linears, tiles = [stream.linear for stream in joint.streams], [stream.tiles for stream in joint.streams]
     xs, weights, biases = ([getattr(n, name) for n in linears] for name in ("x", "weight", "bias"))
 
@@ -177,11 +181,10 @@ def _apply(graph: fx.Graph, members: list[Joint], readers: set[fx.Node]) -> None
         node.meta["val"] = target(value.meta["val"], *args)
         return node
 
-    with graph.inserting_before(max(joint.products, key=order.__getitem__).next):
+    with graph.inserting_before(max(joint.products).next):  # nodes compare by their place in the graph
         call = emit(graph, torch.ops.dkfuse.joint_linear.default, xs, weights, biases, joint.batch, tiles)
         copy_origin(joint.cat, call)
-        wholes = [replayed(each, 0, call, joint.tokens, put) for each in joints]
-        parts: list[fx.Node] = []
+        wholes += [replayed(each, 0, call, joint.tokens, put) for each in joints]
         for i, (product, start, length) in enumerate(zip(joint.products, joint.starts, joint.lengths, strict=True)):
             part = put(aten.slice.Tensor, call, 1, start, start + length)
             if joint.batch == 1:
@@ -197,8 +200,10 @@ def _apply(graph: fx.Graph, members: list[Joint], readers: set[fx.Node]) -> None
     for each, whole in zip(joints, wholes, strict=True):
         each.cat.replace_all_uses_with(whole)
     read_sizes_elsewhere(graph, joint.products, xs)
-    compat.stable_topological_sort(graph)
-    graph.eliminate_dead_code()  # so that what only the cats read is told nothing
+
+
+def _finish(wholes: list[fx.Node], parts: list[fx.Node], readers: set[fx.Node]) -> None:
+    """Carry the new strides on."""
     for whole in wholes:
         spread(whole)
     for part in parts:
