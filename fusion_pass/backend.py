@@ -29,6 +29,7 @@ from .reporting.recording import publish, withdraw
 from .reporting.report import Graph
 from .reporting.store import Record, graph_key
 from .rewriting.drift import keep_roundings
+from .seams import gemm_early, late
 from .settings import Settings
 from .versions import check_torch
 
@@ -106,6 +107,8 @@ def _compile(gm: fx.GraphModule, inputs: Any, way: _Way) -> Any:
     runs = known.runs() if known is not None else []
     context = _Context(settings, known)
     record = Record(graph_key(gm, inputs, settings, (runs, compat.modes(options))), settings.cache_dir)
+    if record.stored is None:
+        gemm_early.start(gm, settings)
     users = options.get(HOOK, compat.inductor_config(HOOK))
     users = [p for p in (users if isinstance(users, (list, tuple)) else [users]) if p is not None]
 
@@ -117,7 +120,7 @@ def _compile(gm: fx.GraphModule, inputs: Any, way: _Way) -> Any:
     identities = [record.uuid, *map(compat.pass_uuid, users)]
     uuid = None if None in identities else "/".join(map(str, identities))
     try:
-        with building.collected() as launched:
+        with building.collected() as launched, late.deferred() as attempts:
             compiled = compat.inductor(
                 gm, inputs, {**compat_triton.launch_options(), **options, HOOK: compat.graph_pass(passes, uuid)}
             )
@@ -130,6 +133,9 @@ def _compile(gm: fx.GraphModule, inputs: Any, way: _Way) -> Any:
         log.warning("dkfuse: internal error, the graph is left to Inductor: %s: %s", type(error).__name__, error)
         note = f"internal error: {type(error).__name__}: {error} (DKFUSE_DEBUG=1 raises it)"
         return _plain(gm, inputs, options, settings, note)
+    if late.failed(attempts):
+        record.forget()
+        return _compile(gm, inputs, way)
     if context.graphs:
         record.save(context.graphs, context.once)
     graphs = context.graphs or [_from_cache(g) for g in record.stored or ()]

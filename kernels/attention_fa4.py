@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention_kernels, attention_lengths, attention_run
+from . import attention_kept, attention_kernels, attention_lengths, attention_run
+from .attention_kept import VERSIONS
 
 log = logging.getLogger("dkfuse")
-VERSIONS = ("4.0.0b20",)
 FEW = 256  # tokens that a compiled kernel is compared on
 MOST = 4096  # keys that are remembered
 OUT, LENGTHS = 3, 9  # where the compiled kernel takes them; q, k and v come first
@@ -137,6 +137,7 @@ def _interface() -> Any:
     """The function of theirs that calls compiled kernels out of its `compile_cache`; None in versions not read."""
     if attention_kernels.version_of("fa4") not in VERSIONS:
         return None
+    attention_kept.install()  # before its cache is watched
     try:
         from flash_attn.cute import interface
     except ImportError as error:

@@ -42,6 +42,9 @@ HARMLESS = r"Argument aux_data \(position \d+\) cannot be converted to a JitArgu
 def _fa4_function() -> Any:
     from flash_attn.cute import flash_attn_func
 
+    from . import attention_kept
+
+    attention_kept.install()
     warnings.filterwarnings("ignore", HARMLESS, UserWarning, r"cutlass\.base_dsl\.dsl$")
     return flash_attn_func
 

@@ -5,7 +5,7 @@
 A persistent, warp-specialised kernel: TMA loads, two consumer warp groups that take turns at the tensor cores, so that
 one's epilogue runs under the other's products ("pingpong", as in CUTLASS). How it is cut is named by `tiles`
 (`gemm_kernels.TILES`); quack's autotuner is not asked. Kernels are compiled once per dtype, act, bias and tiles, not
-per shape, in 2 to 3 s, and kept on disk by quack.
+per shape, in 2 to 3 s, ahead by helpers (`gemm_ahead`) or here, and kept on disk by quack.
 
 A gated act takes the weight as it lies, [first half; second half]: TMA deals its rows out in turns, so that a thread
 has both values of a pair. A bias would have to lie like that too; it is dealt out by a copy of [N] elements a call.
@@ -18,11 +18,13 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import gemm_ahead
 from .gemm_kernels import ALIGNMENT, DEFAULT_TILES, GATED, TILES
 
 SWIZZLE = 8  # the most clusters of a column of tiles that run side by side
@@ -77,9 +79,10 @@ def _made(dtype: torch.dtype, act: str, bias: bool, tiles: str, device: torch.de
     from quack.gemm_default_epi import GemmDefaultEpiMixin
     from quack.gemm_tvm_ffi_utils import make_scheduler_args
 
-    kernel = compiled(dtype, act, bias, tiles, torch.cuda.get_device_capability(device))
     rows, columns = TILES[tiles].cluster
+    # asking how many clusters fit compiles a kernel here, while helpers compile ours
     schedule = make_scheduler_args(get_max_active_clusters(rows * columns), SWIZZLE, None)
+    kernel = compiled(dtype, act, bias, tiles, torch.cuda.get_device_capability(device))
     # values that are known when a kernel is compiled are None in its calls
     if act == "none":
 
@@ -103,6 +106,24 @@ def _made(dtype: torch.dtype, act: str, bias: bool, tiles: str, device: torch.de
 
 def compiled(dtype: torch.dtype, act: str, bias: bool, tiles: str, capability: tuple[int, int]) -> Any:
     """The compiled kernel, once for a process. It needs no GPU where QUACK_ARCH and CUTE_DSL_ARCH are set."""
+    from quack import cache
+
+    kind = gemm_ahead.Kind.of(dtype, act, bias, tiles)
+    gemm_ahead.wait(kind)
+    keeps = gemm_ahead.folder() is not None
+    if not keeps:
+        cache.CACHE_ENABLED = False  # else it raises where it cannot write
+    function, arguments = asked(dtype, act, bias, tiles, capability)
+    kernel = function(**arguments)
+    if keeps:
+        gemm_ahead.note(kind, file_of(function, kernel))
+    return kernel
+
+
+def asked(
+    dtype: torch.dtype, act: str, bias: bool, tiles: str, capability: tuple[int, int]
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The function of quack's that compiles or loads the kernel, and what it is called with."""
     from quack.cute_dsl_utils import torch2cute_dtype_map
 
     warnings.filterwarnings("ignore", HARMLESS, UserWarning, r"cutlass\.base_dsl\.dsl$")
@@ -119,19 +140,30 @@ def compiled(dtype: torch.dtype, act: str, bias: bool, tiles: str, capability: t
         from quack.gemm import _compile_gemm
         from quack.rounding import RoundingMode
 
-        return _compile_gemm(
-            **common, d_dtype=element, d_major="n", alpha_mode=0, beta_mode=0, add_to_output=False, concat_layout=(),
-            varlen_k=False, has_batch_idx_permute=False, rounding_mode=RoundingMode.RN, sr_seed_mode=0, num_warps=None,
-        )  # fmt: skip
+        return _compile_gemm, {
+            **common, "d_dtype": element, "d_major": "n", "alpha_mode": 0, "beta_mode": 0, "add_to_output": False,
+            "concat_layout": (), "varlen_k": False, "has_batch_idx_permute": False, "rounding_mode": RoundingMode.RN,
+            "sr_seed_mode": 0, "num_warps": None,
+        }  # fmt: skip
     from quack.gemm_act import _compile_gemm_act
 
     gated = act in GATED
     if act == "silu_second":
         _add_second()
-    return _compile_gemm_act(
-        **common, d_dtype=None, d_major=None, postact_dtype=element, postact_major="n", activation=NAMES[act],
-        concat_layout=("B",) if gated else (), gemm_cls_name="gated" if gated else "act",
-    )  # fmt: skip
+    return _compile_gemm_act, {
+        **common, "d_dtype": None, "d_major": None, "postact_dtype": element, "postact_major": "n",
+        "activation": NAMES[act], "gemm_cls_name": "gated" if gated else "act",
+        "concat_layout": ("B",) if gated else (),
+    }  # fmt: skip
+
+
+def file_of(function: Any, kernel: Any) -> Path:
+    """Where quack keeps `kernel` on disk, which `function`, its cache, returned."""
+    from quack.cache import jit
+
+    key = next(key for key, known in function.cache.items() if known is kernel)
+    name = jit._key_to_hash((function.__qualname__, *key))
+    return jit.get_cache_path() / jit._compute_source_fingerprint() / f"{name}.o"
 
 
 def _add_second() -> None:

@@ -413,6 +413,7 @@ def test_a_fake_quack_is_given_what_its_kernels_take(monkeypatch: pytest.MonkeyP
 
     modules: dict[str, dict[str, Any]] = {
         "quack": {},
+        "quack.cache": {"CACHE_ENABLED": False, "CACHE_DIR": None},
         "quack.cute_dsl_utils": {"get_max_active_clusters": lambda n: 132 // n, "torch2cute_dtype_map": {BF16: "bf16"}},
         "quack.gemm": {"_compile_gemm": compile_gemm},
         "quack.gemm_act": {"_compile_gemm_act": compile_gemm, "GemmActMixin": Epilogue},

@@ -286,7 +286,7 @@ def one_bias(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         (three_parts, {}, "left:columns"),
         (slice_of_an_input, {}, "left:layout"),
         (strided_bias, {}, "left:layout"),
-        (two_weights, {}, "left:unguarded"),
+        (two_weights, {}, "left:computed"),
         (one_bias, {}, "left:one_bias"),
         (sliced, {"roundings": "eager"}, "rejected:rounding"),
         (sliced, {"rules": "-swiglu_epilogue"}, "rejected:disabled"),

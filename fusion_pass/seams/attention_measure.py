@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from dkfuse.kernels import attention_kernels
+from dkfuse.kernels import attention_kept, attention_kernels
 
 from .. import compat
 from ..choosing.tuning_clock import extent
 from ..errors import first_line
-from . import kept_times
+from . import kept_times, late
 from .attention_table import DENSE
 
 log = logging.getLogger("dkfuse")
@@ -55,19 +55,36 @@ def times(
 def failure(kernel: str, q: torch.Tensor, k: torch.Tensor, causal: bool, lengths: bool = False) -> str | None:
     """What goes wrong when `kernel` is built and run once, for few tokens of this kind; None where nothing does.
 
-    It is built here, rather than when the compiled code first runs. Without a GPU nothing is tried.
+    It is built here, rather than when the compiled code first runs; where a helper can build it, it is tried `late`.
+    Without a GPU nothing is tried.
     """
     if q.device.type != "cuda" or not torch.cuda.is_available():
         return None
     head_dim = compat.hint(q.shape[3]) or 0
     groups = (compat.hint(q.shape[1]) or 1) // (compat.hint(k.shape[1]) or 1)
     key = (kernel, q.device, q.dtype, head_dim, groups, causal, lengths)
-    if key not in _failures:
+    kind = attention_kept.Kind(str(q.dtype).removeprefix("torch."), head_dim, groups, causal, lengths)
+
+    def attempt() -> str | None:
+        if key in _failures:
+            return _failures[key]
+        if kernel == "fa4":
+            attention_kept.wait(kind)
         with compat.real_tensors(), torch.no_grad():
             sizes = [(1, FEW, heads, head_dim) for heads in (groups, 1, 1)]
             few = [_numbers(s, q).transpose(1, 2) for s in sizes]
             _failures[key] = _tried(few, causal, kernel, lengths)
-    return _failures[key]
+        if kernel == "fa4" and _failures[key] is None:
+            attention_kept.note(kind)
+        return _failures[key]
+
+    def submit() -> bool:
+        major, minor = torch.cuda.get_device_capability(q.device)
+        return attention_kept.submit(kind, 10 * major + minor)
+
+    if kernel == "fa4" and key not in _failures and late.add(key, submit, attempt):
+        return None
+    return attempt()
 
 
 def _numbers(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import fx
 
 import dkfuse.kernels.linear_ops  # noqa: F401  (registers the ops, also for compiled code that comes from a cache)
 
+from .. import memory
 from ..choosing.choose import resolve_target
 from ..compat import statically_known_true
 from ..matching.rules import Code, Reject, Stage
@@ -111,6 +112,18 @@ def emit(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
     node = graph.call_function(target, args)
     node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
     return node
+
+
+def why_apart(weights: Sequence[fx.Node], what: str) -> tuple[str, str]:
+    """The code and text of linears, described by `what`, whose weights do not lie side by side."""
+    if all(node.op == "get_attr" for node in weights):
+        return "frozen", f"{what}: their weights are constants of a frozen graph, which may not stay where they are"
+    if all(node.op == "placeholder" and memory.KEY not in node.meta for node in weights):
+        return "unguarded", f"{what}: their weights are not parameters of the compiled module, so they may move"
+    if not all(node.op == "placeholder" for node in weights):
+        text = f"{what}: their weights are computed in the graph (a cast, a LoRA that is merged on the fly)"
+        return "computed", text
+    return "not_packed", f"{what}: dkfuse.pack(model), called before compiling, would make them one GEMM"
 
 
 def view(graph: fx.Graph, node: fx.Node, shape: Any, sizes: Any) -> fx.Node:

@@ -44,13 +44,13 @@ class Product:
 
 def find(graph: fx.Graph, settings: Settings) -> Iterator[Seam]:
     """Every GEMM of a linear that is a matter of choice."""
-    for product in _products(graph):
-        if settings.gemm != QUACK and _is_small(product.linear):
-            continue
-        values = {name: node.meta["val"] for name, node in _operands(product).items() if node is not None}
+    products = [p for p in _products(graph) if settings.gemm == QUACK or not _is_small(p.linear)]
+    for product in products:
+        gemm_choice.prepare(_values(product), product.act, FAMILY, settings)
+    for product in products:
         reject, tiles = None, ""
         try:
-            tiles = gemm_choice.choose({"bias": None, **values}, product.act, FAMILY, settings)
+            tiles = gemm_choice.choose(_values(product), product.act, FAMILY, settings)
         except Reject as error:
             reject = error
         site = record(FAMILY, OP, QUACK, product.node, product.linear, (None, None), reject)
@@ -86,6 +86,10 @@ def _is_small(linear: Linear) -> bool:
 def _operands(product: Product) -> dict[str, fx.Node | None]:
     linear = product.linear
     return {"x": linear.x, "weight": linear.weight, "bias": linear.bias}
+
+
+def _values(product: Product) -> dict[str, Any]:
+    return {name: None if node is None else node.meta["val"] for name, node in _operands(product).items()}
 
 
 def _apply(graph: fx.Graph, product: Product, tiles: str) -> None:

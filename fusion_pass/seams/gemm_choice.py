@@ -32,10 +32,13 @@ LAUNCH_BOUND, LAUNCHED_AT_ONCE = 100.0, 20.0  # microseconds; the latter under C
 RIVALS = {"none": "cuBLAS", "gelu": "cublasLt's epilogue", "silu": "cuBLAS and Inductor's pass"}
 
 
-def choose(values: Mapping[str, Any], act: str, rule: str, settings: Settings, build: bool = True) -> str:
+def choose(
+    values: Mapping[str, Any], act: str, rule: str, settings: Settings, build: bool = True, measure: bool = True
+) -> str:
     """The tiles of quack's GEMM for ``dkfuse::linear`` of these fake tensors, or Reject, saying why it is cuBLAS's.
 
-    values: x [M, K], weight [N, K] and bias; rule: the seam that asks; build: build the kernel now and try it.
+    values: x [M, K], weight [N, K] and bias; rule: the seam that asks; build: build the kernel and try it, now or when
+    a helper has built it; measure: take times now under max-autotune, else by the table.
     """
     x = values["x"]
     if settings.gemm == CUBLAS:
@@ -54,7 +57,7 @@ def choose(values: Mapping[str, Any], act: str, rule: str, settings: Settings, b
     product = Product(rows, columns, k, act, values.get("bias") is not None, x.dtype, x.device)
     if forced:
         tiles, gain = _fastest(_expected(product, capability) or {})
-    elif _measures(x):
+    elif measure and _measures(x):
         tiles, gain = _by_time(product, settings)
     else:
         tiles, gain = _by_table(product, capability)
@@ -66,6 +69,18 @@ def choose(values: Mapping[str, Any], act: str, rule: str, settings: Settings, b
     if build and (failed := gemm_measure.failure(product, tiles)) is not None:
         raise _left(Code.KERNEL_FAILED, f"quack's GEMM failed when it was tried: {failed}")
     return tiles
+
+
+def prepare(values: Mapping[str, Any], act: str, rule: str, settings: Settings) -> None:
+    """Have helpers begin to compile what `choose` would take the time of, before it is asked about the first call."""
+    x, (columns, k) = values["x"], values["weight"].shape
+    if settings.gemm != "auto" or not settings.allows(rule) or not _measures(x):
+        return
+    right = resolve_target(settings.target, x.device) == f"sm{gemm_kernels.CAPABILITY}"
+    fits = right and gemm_kernels.problem({**values, "act": act}, gemm_kernels.CAPABILITY) is None
+    if fits and x.shape[0] >= gemm_table.MIN_ROWS:
+        product = Product(x.shape[0], columns, k, act, values.get("bias") is not None, x.dtype, x.device)
+        gemm_measure.prepare(product, list(TILES), settings.cache_dir)
 
 
 def _left(code: Code | str, message: str) -> Reject:
@@ -137,6 +152,7 @@ def _by_time(product: Product, settings: Settings) -> tuple[str, float]:
         raise _left(Code.NOT_FASTER, text)
     if gemm_table.microseconds(product.rows, product.columns, product.k) < shortest():
         return _by_table(product, gemm_kernels.CAPABILITY)  # which says so
+    gemm_measure.prepare(product, list(TILES), settings.cache_dir)
     found = gemm_measure.times(product, list(TILES), settings.cache_dir)
     if found[CUBLAS] == float("inf"):
         return _by_table(product, gemm_kernels.CAPABILITY)

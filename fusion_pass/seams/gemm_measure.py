@@ -11,24 +11,26 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from dkfuse.kernels import gemm, gemm_kernels
+from dkfuse.kernels import gemm, gemm_ahead, gemm_kernels
 from dkfuse.kernels.gemm_kernels import CUBLAS, GATED, QUACK
 
 from .. import compat
 from ..errors import first_line
-from . import kept_times
+from . import kept_times, late
 
 log = logging.getLogger("dkfuse")
 TURNS = 5
 TURN = 4.0  # milliseconds
 FEW = 8  # rows, and tiles of columns, to try a kernel with
 KIND = "gemm"
+Key = tuple[Any, ...]  # of a kernel that is tried: tiles, act, bias, dtype, device
 _known: dict[tuple[str, ...], dict[str, float]] = {}
-_failures: dict[tuple[Any, ...], str | None] = {}
+_failures: dict[Key, str | None] = {}
 
 
 @dataclass(frozen=True)
@@ -49,23 +51,44 @@ def times(product: Product, tiles: list[str], folder: str | None) -> dict[str, f
 
     folder: the cache folder of the settings. The tensors that it is timed on are random, on the same device.
     """
-    key = repr(product), compat.environment_fingerprint(), gemm_kernels.fingerprint()
     names = [CUBLAS, *tiles]
-    return kept_times.times(_known, KIND, key, names, folder, lambda _: timed(product, names))  # they take turns
+    return kept_times.times(_known, KIND, _key(product), names, folder, lambda _: timed(product, names))  # in turns
+
+
+def prepare(product: Product, tiles: list[str], folder: str | None) -> None:
+    """Have helpers begin to compile what `times` would take the time of."""
+    for name in kept_times.missing(_known, KIND, _key(product), tiles, folder):
+        submit(product, name)
+
+
+def _key(product: Product) -> tuple[str, ...]:
+    return repr(product), compat.environment_fingerprint(), gemm_kernels.fingerprint()
 
 
 def failure(product: Product, tiles: str) -> str | None:
     """What goes wrong when quack's kernel for such products is built and run once, on few rows; None: nothing does.
 
-    It is built here, rather than when the compiled code first runs. Without a GPU nothing is tried.
+    It is built here, rather than when the compiled code first runs; where a helper can build it, it is tried `late`.
+    Without a GPU nothing is tried.
     """
     if product.device.type != "cuda" or not torch.cuda.is_available():
         return None
     key = (tiles, product.act, product.bias, product.dtype, product.device)
+    few = Product(FEW, 16 * FEW, 8 * FEW, product.act, product.bias, product.dtype, product.device)
+    if key not in _failures and late.add(key, partial(submit, product, tiles), partial(_try, key, few)):
+        return None
+    return _try(key, few)
+
+
+def submit(product: Product, tiles: str) -> bool:
+    """Have a helper compile quack's kernel; whether it is one's."""
+    return gemm_ahead.submit(gemm_ahead.Kind.of(product.dtype, product.act, product.bias, tiles))
+
+
+def _try(key: Key, few: Product) -> str | None:
     if key not in _failures:
-        few = Product(FEW, 16 * FEW, 8 * FEW, product.act, product.bias, product.dtype, product.device)
         with compat.real_tensors(), torch.no_grad():
-            _failures[key] = _tried(few, tiles)
+            _failures[key] = _tried(few, key[0])
     return _failures[key]
 
 

@@ -29,12 +29,17 @@ def times(
     measure: takes the names that are not known yet and gives their times, of others too if it likes. It runs on real
     tensors, without gradients.
     """
-    if key not in known:
-        stored = disk_cache.get(key, kind, folder)
-        known[key] = json.loads(stored) if stored is not None else {}
-    if missing := [name for name in names if name not in known[key]]:
+    if without := missing(known, kind, key, names, folder):
         with compat.real_tensors(), torch.no_grad():
-            known[key].update(measure(missing))
+            known[key].update(measure(without))
         kept = {name: time for name, time in known[key].items() if time != float("inf")}
         disk_cache.put(key, json.dumps(kept).encode(), kind, folder)
     return {name: known[key][name] for name in names}
+
+
+def missing(known: Known, kind: str, key: Key, names: Sequence[str], folder: str | None) -> list[str]:
+    """The kernels that `times` would measure."""
+    if key not in known:
+        stored = disk_cache.get(key, kind, folder)
+        known[key] = json.loads(stored) if stored is not None else {}
+    return [name for name in names if name not in known[key]]

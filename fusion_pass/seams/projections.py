@@ -29,7 +29,7 @@ from ..rewriting import origin
 from ..rewriting.replace import copy_origin, fake_arguments
 from ..rewriting.strides import copying_reader, propagate
 from ..settings import Settings
-from .common import TILE, as_one, described, emit, sms
+from .common import TILE, as_one, described, emit, sms, why_apart
 from .epilogue import problem
 from .gelu import find as gelus
 from .linear import Linear, linears, source
@@ -119,17 +119,7 @@ def _why_not(group: list[Linear], target: str) -> tuple[str, str]:
     count = f"{len(group)} projections of one input"
     if _gain(group, target) < WORTH:
         return "no_gain", f"{count}: they fill the GPU for so long that one GEMM would save less than {WORTH:.0%}"
-    nodes = [node for linear in group for node in _weights(linear)]
-    if all(node.op == "get_attr" for node in nodes):
-        return "frozen", f"{count}: their weights are constants of a frozen graph, which may not stay where they are"
-    if all(node.op == "placeholder" and memory.KEY not in node.meta for node in nodes):
-        return "unguarded", f"{count}: their weights are not parameters of the compiled module, so they may move"
-    if not all(node.op == "placeholder" for node in nodes):
-        return (
-            "computed",
-            f"{count}: their weights are computed in the graph (a cast, a LoRA that is merged on the fly)",
-        )
-    return "not_packed", f"{count}: dkfuse.pack(model), called before compiling, would make them one GEMM"
+    return why_apart([node for linear in group for node in _weights(linear)], count)
 
 
 def _packed(run: list[Linear], target: str, settings: Settings) -> Seam:

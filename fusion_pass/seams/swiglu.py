@@ -32,7 +32,7 @@ from ..rewriting.replace import copy_origin
 from ..rewriting.symbols import arguments as with_symbols
 from ..settings import Settings
 from . import gating, gemm_choice
-from .common import as_one, mergeable, read_sizes_elsewhere, record, rows, view
+from .common import as_one, mergeable, read_sizes_elsewhere, record, rows, view, why_apart
 from .gating import Gating
 from .linear import Linear, linears, read, source
 from .seam import Seam
@@ -130,12 +130,8 @@ def _why_apart(found: Gating) -> Reject | None:
     """Why two linears cannot be one product; None where they can, or are one."""
     if len(found.linears) == 1 or _in_memory(found) is not None:
         return None
-    nodes = [node for linear in found.linears for node in _weights(linear)]
-    if any(node.op != "placeholder" or memory.KEY not in node.meta for node in nodes):
-        text = "the weights of its two linears are not parameters of the compiled module, so they may move"
-        return Reject("unguarded", text, Stage.KERNEL, left=True)
-    text = "the weights of its two linears lie apart: call dkfuse.pack(model) before compiling to lay them side by side"
-    return Reject("not_packed", text, Stage.KERNEL, left=True)
+    weights = [node for linear in found.linears for node in _weights(linear)]
+    return Reject(*why_apart(weights, "its two linears"), Stage.KERNEL, left=True)
 
 
 def _act(found: Gating) -> str:

@@ -1,0 +1,104 @@
+"""Helpers compile quack's and FlashAttention 4's kernels on a GPU host: who compiled, the same results, warm starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dkfuse.kernels import attention_kept, gemm_kernels
+from dkfuse.kernels.attention_kernels import version_of
+
+from .on_device import capability
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = Path(__file__).with_name("compile_ahead_model.py")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(gemm_kernels.version() is None, reason="quack is not installed"),
+    pytest.mark.skipif(not torch.cuda.is_available() or capability() != 90, reason="no sm90"),
+]
+needs_fa4 = pytest.mark.skipif(version_of("fa4") not in attention_kept.VERSIONS, reason="FlashAttention 4 is not there")
+
+
+def compiled(folder: Path, *how: str, attention: str = "sdpa", threads: int | None = None) -> dict[str, Any]:
+    """What the program says, with the caches in `folder`; "result": the model's."""
+    environment = {
+        **os.environ,
+        "QUACK_CACHE_DIR": str(folder / "quack"),
+        "DKFUSE_CACHE_DIR": str(folder / "dkfuse"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+    }
+    if threads is not None:
+        environment["TORCHINDUCTOR_COMPILE_THREADS"] = str(threads)
+    command = [sys.executable, str(PROGRAM), str(folder / "result.pt"), attention, *how]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(how, json.dumps(found))
+    found["result"] = torch.load(folder / "result.pt")
+    assert found["error"] <= 1.05 and found["fused"].count("swiglu_epilogue") == 1, found
+    assert found["fused"].count("gemm_kernel") >= 5 and found["problem"] is None, found
+    return found
+
+
+def test_helpers_compile_quacks_kernels(tmp_path: Path) -> None:
+    alone = compiled(tmp_path / "alone", threads=1)
+    assert alone["started"] == 0 and alone["helped"] == {}
+    kinds = alone["quack"]["compiled"]
+    assert kinds >= 4 and alone["quack"]["loaded"] == 0
+
+    cold = compiled(tmp_path / "cold", "wait")
+    assert 1 <= cold["started"] <= 2 and not cold["gpu"]
+    assert len(cold["helped"]) == kinds and all(error is None for *_, error in cold["helped"].values())
+    assert cold["pid"] not in {pid for pid, *_ in cold["helped"].values()}
+    assert cold["quack"] == {"compiled": 0, "loaded": kinds}, "helpers' files are the same kernels by the same names"
+    assert torch.equal(cold["result"], alone["result"])
+
+    warm = compiled(tmp_path / "cold")
+    assert (warm["started"], warm["helped"]) == (0, {}) and warm["quack"] == {"compiled": 0, "loaded": kinds}
+    assert torch.equal(warm["result"], alone["result"])
+
+
+def test_another_model_finds_the_kernels_on_disk(tmp_path: Path) -> None:
+    """Inductor's cache is cold, quack's is not."""
+    kinds = compiled(tmp_path, "wait")["quack"]["loaded"]
+    (tmp_path / "inductor").rename(tmp_path / "gone")
+    (tmp_path / "dkfuse" / "records").rename(tmp_path / "records")
+    again = compiled(tmp_path)
+    assert again["started"] == 0 and again["quack"] == {"compiled": 0, "loaded": kinds}
+
+
+def test_whoever_is_first_compiles(tmp_path: Path) -> None:
+    """As it is used: what no helper has begun when Inductor is done is compiled here, and nothing twice."""
+    found = compiled(tmp_path)
+    assert found["started"] >= 1 and found["quack"]["compiled"] + len(found["helped"]) >= 4
+    assert found["quack"]["compiled"] + found["quack"]["loaded"] == compiled(tmp_path)["quack"]["loaded"]
+
+
+def test_helpers_that_compile_nothing(tmp_path: Path) -> None:
+    found = compiled(tmp_path, "wait", "broken")
+    assert all("no_such_module_of_dkfuse" in error for *_, error in found["helped"].values()) and found["helped"]
+    assert found["quack"]["loaded"] == 0 and found["quack"]["compiled"] >= 4
+
+
+@needs_fa4
+def test_helpers_compile_flash_attention(tmp_path: Path) -> None:
+    alone = compiled(tmp_path / "alone", attention="fa4", threads=1)
+    assert "attention" in alone["fused"] and alone["fa4 compiled"] == 1
+
+    cold = compiled(tmp_path / "cold", "wait", attention="fa4")
+    assert "attention" in cold["fused"] and cold["fa4 compiled"] == 0 and not cold["gpu"]
+    assert any(name.startswith("bfloat16 128 1 False False") for name in cold["helped"]), cold["helped"]
+    assert all(error is None for *_, error in cold["helped"].values())
+    assert torch.equal(cold["result"], alone["result"])
+
+    warm = compiled(tmp_path / "cold", attention="fa4")
+    assert warm["started"] == 0 and warm["fa4 compiled"] == 0 and torch.equal(warm["result"], alone["result"])

@@ -1,0 +1,225 @@
+"""Jobs that other processes do: two at a time, failing, dying, hanging; no script runs twice, no helper stays."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dkfuse.kernels.compile_ahead import Pool
+
+from .conftest import ROOT
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="helpers are for Linux")
+MODULE = "dkfuse_test_jobs"
+JOBS = """
+    import os, time
+    from pathlib import Path
+
+    def write(path, name=""):
+        print("no answer")
+        Path(path).write_text(f"{os.getpid()} {os.environ.get(name)}")
+
+    def meet(mine, other):
+        Path(mine).touch()
+        end = time.monotonic() + 20
+        while not Path(other).exists():
+            assert time.monotonic() < end, "alone"
+            time.sleep(0.01)
+
+    def sleep(seconds, path):
+        Path(path).write_text(str(os.getpid()))
+        time.sleep(seconds)
+        Path(path).write_text("slept")
+
+    def fail():
+        raise KeyError("no such kernel")
+
+    def die():
+        os._exit(3)
+"""
+
+
+@pytest.fixture
+def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The prefix of the names of jobs."""
+    (tmp_path / f"{MODULE}.py").write_text(textwrap.dedent(JOBS))
+    monkeypatch.syspath_prepend(tmp_path)
+    return f"{MODULE}:"
+
+
+@pytest.fixture
+def pool() -> Iterator[Callable[..., Pool]]:
+    """Makes pools whose helpers have started, and end with the test."""
+    made: list[Pool] = []
+
+    def start(modules: tuple[str, ...] = (MODULE,), **how: float) -> Pool:
+        made.append(Pool(**how))  # type: ignore[arg-type]
+        made[-1].start(modules, {"DKFUSE_TEST_VARIABLE": "given"})
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.give_up("the test is over")
+        one.kill()
+
+
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
+
+
+def begun(pool: Pool, job: tuple) -> bool:
+    return until(lambda: pool.jobs[job].running() or pool.jobs[job].done())
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:1]
+
+
+def test_a_job_is_done_elsewhere(pool: Callable[..., Pool], jobs: str, tmp_path: Path) -> None:
+    helpers, file = pool(), tmp_path / "out"
+    job, gpu = (jobs + "write", str(file), "DKFUSE_TEST_VARIABLE"), (jobs + "write", f"{file}2", "CUDA_VISIBLE_DEVICES")
+    assert helpers.submit(job) and helpers.submit(gpu) and begun(helpers, job) and begun(helpers, gpu)
+    done = helpers.wait(job)
+    assert done is not None and done.error is None and done.pid not in (None, os.getpid())
+    assert file.read_text() == f"{done.pid} given"
+    other = helpers.wait(gpu)
+    assert other is not None and Path(f"{file}2").read_text() == f"{other.pid} ", "it sees no GPU"
+    assert not helpers.submit(job), "once"
+    assert helpers.finished() == {job: done, gpu: other} and helpers.problem is None
+
+
+def test_two_at_a_time(pool: Callable[..., Pool], jobs: str, tmp_path: Path) -> None:
+    helpers, (a, b) = pool(), (str(tmp_path / name) for name in "ab")
+    both = [(jobs + "meet", a, b), (jobs + "meet", b, a)]
+    for job in both:
+        helpers.submit(job)
+    assert all(begun(helpers, job) for job in both)
+    done = [helpers.wait(job) for job in both]
+    assert all(d is not None and d.error is None for d in done) and len({d.pid for d in done if d is not None}) == 2
+
+
+def test_a_failure_is_the_jobs_alone(pool: Callable[..., Pool], jobs: str, tmp_path: Path) -> None:
+    helpers, good = pool(most=1), (jobs + "write", str(tmp_path / "out"))
+    for job, words in (((jobs + "fail",), "KeyError: 'no such kernel'"), ((jobs + "missing",), "missing")):
+        assert helpers.submit(job) and begun(helpers, job)
+        done = helpers.wait(job)
+        assert done is not None and done.error is not None and words in done.error
+    assert helpers.submit(good) and begun(helpers, good)
+    done = helpers.wait(good)
+    assert done is not None and done.error is None
+
+
+def test_what_no_helper_has_begun_is_the_callers(pool: Callable[..., Pool], jobs: str, tmp_path: Path) -> None:
+    helpers, first, second = pool(most=1), tmp_path / "first", tmp_path / "second"
+    busy, waiting = (jobs + "sleep", 1.0, str(first)), (jobs + "write", str(second))
+    helpers.submit(busy)
+    helpers.submit(waiting)
+    assert begun(helpers, busy)
+    assert helpers.wait(waiting) is None and helpers.wait(("unknown",)) is None
+    assert helpers.wait(busy) is not None and first.read_text() == "slept"
+    time.sleep(0.1)
+    assert not second.exists() and not helpers.submit(waiting)
+
+
+def test_a_helper_that_dies_is_the_last(pool: Callable[..., Pool], jobs: str, tmp_path: Path) -> None:
+    helpers, queued = pool(most=1), (jobs + "write", str(tmp_path / "out"))
+    helpers.submit((jobs + "die",))
+    helpers.submit(queued)
+    assert begun(helpers, (jobs + "die",))
+    done = helpers.wait((jobs + "die",))
+    assert done is not None and "exit code 3" in str(done.error)
+    assert until(lambda: helpers.problem is not None) and helpers.wait(queued) is None
+    helpers.start((MODULE,), {})
+    assert helpers.started == 1 and not helpers.submit((jobs + "write", "elsewhere"))
+
+
+def test_a_job_that_takes_too_long(pool: Callable[..., Pool], jobs: str, tmp_path: Path) -> None:
+    helpers, file = pool(most=1, limit=1.0), tmp_path / "pid"
+    job = (jobs + "sleep", 600, str(file))
+    helpers.submit(job)
+    assert begun(helpers, job) and until(lambda: file.exists() and file.read_text() != "")
+    started, pid = time.monotonic(), int(file.read_text())
+    done = helpers.wait(job)
+    assert time.monotonic() - started < 10 and done is not None and done.error is not None
+    assert until(lambda: not alive(pid)) and helpers.problem is not None
+
+
+def test_helpers_that_cannot_start(
+    pool: Callable[..., Pool], jobs: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    without = pool(("no_such_module_of_dkfuse",))
+    assert until(lambda: without.problem is not None) and "no_such_module_of_dkfuse" in str(without.problem)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    nowhere = pool()
+    assert until(lambda: nowhere.problem is not None) and not nowhere.submit((jobs + "fail",))
+
+
+def test_idle_helpers_end(pool: Callable[..., Pool], jobs: str, tmp_path: Path) -> None:
+    helpers = pool(most=1, idle=0.2)
+    for number in range(2):
+        job = (jobs + "write", str(tmp_path / str(number)))
+        helpers.start((MODULE,), {})
+        assert helpers.submit(job) and begun(helpers, job)
+        done = helpers.wait(job)
+        assert done is not None and done.pid is not None
+        assert until(lambda pid=done.pid: not alive(pid))
+        assert until(lambda: not helpers._helpers)
+    assert helpers.started == 2 and helpers.problem is None
+
+
+SCRIPT = """
+    import sys, time
+    from pathlib import Path
+    folder = Path(sys.argv[1])
+    with (folder / "runs").open("a") as runs:
+        runs.write("run ")
+    sys.path.insert(0, str(folder))
+    from dkfuse.kernels.compile_ahead import POOL
+    POOL.start(("{module}",), {{}})
+    job = ("{module}:sleep", 1.0, str(folder / "job"))
+    POOL.submit(job)
+    while not (folder / "job").exists():
+        time.sleep(0.01)
+    {end}
+"""
+
+
+@pytest.mark.parametrize("end", ["print(POOL.wait(job).error)", "", "import os; os.kill(os.getpid(), 9)"])
+def test_a_script_without_a_guard(jobs: str, tmp_path: Path, end: str) -> None:
+    """It is run once, ends without waiting for helpers, and they end after it, their job finished."""
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT.format(module=MODULE, end=end)))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    found = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert found.stderr == "" and (found.returncode == 0 or "kill" in end)
+    assert found.stdout.strip() == ("None" if "wait" in end else "") and (tmp_path / "runs").read_text() == "run "
+    assert until(lambda: (tmp_path / "job").read_text() == "slept")
+    assert until(lambda: not _processes(str(tmp_path)))
+
+
+def _processes(words: str) -> list[int]:
+    """The processes that have `words` in their command line."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdigit() and words.encode() in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            continue  # it has ended
+    return found

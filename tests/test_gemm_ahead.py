@@ -1,0 +1,328 @@
+"""Which of quack's kernels helpers compile, when they are started, and what becomes of a kernel that fails late."""
+
+from __future__ import annotations
+
+import sys
+import time
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch._inductor import config
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import dkfuse
+from dkfuse import Settings, backend
+from dkfuse.kernels import compile_ahead, disk_cache, gemm_ahead, gemm_quack
+from dkfuse.kernels.compile_ahead import Pool
+from dkfuse.kernels.gemm_ahead import Kind
+from dkfuse.seams import gemm_choice, gemm_early, gemm_measure, late
+from dkfuse.seams.gemm_measure import Product
+
+from .gemms import install, on_gpu, rewritten
+from .harness import BF16, spell
+
+KIND = Kind("bfloat16", "none", True, "128x192")
+PRODUCT = Product(4096, 9216, 3072, "none", True, BF16, torch.device("cuda:0"))
+
+
+class Recorder(Pool):
+    """A pool whose helpers never come."""
+
+    def start(self, modules: Any, environment: Any) -> None:
+        assert tuple(modules) == gemm_ahead.MODULES and environment["CUTE_DSL_ARCH"] == "sm_90a"
+        self.started += 1
+
+
+@pytest.fixture
+def pool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Recorder]:
+    """Helpers may be used: quack is installed, there are processors, and folders of their own."""
+    found = Recorder()
+    install(monkeypatch)
+    monkeypatch.setattr(compile_ahead, "POOL", found)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delitem(sys.modules, "quack.cache", raising=False)
+    monkeypatch.setenv("QUACK_CACHE_DIR", str(tmp_path / "quack"))
+    monkeypatch.delenv("QUACK_CACHE_ENABLED", raising=False)
+    disk_cache.use(str(tmp_path / "dkfuse"))
+    with config.patch(compile_threads=8):
+        yield found
+    disk_cache.use(None)
+
+
+# -- where helpers are used --------------------------------------------------------------------------------------------
+
+
+def test_where_helpers_may_compile(pool: Recorder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert gemm_ahead.usable() and gemm_ahead.submit(KIND) and pool.started == 1
+    with config.patch(compile_threads=1):
+        assert not gemm_ahead.usable() and not gemm_ahead.submit(Kind("float16", "none", True, "128x192"))
+    with monkeypatch.context() as patch:
+        patch.setattr("os.sched_getaffinity", lambda _: {0}, raising=False)
+        assert not gemm_ahead.usable()
+    for name, value in (("frozen", True), ("executable", None)):  # the interpreter is the user's program, or unknown
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, name, value, raising=False)
+            assert not gemm_ahead.usable()
+    for version in (None, "0.7.0"):
+        with monkeypatch.context() as patch:
+            install(patch, version)
+            assert not gemm_ahead.usable()
+    with monkeypatch.context() as patch:
+        patch.setenv("QUACK_CACHE_ENABLED", "0")
+        assert gemm_ahead.folder() is None and not gemm_ahead.usable()
+    with monkeypatch.context() as patch:
+        (tmp_path / "file").touch()
+        patch.setenv("QUACK_CACHE_DIR", str(tmp_path / "file" / "folder"))
+        assert gemm_ahead.folder() is None and not gemm_ahead.usable()
+    pool.give_up("a helper died")
+    assert not gemm_ahead.usable() and gemm_ahead.wait(KIND) is None
+    assert pool.started == 1
+
+
+def test_the_folder_is_quacks(pool: Recorder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert gemm_ahead.folder() == str(tmp_path / "quack")
+    loaded = types.SimpleNamespace(CACHE_ENABLED=True, CACHE_DIR=str(tmp_path / "set in the program"))
+    monkeypatch.setitem(sys.modules, "quack.cache", loaded)
+    assert gemm_ahead.folder() == str(tmp_path / "set in the program")
+    assert gemm_ahead.job(KIND)[-1] == gemm_ahead.folder()
+    monkeypatch.setitem(sys.modules, "quack.cache", types.SimpleNamespace(CACHE_ENABLED=False, CACHE_DIR=None))
+    assert gemm_ahead.folder() is None
+    monkeypatch.delitem(sys.modules, "quack.cache")
+    monkeypatch.delenv("QUACK_CACHE_DIR")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert str(gemm_ahead.folder()).startswith(str(tmp_path)) and str(gemm_ahead.folder()).endswith("/quack_cache")
+
+
+def test_a_kernel_that_is_on_disk_needs_no_helper(
+    pool: Recorder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "kernel.o"
+    gemm_ahead.note(KIND, file)
+    assert not gemm_ahead.on_disk(KIND), "there is no file"
+    file.touch()
+    gemm_ahead.note(KIND, file)
+    assert gemm_ahead.on_disk(KIND) and not gemm_ahead.submit(KIND) and pool.started == 0
+    assert not gemm_ahead.on_disk(Kind("bfloat16", "none", False, "128x192"))
+    with monkeypatch.context() as patch:
+        patch.setattr(gemm_ahead, "installed", lambda name: "another")
+        assert not gemm_ahead.on_disk(KIND)
+    with monkeypatch.context() as patch:
+        patch.setenv("QUACK_CACHE_DIR", str(tmp_path / "elsewhere"))
+        assert not gemm_ahead.on_disk(KIND)
+    file.unlink()
+    assert not gemm_ahead.on_disk(KIND) and gemm_ahead.submit(KIND) and pool.started == 1
+
+
+# -- started early -----------------------------------------------------------------------------------------------------
+
+
+def mlp(x: Tensor, w: Tensor, b: Tensor, v: Tensor) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, w, b), approximate="tanh"), v)
+
+
+def traced(*shapes: tuple[int, ...], function: Any = mlp) -> fx.GraphModule:
+    """`function` as Dynamo gives it to a backend, on a GPU."""
+    module = fx.symbolic_trace(function)
+    with FakeTensorMode() as mode:
+        values = [torch.empty(shape, device="cuda", dtype=BF16) for shape in shapes]
+
+        class Noting(fx.Interpreter):
+            def run_node(self, node: fx.Node) -> Any:
+                node.meta["example_value"] = super().run_node(node)
+                return node.meta["example_value"]
+
+        with mode:
+            Noting(module).run(*values)
+    return module
+
+
+LARGE = [(1, 4096, 3072), (12288, 3072), (12288,), (3072, 12288)]
+SMALL = [(1, 64, 3072), (12288, 3072), (12288,), (3072, 12288)]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "settings", "started"),
+    [
+        (LARGE, {}, True),
+        (LARGE, {"gemm": "quack"}, True),
+        (LARGE, {"gemm": "cublas"}, False),
+        (LARGE, {"rules": ("-gemm_kernel",)}, False),
+        (LARGE, {"target": "sm80"}, False),
+        (SMALL, {}, False),
+    ],
+)
+def test_started_for_linears_that_quack_is_faster_at(
+    pool: Recorder, monkeypatch: pytest.MonkeyPatch, shapes: Any, settings: dict[str, Any], started: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gemm_measure, "times", lambda *_: pytest.fail("nothing is timed that early"))
+    gemm_early.start(traced(*shapes), Settings(**{"target": "sm90", **settings}))
+    assert pool.started == int(started)
+
+
+def test_not_started_where_their_kernels_are_on_disk(
+    pool: Recorder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (tmp_path / "kernel.o").touch()
+    for act, bias in (("gelu", True), ("none", False)):
+        for tiles in gemm_choice.TILES:
+            gemm_ahead.note(Kind("bfloat16", act, bias, tiles), tmp_path / "kernel.o")
+    gemm_early.start(traced(*LARGE), Settings(target="sm90"))
+    assert pool.started == 0
+
+
+def test_odd_linears(pool: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for function, shapes, started in (
+        (lambda x, w: F.linear(x, w), [(4096, 3072), (3072,)], 0),
+        (lambda x, w: F.linear(x, w), [(3072,), (9216, 3072)], 0),
+        (lambda x, w: F.linear(x, w), [(0, 3072), (9216, 3072)], 0),
+        (lambda x, w, b: F.linear(x, bias=b, weight=w), [(4096, 3072), (9216, 3072), (9216,)], 1),
+    ):
+        gemm_early.start(traced(*shapes, function=function), Settings(target="sm90"))
+        assert pool.started == started
+    module = traced(*LARGE)
+    for node in module.graph.nodes:
+        node.meta.clear()
+    gemm_early.start(module, Settings(target="sm90"))
+    assert pool.started == 1
+
+
+def test_without_a_gpu_nothing_is_started(pool: Recorder) -> None:
+    gemm_early.start(traced(*LARGE), Settings(target="sm90"))
+    assert pool.started == 0
+
+
+# -- tried late --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tried(pool: Recorder, monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
+    """What trying a kernel comes to, by its tiles; and a list of what was tried, under "order"."""
+    found: dict[str, Any] = {"order": []}
+
+    def trying(product: Product, tiles: str) -> str | None:
+        found["order"].append(tiles)
+        return found.get(tiles)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gemm_measure, "_failures", {})
+    monkeypatch.setattr(gemm_measure, "_tried", trying)
+    return found
+
+
+def test_what_helpers_compile_is_tried_at_the_end(tried: dict[str, Any]) -> None:
+    with late.deferred() as later:
+        for tiles in ("128x192", "128x160", "128x192"):
+            assert gemm_measure.failure(PRODUCT, tiles) is None
+        assert tried["order"] == []
+    tried["128x160"] = "its result is wrong"
+    assert late.failed(later) and tried["order"] == ["128x160", "128x192"], "the last first"
+    with late.deferred() as later:
+        assert gemm_measure.failure(PRODUCT, "128x160") == "its result is wrong"
+        assert gemm_measure.failure(PRODUCT, "128x192") is None
+    assert not late.failed(later) and len(tried["order"]) == 2
+
+
+def test_without_helpers_it_is_tried_at_once(tried: dict[str, Any], pool: Recorder) -> None:
+    with config.patch(compile_threads=1), late.deferred() as later:
+        assert gemm_measure.failure(PRODUCT, "128x192") is None and tried["order"] == ["128x192"]
+    assert later == {} and pool.started == 0
+
+
+def test_outside_of_a_compilation_it_is_tried_at_once(tried: dict[str, Any], pool: Recorder) -> None:
+    tried["128x192"] = "no"
+    assert gemm_measure.failure(PRODUCT, "128x192") == "no" and pool.started == 0
+
+
+def test_what_is_to_be_timed_is_asked_for_before_the_first_is(
+    pool: Recorder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[set[tuple[str, str]]] = []
+
+    def timed(product: Product, names: list[str]) -> dict[str, float]:
+        asked.append({(job[2], job[4]) for job in pool.jobs})
+        return dict.fromkeys(names, 1.0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gemm_measure.compat, "environment_fingerprint", lambda: "here")
+    monkeypatch.setattr(gemm_measure, "_failures", {})
+    monkeypatch.setattr(gemm_measure, "_known", {})
+    monkeypatch.setattr(gemm_measure, "timed", timed)
+    inductor = gemm_choice.compat.inductor_config
+    monkeypatch.setattr(gemm_choice.compat, "inductor_config", lambda name: name == "max_autotune" or inductor(name))
+    module = on_gpu(mlp, *((4096, 3072), *LARGE[1:]))
+    rewritten(module, gemm="auto")
+    acts = {act for act, _ in asked[0]}
+    assert acts == {"none", "gelu"} and {tiles for _, tiles in asked[0]} == set(gemm_choice.TILES)
+    before = dict(pool.jobs)
+    rewritten(on_gpu(mlp, *((4096, 3072), *LARGE[1:])), gemm="auto")
+    assert len(asked) == 2 and pool.jobs == before, "times that are known need no kernel"
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_kernel_that_fails_late_is_left_out(pool: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph is compiled again without it, and what was compiled with it is not found in a cache."""
+    known: dict[str, str] = {}
+    rounds: list[bool] = []
+
+    def failed(later: dict[Any, Any]) -> bool:
+        rounds.append(bool(known))
+        first = not known
+        known["128x192"] = "its result is wrong"
+        return first
+
+    monkeypatch.setattr(gemm_measure, "failure", lambda product, tiles: known.get("128x192"))
+    monkeypatch.setattr(late, "failed", failed)
+    forgotten: list[str] = []
+    forget = backend.Record.forget
+    monkeypatch.setattr(backend.Record, "forget", lambda self: forgotten.append(self.token) or forget(self))
+    args = spell("x:BLI w:QI b:Q")
+    with dkfuse.record() as coverage, torch.no_grad():
+        options = {"dkfuse.target": "sm90", "dkfuse.gemm": "quack"}
+        found = torch.compile(F.linear, backend="dkfuse", dynamic=False, options=options)(*args)
+    torch.testing.assert_close(found, F.linear(*args), rtol=2e-2, atol=2e-2)
+    (site,) = [s for s in coverage.seams if s.family == "gemm_kernel"]
+    assert site.reason.code == "kernel_failed" and "its result is wrong" in site.reason.message
+    assert rounds == [False, True] and len(forgotten) == 1 and len(coverage.graphs) == 1
+
+
+# -- the real thing ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@config.patch(compile_threads=8)
+def test_quack_finds_what_a_helper_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """For a GPU that need not be there: the parent loads a file and compiles nothing."""
+    pytest.importorskip("quack")
+    monkeypatch.setenv("QUACK_ARCH", "sm_90a")
+    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+    monkeypatch.setattr(compile_ahead, "POOL", pool := Pool())
+    from quack import cache
+
+    monkeypatch.setattr(cache, "CACHE_DIR", str(tmp_path))
+    disk_cache.use(str(tmp_path / "dkfuse"))
+    for act, bias in (("silu_second", False), ("none", True)):
+        kind = Kind("float16", act, bias, "128x160")
+        function, arguments = gemm_quack.asked(torch.float16, act, bias, "128x160", (9, 0))
+        misses = function.cache_info().misses
+        assert gemm_ahead.submit(kind)
+        job = gemm_ahead.job(kind)
+        while not (pool.jobs[job].running() or pool.jobs[job].done()):
+            time.sleep(0.05)
+        kernel = gemm_quack.compiled(torch.float16, act, bias, "128x160", (9, 0))
+        done = pool.finished()[job]
+        assert done.error is None and function.cache_info().misses == misses
+        assert gemm_ahead.on_disk(kind) and gemm_quack.file_of(function, kernel).parent.parent == tmp_path
+        assert arguments["device_capacity"] == (9, 0) and not gemm_ahead.submit(kind)
+    disk_cache.use(None)
+    pool.give_up("the test is over")
+    pool.kill()
