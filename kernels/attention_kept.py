@@ -160,6 +160,9 @@ def compile_kind(dtype: str, head_dim: int, groups: int, causal: bool, lengths: 
 
     disk_cache.use(folder)
     os.environ.setdefault("FLASH_ATTENTION_ARCH", f"sm_{gemm_ahead.CAPABILITY}")  # asked of the GPU otherwise
+    if (kept := install()) is None:
+        raise RuntimeError("FlashAttention 4 keeps its kernels in a cache of the user's choice")
+    kept.clear()  # what was compiled for another folder is to be written to this one too
     with FakeTensorMode():
         shapes = [(1, FEW, heads, head_dim) for heads in (groups, 1, 1)]
         q, k, v = (torch.empty(shape, dtype=getattr(torch, dtype), device="cuda") for shape in shapes)
@@ -168,6 +171,5 @@ def compile_kind(dtype: str, head_dim: int, groups: int, causal: bool, lengths: 
             attention_lengths._fa4_function()(q, k, v, seqused_k=counts, softmax_scale=None)
         else:
             attention_run._fa4_function()(q, k, v, softmax_scale=None, causal=causal)
-    kept = install()
-    if kept is None or not kept.cache or not kept.on_disk():
+    if not kept.cache or not kept.on_disk():
         raise RuntimeError(f"FlashAttention 4 left no kernel in {folder}")

@@ -30,7 +30,7 @@ from typing import Any
 
 log = logging.getLogger("dkfuse")
 Job = tuple[Any, ...]  # "module:function" and its arguments, which JSON can carry
-MOST = 2
+MOST = 6  # helpers, of some 670 MB of memory each
 IDLE, LIMIT = 60.0, 180.0  # seconds
 _START = (
     "import json, sys; parent, path, modules, limit = json.loads(sys.argv[1]); sys.path[:] = path; "
@@ -63,10 +63,14 @@ class Pool:
         self._helpers: list[_Helper] = []
         self._lock = threading.Lock()
 
-    def start(self, modules: Iterable[str], environment: Mapping[str, str]) -> None:
-        """Have all helpers running. modules: what they import; environment: variables that ours lacks."""
+    def start(self, modules: Iterable[str], environment: Mapping[str, str], jobs: int = 1) -> None:
+        """Have a helper for each job that is not done and `jobs` more, as far as there may be so many.
+
+        modules: what they import; environment: variables that ours lacks.
+        """
         with self._lock:
-            while len(self._helpers) < self.most and self.problem is None:
+            jobs += sum(not future.done() for future in self.jobs.values())
+            while len(self._helpers) < min(self.most, jobs) and self.problem is None:
                 helper = _Helper(self, list(modules), {**environment, **os.environ, "CUDA_VISIBLE_DEVICES": ""})
                 self._helpers.append(helper)
                 self.started += 1
@@ -170,6 +174,7 @@ class _Helper(threading.Thread):
         )
         if (ready := self._answer()).error is not None:
             raise OSError(f"a helper could not import what it needs: {ready.error}")
+        log.info("dkfuse: helper %d has imported what it needs in %.1f s", ready.pid, ready.seconds)
         while (job := self.pool.next(self)) is not None:
             future = self.pool.jobs[job]
             if not future.set_running_or_notify_cancel():
@@ -196,7 +201,7 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
-POOL = Pool(min(MOST, max(1, _processors() - 1)))
+POOL = Pool(min(MOST, max(1, (_processors() - 1) // 2)))
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=POOL._reset)  # the helpers are the parent's
 

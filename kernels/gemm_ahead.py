@@ -46,10 +46,10 @@ class Kind:
         return cls(str(dtype).removeprefix("torch."), act, bias, tiles)
 
 
-def start() -> None:
-    """Start the helpers, which takes them seconds, where kernels can be compiled by any."""
+def start(kernels: int = 1) -> None:
+    """Start helpers for so many kernels, which takes them seconds, where kernels can be compiled by any."""
     if usable():
-        compile_ahead.POOL.start(MODULES, ENVIRONMENT)
+        compile_ahead.POOL.start(MODULES, ENVIRONMENT, kernels)
 
 
 def submit(kind: Kind) -> bool:

@@ -104,12 +104,25 @@ def test_a_job_is_done_elsewhere(pool: Callable[..., Pool], jobs: str, tmp_path:
 
 def test_two_at_a_time(pool: Callable[..., Pool], jobs: str, tmp_path: Path) -> None:
     helpers, (a, b) = pool(), (str(tmp_path / name) for name in "ab")
+    helpers.start((MODULE,), {}, 2)
     both = [(jobs + "meet", a, b), (jobs + "meet", b, a)]
     for job in both:
         helpers.submit(job)
     assert all(begun(helpers, job) for job in both)
     done = [helpers.wait(job) for job in both]
     assert all(d is not None and d.error is None for d in done) and len({d.pid for d in done if d is not None}) == 2
+
+
+def test_a_helper_for_each_job(pool: Callable[..., Pool], jobs: str, tmp_path: Path) -> None:
+    helpers = pool(most=3)
+    assert helpers.started == 1
+    helpers.start((MODULE,), {}, 1)  # the same one
+    assert helpers.started == 1
+    helpers.submit((jobs + "write", str(tmp_path / "out")))
+    helpers.start((MODULE,), {}, 1)  # one for the job, one more
+    assert helpers.started == 2
+    helpers.start((MODULE,), {}, 9)
+    assert helpers.started == 3
 
 
 def test_a_failure_is_the_jobs_alone(pool: Callable[..., Pool], jobs: str, tmp_path: Path) -> None:

@@ -34,9 +34,12 @@ PRODUCT = Product(4096, 9216, 3072, "none", True, BF16, torch.device("cuda:0"))
 class Recorder(Pool):
     """A pool whose helpers never come."""
 
-    def start(self, modules: Any, environment: Any) -> None:
+    asked: int = 0
+
+    def start(self, modules: Any, environment: Any, jobs: int = 1) -> None:
         assert tuple(modules) == gemm_ahead.MODULES and environment["CUTE_DSL_ARCH"] == "sm_90a"
         self.started += 1
+        self.asked += jobs
 
 
 @pytest.fixture

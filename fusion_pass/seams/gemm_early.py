@@ -1,7 +1,7 @@
 """Helpers that compile quack's kernels, started before AOTAutograd: their imports take as long as its tracing.
 
 Dynamo's graph has the linears, not yet which kernels compute them: those that the table gives to quack as they stand
-are looked at, and one whose kernel is not on disk is enough. Which kernels there are to be the pass decides.
+are looked at, and for each kernel that is not on disk a helper is started. Which there are to be the pass decides.
 """
 
 from __future__ import annotations
@@ -25,18 +25,20 @@ Call = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None", str]  # x, weigh
 
 
 def start(gm: fx.GraphModule, settings: Settings) -> None:
-    """Start the helpers if a linear of Dynamo's graph is likely to need a kernel that is not on disk."""
+    """Start a helper for each kernel that a linear of Dynamo's graph is likely to need and that is not on disk."""
     if settings.gemm == gemm_kernels.CUBLAS or not torch.cuda.is_available() or not gemm_ahead.usable():
         return
     known: set[tuple[object, ...]] = set()
+    kinds: set[gemm_ahead.Kind] = set()
     for x, weight, bias, act in _calls(gm.graph):
         key = (x.shape, x.dtype, x.device, weight.shape, bias is not None, act)
         if key in known:
             continue
         known.add(key)
         if (kind := _kind(x, weight, bias, act, settings)) is not None and not gemm_ahead.on_disk(kind):
-            gemm_ahead.start()
-            return
+            kinds.add(kind)
+    if kinds:
+        gemm_ahead.start(len(kinds))
 
 
 def _calls(graph: fx.Graph) -> Iterator[Call]:
