@@ -1,4 +1,4 @@
-"""Spellings whose sites have other shapes than most, through Inductor on a GPU: frames of tokens, 2x2 tables of halves."""
+"""Spellings whose sites have other shapes than most, through Inductor on a GPU: frames of tokens, tables of halves."""
 
 from __future__ import annotations
 
