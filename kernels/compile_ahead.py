@@ -30,7 +30,7 @@ from typing import Any
 
 log = logging.getLogger("dkfuse")
 Job = tuple[Any, ...]  # "module:function" and its arguments, which JSON can carry
-MOST = 6  # helpers, of some 670 MB of memory each
+MOST = 6  # helpers on one machine, of some 670 MB of memory each
 IDLE, LIMIT = 60.0, 180.0  # seconds
 _START = (
     "import json, sys; parent, path, modules, limit = json.loads(sys.argv[1]); sys.path[:] = path; "
@@ -201,7 +201,14 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
-POOL = Pool(min(MOST, max(1, (_processors() - 1) // 2)))
+def _share(processors: int) -> int:
+    """How many helpers this process may have: the ranks on a machine, of which torchrun tells, share them."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    count = int(ranks) if ranks.isdigit() and int(ranks) else 1
+    return max(1, min(MOST // count, (processors // count - 1) // 2))
+
+
+POOL = Pool(_share(_processors()))
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=POOL._reset)  # the helpers are the parent's
 

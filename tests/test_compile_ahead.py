@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dkfuse.kernels import compile_ahead
 from dkfuse.kernels.compile_ahead import Pool
 
 from .conftest import ROOT
@@ -123,6 +124,28 @@ def test_a_helper_for_each_job(pool: Callable[..., Pool], jobs: str, tmp_path: P
     assert helpers.started == 2
     helpers.start((MODULE,), {}, 9)
     assert helpers.started == 3
+
+
+@pytest.mark.parametrize(
+    ("processors", "ranks", "expected"),
+    [
+        (2, None, 1),
+        (8, None, 3),
+        (16, None, 6),
+        (128, None, 6),
+        (128, "2", 3),
+        (128, "8", 1),
+        (16, "", 6),
+        (16, "0", 6),
+    ],
+)
+def test_ranks_share_the_machine(
+    processors: int, ranks: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if ranks is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    assert compile_ahead._share(processors) == expected
 
 
 def test_a_failure_is_the_jobs_alone(pool: Callable[..., Pool], jobs: str, tmp_path: Path) -> None:
