@@ -129,6 +129,19 @@ def computed_from_each_other(w: Tensor, wide: Tensor, a: Tensor, b: Tensor) -> T
     return torch.cat([y, F.linear(b + y.mean(1, keepdim=True), w)], 1)
 
 
+def that_wait_for_each_other(w: Tensor, wide: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Either cat could be one call, but not both: each would need a part of the other."""
+    first, second = F.linear(a, w), F.linear(b, w)
+    third, fourth = F.linear(second.tanh(), w), F.linear(first.tanh(), w)
+    return torch.cat([first, third], 1), torch.cat([second, fourth], 1)
+
+
+def around_in_three(w: Tensor, wide: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    starts = [F.linear(a + i, w) for i in range(3)]
+    ends = [F.linear(starts[(i + 1) % 3].tanh(), w) for i in range(3)]
+    return tuple(torch.cat(pair, 1) for pair in zip(starts, ends, strict=True))
+
+
 def of_wider_products(w: Tensor, wide: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([F.linear(a, wide)[..., :WIDTH], F.linear(b, w)], 1)
 
@@ -171,6 +184,8 @@ def along_samples(w: Tensor, wide: Tensor, a: Tensor, b: Tensor) -> Tensor:
         (read_as_a_matrix, 1, {}, {FAMILY: 1}),
         (read_as_a_matrix, 2, {}, {"left:layout": 1}),
         (computed_from_each_other, 1, {}, {"rejected:cycle": 1}),
+        (that_wait_for_each_other, 1, {}, {FAMILY: 1, "rejected:cycle": 1}),
+        (around_in_three, 1, {}, {FAMILY: 2, "rejected:cycle": 1}),
         (of_wider_products, 1, {}, {"left:layout": 1}),
         (of_other_columns, 1, {}, {"left:layout": 1}),
         (joined_twice, 1, {}, {FAMILY: 1, "rejected:claimed": 1}),

@@ -51,18 +51,17 @@ def _independent(calls: list[fx.Node], order: dict[fx.Node, int]) -> list[list[f
     """The calls, cut where one depends on another of the same group."""
     groups: list[list[fx.Node]] = []
     for call in calls:
-        if groups and not any(depends_on(node, groups[-1], order) for node in call.all_input_nodes):
+        if groups and not _depends(call, groups[-1], order):
             groups[-1].append(call)
         else:
             groups.append([call])
     return groups
 
 
-def depends_on(node: fx.Node, group: list[fx.Node], order: dict[fx.Node, int]) -> bool:
-    """Whether `node` is one of `group`, or computed from one."""
-    first = min(order[member] for member in group)
+def _depends(call: fx.Node, group: list[fx.Node], order: dict[fx.Node, int]) -> bool:
+    first = order[group[0]]
     seen: set[fx.Node] = set()
-    pending = [node]
+    pending = list(call.all_input_nodes)
     while pending:
         node = pending.pop()
         if node in group:

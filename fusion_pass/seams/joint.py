@@ -30,7 +30,6 @@ from .. import compat
 from ..matching.rules import Code, Reject, Stage
 from ..matching.terms import same_size
 from ..reporting.report import Site, Status
-from ..rewriting.groups import depends_on
 from ..rewriting.replace import copy_origin, fake_arguments
 from ..rewriting.strides import copying_reader, propagate, read_by_strides, spread
 from ..rewriting.symbols import arguments as with_symbols
@@ -49,7 +48,7 @@ EXTRA = 4.0  # us: one more GEMM, where one would do
 
 def find(graph: fx.Graph, settings: Settings) -> Iterator[Seam]:
     """Every set of cats of linears along another dim than the last: one where several cats read the same products."""
-    taken: set[fx.Node] = set()
+    taken: dict[fx.Node, tuple[fx.Node, ...]] = {}  # a product: those of the call that computes it now
     by_strides = read_by_strides(graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
     together: dict[tuple[fx.Node, ...], list[Joint]] = {}
@@ -71,7 +70,7 @@ def find(graph: fx.Graph, settings: Settings) -> Iterator[Seam]:
         except Reject as reject:
             yield Seam(_site(members, reject))
             continue
-        taken.update(members[0].products)
+        taken.update(dict.fromkeys(members[0].products, members[0].products))
         wholes: list[fx.Node] = []
         parts: list[fx.Node] = []
         apply = partial(_apply, graph, members, wholes, parts)
@@ -109,7 +108,7 @@ def _stream(part: fx.Node) -> Stream | None:
 def _check(
     joint: Joint,
     settings: Settings,
-    taken: set[fx.Node],
+    taken: dict[fx.Node, tuple[fx.Node, ...]],
     by_strides: set[fx.Node],
     order: dict[fx.Node, int],
     readers: set[fx.Node],
@@ -119,7 +118,7 @@ def _check(
         check_allowed(FAMILY, stream.linear, settings)
         check_sizes(stream.linear)
     products = list(joint.products)
-    if not taken.isdisjoint(products):
+    if not taken.keys().isdisjoint(products):
         raise Reject(Code.CLAIMED, "a product of it already belongs to another joint tensor")
     if not all(same_size(p.meta["val"].shape[1], joint.columns) for p in products):
         found = ", ".join(str(p.meta["val"].shape[1]) for p in products)
@@ -127,9 +126,8 @@ def _check(
         raise Reject(Code.LAYOUT, text, Stage.KERNEL, left=True)
     if any(p in by_strides for p in (*products, joint.cat)):
         raise Reject(Code.LAYOUT, "an as_strided may read it by its strides", Stage.KERNEL, left=True)
-    for stream in joint.streams:
-        if any(depends_on(node, products, order) for node in stream.linear.product.all_input_nodes):
-            raise Reject(Code.CYCLE, f"an operand of {stream.product.name} is computed from another part of the cat")
+    if (product := _waits_for_another(joint, taken, order)) is not None:
+        raise Reject(Code.CYCLE, f"an operand of {product.name} is computed from another part of the cat")
     try:
         joint = replace(joint, batch=batch_of(joint))
         full = joint_value(joint)
@@ -140,6 +138,26 @@ def _check(
         text = f"{copied.target} would have to copy its part of the joint tensor"
         raise Reject(Code.LAYOUT, text, Stage.KERNEL, left=True)
     return joint
+
+
+def _waits_for_another(
+    joint: Joint, taken: dict[fx.Node, tuple[fx.Node, ...]], order: dict[fx.Node, int]
+) -> fx.Node | None:
+    """A product of which an operand needs a product of `joint`, also by way of a call that computes several."""
+    lowest = min(order[product] for product in joint.products)
+    spans = [(min(places), max(places)) for group in set(taken.values()) if (places := [order[p] for p in group])]
+    while below := [low for low, high in spans if low < lowest < high]:  # a call that reaches around what is looked at
+        lowest = min(below)
+    for product in joint.products:
+        pending, seen = list(product.all_input_nodes), set()
+        while pending:
+            node = pending.pop()
+            if node in joint.products:
+                return product
+            if node not in seen and order[node] >= lowest:
+                seen.add(node)
+                pending += [source for member in taken.get(node, (node,)) for source in member.all_input_nodes]
+    return None
 
 
 def _check_gain(members: list[Joint]) -> None:
