@@ -131,7 +131,7 @@ def mlp(x: Tensor, w: Tensor, b: Tensor, v: Tensor) -> Tensor:
 
 
 def traced(*shapes: tuple[int, ...], function: Any = mlp) -> fx.GraphModule:
-    """`function` as Dynamo gives it to a backend, on a GPU."""
+    """`function` as Dynamo gives it to a backend, on a GPU; while torch still knows that there may be none."""
     module = fx.symbolic_trace(function)
     with FakeTensorMode() as mode:
         values = [torch.empty(shape, device="cuda", dtype=BF16) for shape in shapes]
@@ -164,35 +164,39 @@ SMALL = [(1, 64, 3072), (12288, 3072), (12288,), (3072, 12288)]
 def test_started_for_linears_that_quack_is_faster_at(
     pool: Recorder, monkeypatch: pytest.MonkeyPatch, shapes: Any, settings: dict[str, Any], started: bool
 ) -> None:
+    module = traced(*shapes)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gemm_measure, "times", lambda *_: pytest.fail("nothing is timed that early"))
-    gemm_early.start(traced(*shapes), Settings(**{"target": "sm90", **settings}))
-    assert pool.started == int(started)
+    gemm_early.start(module, Settings(**{"target": "sm90", **settings}))
+    assert pool.started == int(started) and (pool.asked in (1, 2)) == started
 
 
 def test_not_started_where_their_kernels_are_on_disk(
     pool: Recorder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    module = traced(*LARGE)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     (tmp_path / "kernel.o").touch()
     for act, bias in (("gelu", True), ("none", False)):
         for tiles in gemm_choice.TILES:
             gemm_ahead.note(Kind("bfloat16", act, bias, tiles), tmp_path / "kernel.o")
-    gemm_early.start(traced(*LARGE), Settings(target="sm90"))
+    gemm_early.start(module, Settings(target="sm90"))
     assert pool.started == 0
 
 
 def test_odd_linears(pool: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for function, shapes, started in (
+    odd = (
         (lambda x, w: F.linear(x, w), [(4096, 3072), (3072,)], 0),
         (lambda x, w: F.linear(x, w), [(3072,), (9216, 3072)], 0),
         (lambda x, w: F.linear(x, w), [(0, 3072), (9216, 3072)], 0),
         (lambda x, w, b: F.linear(x, bias=b, weight=w), [(4096, 3072), (9216, 3072), (9216,)], 1),
-    ):
-        gemm_early.start(traced(*shapes, function=function), Settings(target="sm90"))
-        assert pool.started == started
+    )
+    modules = [(traced(*shapes, function=function), started) for function, shapes, started in odd]
     module = traced(*LARGE)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for each, started in modules:
+        gemm_early.start(each, Settings(target="sm90"))
+        assert pool.started == started
     for node in module.graph.nodes:
         node.meta.clear()
     gemm_early.start(module, Settings(target="sm90"))
