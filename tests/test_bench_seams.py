@@ -7,7 +7,6 @@ import torch
 
 import dkfuse
 from dkfuse.bench import seams
-from dkfuse.reporting.weightless import without_memory
 
 
 @pytest.mark.parametrize("case", seams.CASES, ids=lambda case: f"{case.seam}-{case.name}")
@@ -16,7 +15,6 @@ def test_a_case_is_what_it_is_named_after(case: seams.Case) -> None:
         module = case.make().to(seams.BF16).requires_grad_(False)
         names = module.forward.__code__.co_varnames[1 : 1 + len(case.shapes)]
         kwargs = {n: torch.empty(s, dtype=seams.BF16) for n, s in zip(names, case.shapes, strict=True)}
-    module, kwargs = without_memory(module, kwargs)
     coverage = dkfuse.coverage(module, settings=dkfuse.Settings(target="sm90"), **kwargs)
     (site,) = [site for site in coverage.seams if site.family == case.seam]
     loses = "batch 4" in case.name  # which is why it is there

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import dkfuse
 from dkfuse import Status
 from dkfuse.packing import _Group
-from dkfuse.reporting.weightless import without_memory
 from dkfuse.seams import joint
 
 from .harness import BF16, Double, check_numerics, double, exact, flat, rms, run, tally
@@ -235,7 +234,6 @@ def test_it_must_be_worth_it(batch: int, image: int, text: int, width: int, expe
     with torch.device("meta"):
         module = Joined(width).to(BF16).requires_grad_(False)
         kwargs = {name: torch.empty(batch, n, width, dtype=BF16) for name, n in (("a", image), ("b", text))}
-    module, kwargs = without_memory(module, kwargs)
     coverage = dkfuse.coverage(module, settings=dkfuse.Settings(target="sm90"), **kwargs)
     assert tally(seams(coverage)) == expected
     (site,) = seams(coverage)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 
+import dkfuse
 from dkfuse import zoo
 from dkfuse.errors import ModelError
 from dkfuse.reporting.weightless import SMALL, WeightlessMode, mode_of, without_memory
@@ -143,6 +144,16 @@ def test_weightless_mode_keeps_small_values_real() -> None:
         with pytest.raises(DataDependentOutputException):
             weight.sum().item()
     assert isinstance(weight * mask[:, None], FakeTensor)  # outside the mode too
+
+
+def test_coverage_traces_a_copy_of_a_model_on_the_meta_device() -> None:
+    """Traced as it is, torch would fold all of it away, and nothing would be found, silently."""
+    with torch.device("meta"):
+        module = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64)).requires_grad_(False)
+        x = torch.empty(2, 16, 64)
+    coverage = dkfuse.coverage(module, x, settings=dkfuse.Settings(target="sm90"))
+    assert coverage.totals["sites"] == 1 and coverage.graphs[0].nodes > 5
+    assert all(p.device.type == "meta" and type(p) is nn.Parameter for p in module.parameters())
 
 
 def test_meta_models_become_fake_and_stay_tied() -> None:

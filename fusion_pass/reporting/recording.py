@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 import weakref
 from collections.abc import Iterator
@@ -115,14 +116,17 @@ def coverage(module: Any, *args: Any, settings: Settings | None = None, **kwargs
 
     The module is traced like `torch.compile` traces it and its graphs are planned, not compiled: no kernel of dkfuse
     runs, and nothing is changed. Graphs run in eager mode between graph breaks, so tensors may be fake
-    (`torch._subclasses.FakeTensorMode`): a model of any size then needs no memory and no GPU.
+    (`torch._subclasses.FakeTensorMode`), or on the meta device, where a fake copy is traced: a model of any size then
+    needs no memory and no GPU.
 
     Raises TraceError with the original exception when the model cannot be traced.
     """
     from ..backend import planning_backend
-    from .weightless import mode_of
+    from .weightless import mode_of, on_meta, without_memory
 
     settings = settings or Settings.parse(None, None)[0]
+    if on_meta(module, (args, kwargs)):
+        module, (args, kwargs) = without_memory(copy.deepcopy(module), (args, kwargs))
     torch.compiler.reset()
     with record(type(module).__name__) as collected:
         compiled = torch.compile(module, backend=planning_backend(settings), dynamic=False)

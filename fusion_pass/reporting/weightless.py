@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_leaves, tree_map
 
+Inputs = TypeVar("Inputs")  # tensors in containers
 SMALL = 1 << 20  # elements; larger results of real inputs are not computed
 
 
@@ -76,14 +77,19 @@ def _positions(index: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
     return index.nonzero().unbind(1)
 
 
-def without_memory(module: nn.Module, kwargs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+def on_meta(module: nn.Module, inputs: Any) -> bool:
+    """Whether weights or inputs of a model are on the meta device, where torch folds all that is computed away."""
+    tensors = [*module.parameters(), *module.buffers(), *_leaves(inputs)]
+    return any(t.device.type == "meta" for t in tensors)
+
+
+def without_memory(module: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
     """A model on the meta device, in place on fake CPU tensors, so that it can be traced; any other as it is.
 
     Build a model of any size under `with torch.device("meta")`: nothing is allocated. Inputs may be real.
     """
-    tensors = [*module.parameters(), *module.buffers(), *_leaves(kwargs)]
-    if not any(t.device.type == "meta" for t in tensors):
-        return module, kwargs
+    if not on_meta(module, inputs):
+        return module, inputs
     mode = WeightlessMode()
     made: dict[int, torch.Tensor] = {}  # so that tied weights stay tied
 
@@ -100,9 +106,9 @@ def without_memory(module: nn.Module, kwargs: dict[str, Any]) -> tuple[nn.Module
     for child in module.modules():
         for held in (child._parameters, child._buffers):
             held.update({name: fake(tensor) for name, tensor in held.items()})
-    kwargs = tree_map(fake, kwargs)
+    inputs = tree_map(fake, inputs)
     mode.keeps_real = True
-    return module, kwargs
+    return module, inputs
 
 
 def _leaves(tree: Any) -> list[torch.Tensor]:
