@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import fx
 
+from dkfuse import patterns
 from dkfuse.kernels import disk_cache, failures, registry
 from dkfuse.kernels.failures import Failure
 from dkfuse.kernels.provider_ops import define_all
 from dkfuse.kernels.providers import PROVIDERS
 from dkfuse.kernels.support import OPERANDS
 
-from . import compat, compat_triton, fuse, memory, patterns, seams
+from . import compat, compat_triton, fuse, memory, seams
 from .choosing import building, watch
 from .choosing.choose import check_installed, resolve_target
 from .reporting.recording import publish, withdraw

@@ -19,7 +19,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from . import patterns, seams
+from dkfuse import patterns
+
+from . import seams
 from .choosing import building, choose
 from .matching import anchors, frames, gain, heads, plan_heads
 from .matching.anchors import Anchor

@@ -129,12 +129,12 @@ def _verdict(
     tables: str,
 ) -> dict[str, Any]:
     """Who would run a call of this shape, and why each other provider would not."""
+    from dkfuse import patterns
     from dkfuse.kernels import crossovers, registry
     from dkfuse.kernels.ops import check
     from dkfuse.kernels.providers import PROVIDERS
     from dkfuse.kernels.support import OPERANDS
 
-    from .. import patterns
     from ..choosing.choose import check_installed, decide, refusal
     from ..choosing.example_calls import example, parse_shape
     from ..matching.rules import Reject

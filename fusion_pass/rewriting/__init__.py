@@ -1,9 +1,11 @@
 """Changing the graph: a site becomes an op call, an op call becomes what runs it.
 
-layouts, strides                    a copy where a stream's rows are strided; new strides carried on
-replace, replace_heads, calls       a site becomes one ``dkfuse::`` call a result
-joins, groups                       calls that write their part of a joint tensor, or share a launch
-lower, opaque, inline               a call becomes a Triton launch, a provider's op, or the ops of its definition
-symbols, origin                     symbolic sizes as nodes, the model's source lines
-drift                               roundings of eager's that are kept
+    layouts, strides                    a copy where a stream's rows are strided; new strides carried on
+    replace, replace_heads, calls       a site becomes one ``dkfuse::`` call a result
+    joins, groups                       calls that write their part of a joint tensor, or share a launch
+    lower, opaque, inline               a call becomes a Triton launch, a provider's op, or the ops of its definition
+    symbols, origin                     symbolic sizes as nodes, the model's source lines
+    drift                               roundings of eager's that are kept
+
+What is rewritten was decided before, by `dkfuse.fuse`; GEMMs and attention are rewritten by `dkfuse.seams`.
 """

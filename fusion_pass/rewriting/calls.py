@@ -18,6 +18,12 @@ def result_names(call: fx.Node) -> list[str]:
     return [r.name or "out" for r in call.target._schema.returns]  # type: ignore[union-attr]
 
 
+def cat_dim(cat: fx.Node) -> int:
+    """The dim that an `aten.cat` joins along, counted from the first."""
+    dim = cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", 0)
+    return dim % cat.meta["val"].dim()  # type: ignore[operator]
+
+
 def op_name(call: fx.Node) -> str:
     """The op's name without its namespace."""
     return call.target._schema.name.split("::")[1]  # type: ignore[union-attr]

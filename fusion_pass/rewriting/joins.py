@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .calls import op_name
+from .calls import cat_dim, op_name
 
 aten = torch.ops.aten
 
@@ -70,8 +70,7 @@ def find(graph: fx.Graph, calls: list[fx.Node]) -> dict[tuple[fx.Node, str], Par
         parts = cat.args[0]
         if not _joinable(cat, parts, results):
             continue
-        value = cat.meta["val"]
-        dim = (cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", 0)) % value.dim()
+        dim = cat_dim(cat)
         join = Join(cat, dim, missing=len(parts))
         start: Any = 0
         for part in parts:
@@ -83,7 +82,7 @@ def find(graph: fx.Graph, calls: list[fx.Node]) -> dict[tuple[fx.Node, str], Par
 
 def _joinable(cat: fx.Node, parts: Any, results: dict[fx.Node, tuple[fx.Node, str]]) -> bool:
     value = cat.meta["val"]
-    dim = (cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", 0)) % value.dim()
+    dim = cat_dim(cat)
     dense = all(a is b or a == b for a, b in zip(value.stride(), torch.empty_like(value).stride(), strict=True))
     return (
         (dim != value.dim() - 1 or all(p in results and op_name(results[p][0]) == "norm_rope" for p in parts))

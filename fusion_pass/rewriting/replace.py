@@ -6,6 +6,7 @@ Operands that no node computes are views of one that does, and are inserted.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -34,9 +35,7 @@ def replace(graph: fx.Graph, view: TermView, sites: list[Candidate | HeadSite]) 
     graph.eliminate_dead_code()
     for result in moved:
         spread(result)
-        for reader in result.users:
-            if "eager_input_vals" in reader.meta:
-                reader.meta["eager_input_vals"] = fake_arguments(reader)
+        retell(result.users)
     graph.lint()
     live = set(graph.nodes)
     return [call for call in calls if call in live]
@@ -120,6 +119,13 @@ def _results(graph: fx.Graph, call: fx.Node) -> dict[str, fx.Node]:
     return results
 
 
+def emit(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+    """A call of `target` at the graph's insertion point, with the value that it has."""
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+    return node
+
+
 def copy_origin(source: fx.Node, target: fx.Node) -> None:
     for key in ("stack_trace", "nn_module_stack"):
         if key in source.meta:
@@ -143,6 +149,13 @@ def realize(
     if inserted is not None:
         inserted[term] = node
     return node
+
+
+def retell(readers: Iterable[fx.Node]) -> None:
+    """Let torch know the new strides of what `readers` read, where it keeps those of eager for them."""
+    for reader in readers:
+        if "eager_input_vals" in reader.meta:
+            reader.meta["eager_input_vals"] = fake_arguments(reader)
 
 
 def fake_arguments(node: fx.Node) -> tuple[Any, Any]:

@@ -20,7 +20,7 @@ from ..matching.head_site import HeadSite, reads_a_size
 from ..matching.operands import fake
 from ..matching.terms import Term, TermView, same_size
 from ..seams.attention_call import OPS
-from .replace import copy_origin, op_call
+from .replace import copy_origin, emit, op_call
 from .strides import read_by_strides
 from .symbols import arguments
 
@@ -98,8 +98,7 @@ def _joined(graph: fx.Graph, calls: list[fx.Node], dim: int, order: list[int] | 
 
 
 def _emitted(graph: fx.Graph, root: fx.Node, target: Any, *args: Any) -> fx.Node:
-    node = graph.call_function(target, args)
-    node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+    node = emit(graph, target, *args)
     copy_origin(root, node)
     return node
 

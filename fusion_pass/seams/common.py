@@ -53,7 +53,12 @@ def check_allowed(rule: str, linear: Linear, settings: Settings) -> None:
 
 def check_sizes(linear: Linear, *columns: Any) -> None:
     """Raise Reject unless N and the given column counts are multiples of 8: rows of 16 bytes, as tensor cores ask."""
-    for size in (linear.features[1], *columns):
+    check_widths(linear.features[1], *columns)
+
+
+def check_widths(*sizes: Any) -> None:
+    """Raise Reject unless rows of so many elements are rows of whole 16 bytes."""
+    for size in sizes:
         if not isinstance(size, int):
             raise Reject(Code.SYMBOLIC, f"the width {size} is a symbol: it must be known", Stage.KERNEL, left=True)
         if size % 8:
@@ -105,13 +110,6 @@ def reshaped(graph: fx.Graph, result: fx.Node, linear: Linear, old: fx.Node, bet
     views = [n for n in (*linear.views, *between) if n.target in KEEP_ROWS]
     last = next(v for v in views if same_shape(v.meta["val"].shape, wanted) and len(v.args) > 1)
     return view(graph, result, last.args[1], wanted)
-
-
-def emit(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
-    """A call of `target` at the graph's insertion point, with the value that it has."""
-    node = graph.call_function(target, args)
-    node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
-    return node
 
 
 def why_apart(weights: Sequence[fx.Node], what: str) -> tuple[str, str]:

@@ -16,6 +16,7 @@ Measured on an H100, bf16, in a loop: FLUX.1's q, k, v (4096 + 512 tokens) 28 to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -30,12 +31,13 @@ from .. import compat
 from ..matching.rules import Code, Reject, Stage
 from ..matching.terms import same_size
 from ..reporting.report import Site, Status
-from ..rewriting.replace import copy_origin, fake_arguments
+from ..rewriting.calls import cat_dim
+from ..rewriting.replace import copy_origin, emit, retell
 from ..rewriting.strides import copying_reader, propagate, read_by_strides, spread
 from ..rewriting.symbols import arguments as with_symbols
 from ..settings import Settings
-from .common import aten, check_allowed, check_sizes, described, emit, read_sizes_elsewhere
-from .joint_views import VIEWS, Joint, NotThis, Stream, batch_of, first_reads, joint_value, replayed, reread
+from .common import aten, check_allowed, check_sizes, described, read_sizes_elsewhere
+from .joint_views import VIEWS, Joint, NotThis, Stream, batch_of, first_reads, joint_value, read_again, replayed, reread
 from .linear import Linear, read
 from .seam import Seam
 
@@ -79,9 +81,8 @@ def find(graph: fx.Graph, settings: Settings) -> Iterator[Seam]:
 
 def _read(cat: fx.Node) -> Joint | None:
     parts: Any = cat.args[0]
-    value = cat.meta["val"]
-    dim = (cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", 0)) % value.dim()  # type: ignore[operator]
-    if len(parts) < 2 or dim == value.dim() - 1 or len(set(parts)) < len(parts):
+    dim = cat_dim(cat)
+    if len(parts) < 2 or dim == cat.meta["val"].dim() - 1 or len(set(parts)) < len(parts):
         return None
     streams = [stream for part in parts if (stream := _stream(part)) is not None]
     if len({stream.product for stream in streams}) < len(parts):
@@ -176,11 +177,8 @@ def _check_gain(members: list[Joint]) -> None:
 
 
 def _joined_columns(joint: Joint) -> int:
-    count = 1
-    for dim, size in enumerate(joint.cat.meta["val"].shape):
-        if dim != joint.dim:
-            count *= size
-    return count // joint.batch
+    shape = joint.cat.meta["val"].shape
+    return math.prod(size for dim, size in enumerate(shape) if dim != joint.dim) // joint.batch
 
 
 def _apply(graph: fx.Graph, members: list[Joint], wholes: list[fx.Node], parts: list[fx.Node]) -> None:
@@ -210,10 +208,7 @@ def _apply(graph: fx.Graph, members: list[Joint], wholes: list[fx.Node], parts: 
                 product.replace_all_uses_with(parts[-1])
                 continue
             for node, cuts in first_reads(joint, i):
-                value = part
-                for cut in cuts:
-                    value = put(aten.slice.Tensor, value, 2, *cut.args[2:])
-                parts.append(put(aten.reshape.default, value, list(node.meta["val"].shape)))
+                parts.append(read_again(node, cuts, part, put))
                 node.replace_all_uses_with(parts[-1])
     for each, whole in zip(joints, wholes, strict=True):
         each.cat.replace_all_uses_with(whole)
@@ -226,9 +221,7 @@ def _finish(wholes: list[fx.Node], parts: list[fx.Node], readers: set[fx.Node]) 
         spread(whole)
     for part in parts:
         propagate(part)
-    for reader in readers:
-        if "eager_input_vals" in reader.meta:
-            reader.meta["eager_input_vals"] = fake_arguments(reader)
+    retell(readers)
 
 
 def _site(members: list[Joint], reject: Reject | None) -> Site:

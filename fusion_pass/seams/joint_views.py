@@ -164,9 +164,12 @@ def reread(joint: Joint) -> list[tuple[fx.Node, torch.Tensor]]:
     found = []
     for i, (start, length) in enumerate(zip(joint.starts, joint.lengths, strict=True)):
         part = buffer.narrow(1, start, length)
-        for node, slices in first_reads(joint, i):
-            value = part
-            for cut in slices:
-                value = aten.slice.Tensor(value, 2, *cut.args[2:])
-            found.append((node, evaluate(aten.reshape.default, value, list(node.meta["val"].shape))))
+        found += [(node, read_again(node, cuts, part, evaluate)) for node, cuts in first_reads(joint, i)]
     return found
+
+
+def read_again(node: fx.Node, cuts: tuple[fx.Node, ...], part: Any, put: Put) -> Any:
+    """What `node` and the `cuts` before it make of a product's rows, made of those of `part` [B, S, N]."""
+    for cut in cuts:
+        part = put(aten.slice.Tensor, part, 2, *cut.args[2:])
+    return put(aten.reshape.default, part, list(node.meta["val"].shape))

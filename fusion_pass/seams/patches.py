@@ -22,18 +22,16 @@ from typing import Any
 
 from torch import fx
 
-from .. import compat
 from ..matching.gain import is_view
 from ..matching.rules import Code, Reject, Stage
-from ..rewriting.replace import copy_origin
+from ..rewriting.replace import copy_origin, emit
 from ..rewriting.strides import spread
 from ..settings import Settings
-from .common import aten, check_allowed, emit, record
+from .common import aten, check_allowed, check_widths, record
 from .linear import Linear
 from .seam import Seam
 
 FAMILY = "patch_embedding"
-UNIT = 8  # elements: rows of operands of whole 16 bytes
 
 
 @dataclass(frozen=True)
@@ -84,13 +82,10 @@ def _check(patches: Patches, settings: Settings) -> None:
     if not all(isinstance(size, int) for size in (*x.shape, *weight.shape)):
         text = f"an input of {list(x.shape)}: its sizes must be known, to be cut into patches"
         raise Reject(Code.SYMBOLIC, text, Stage.KERNEL, left=True)
-    if (rest := [s for s, p in zip(x.shape[2:], patches.patch, strict=True) if s % p]) != []:
+    if rest := [s for s, p in zip(x.shape[2:], patches.patch, strict=True) if s % p]:
         text = f"a size of {rest[0]} is no multiple of the patch's"
         raise Reject(Code.LAYOUT, text, Stage.KERNEL, left=True)
-    features, width = weight.shape[0], math.prod(weight.shape[1:])
-    if width % UNIT or features % UNIT:
-        text = f"patches of {width} elements, {features} features: {UNIT} must divide both"
-        raise Reject(Code.LAYOUT, text, Stage.KERNEL, left=True)
+    check_widths(weight.shape[0], math.prod(weight.shape[1:]))
     if not weight.is_contiguous():
         text = f"the weight has strides {list(weight.stride())}: it would be copied at each call"
         raise Reject(Code.LAYOUT, text, Stage.KERNEL, left=True)
@@ -137,7 +132,7 @@ def _apply(graph: fx.Graph, patches: Patches) -> None:
         copy_origin(node, product)
         tokens = emit(graph, aten.reshape.default, product, [batch, *grid, features])
         image = emit(graph, aten.permute.default, tokens, [0, dims + 1, *range(1, dims + 1)])
-    assert compat.statically_known_true(image.meta["val"].shape == node.meta["val"].shape)
+    assert image.meta["val"].shape == node.meta["val"].shape
     node.replace_all_uses_with(image)
     graph.erase_node(node)
     spread(image)

@@ -26,10 +26,10 @@ from ..choosing.choose import resolve_target
 from ..matching.rules import Code, Stage
 from ..reporting.report import Reason, Site, Status
 from ..rewriting import origin
-from ..rewriting.replace import copy_origin, fake_arguments
+from ..rewriting.replace import copy_origin, emit, retell
 from ..rewriting.strides import copying_reader, propagate
 from ..settings import Settings
-from .common import TILE, as_one, described, emit, sms, why_apart
+from .common import TILE, as_one, described, sms, why_apart
 from .epilogue import problem
 from .gelu import find as gelus
 from .linear import Linear, linears, source
@@ -172,9 +172,7 @@ def _apply(run: list[Linear], readers: set[fx.Node]) -> None:
         linear.product.replace_all_uses_with(part)
         graph.erase_node(linear.product)
         propagate(part)
-    for reader in readers:
-        if "eager_input_vals" in reader.meta:
-            reader.meta["eager_input_vals"] = fake_arguments(reader)
+    retell(readers)
     for nodes in zip(*map(_weights, run), strict=True):
         memory.take(nodes)
 

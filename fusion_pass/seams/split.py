@@ -33,6 +33,7 @@ from .. import compat
 from ..choosing.choose import resolve_target
 from ..matching.gain import is_elementwise, through_views
 from ..matching.rules import Code, Reject, Stage
+from ..rewriting.calls import cat_dim
 from ..rewriting.replace import copy_origin
 from ..settings import Settings
 from . import common, epilogue, gelu
@@ -93,9 +94,8 @@ def find(graph: fx.Graph, settings: Settings) -> Iterator[Seam]:
 
 
 def _along_rows(cat: fx.Node) -> bool:
-    dim = cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", 0)
     parts = cat.args[0]
-    return isinstance(parts, (list, tuple)) and len(parts) > 1 and dim in (-1, cat.meta["val"].dim() - 1)
+    return isinstance(parts, (list, tuple)) and len(parts) > 1 and cat_dim(cat) == cat.meta["val"].dim() - 1
 
 
 def _check(split: Split, gelus: dict[fx.Node, Gelu], settings: Settings) -> None:
