@@ -339,8 +339,11 @@ def test_masks_as_torch_gives_them_to_its_kernels(dtype):
 
 
 def test_a_number_that_is_on_the_cpu_stays_there():
-    site = rewritten(as_a_gpu_traces("cudnn", float("-inf"), place="cpu"), attention="fa4")
-    assert site.kernel is None and "is on cpu, q on cuda" in site.attempts[-1].message
+    """The mask that is made of it on the GPU says which keys take part (`key_choice`)."""
+    module = as_a_gpu_traces("cudnn", float("-inf"), place="cpu")
+    site = rewritten(module, attention="fa4")
+    assert site.kernel == "fa4" and "key_lengths" not in site.shapes and site.shapes["keys"] == [10]
+    assert [t for t in targets(module) if "reorder_keys" in t]
 
 
 def test_symbolic_tokens_and_samples():
@@ -460,7 +463,8 @@ def test_kernels_are_timed_by_numbers_of_keys(monkeypatch):
     found = {DENSE: 900.0, "cudnn": 500.0, "fa4": 400.0, "flash": 1000.0}
     monkeypatch.setattr(attention_choice, "_measures", lambda call: call.lengths is not None)
 
-    def times(tensors, causal, kernels, folder, lengths, sure):
+    def times(tensors, causal, kernels, folder, lengths, sure, reorders):
+        assert not reorders
         asked.append((kernels, lengths, sure))
         return {k: found[k] for k in kernels}
 
@@ -475,7 +479,8 @@ def test_what_is_timed(monkeypatch, tmp_path):
     """All keys take part; torch's rival gets the mask that says so."""
     given = []
 
-    def call(operands, causal, kernel, sure):
+    def call(operands, causal, kernel, sure, order):
+        assert order is None
         given.append((kernel, operands[3:]))
         assert sure == 5
         raise RuntimeError("no GPU")

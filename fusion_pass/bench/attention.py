@@ -6,7 +6,9 @@ rows of `dkfuse.seams.attention_table`.
 
 SHAPE:N, or --valid FRACTION for all shapes, measures attention of which only the first N keys of each sample, or that
 fraction of them, take part: torch's given a mask `[B, 1, 1, K]` ("dense" as bias, "bool") beside kernels that take the
-numbers, and torch's without a mask ("unmasked"). All K keys count for TFLOP/s, so that they compare as times do.
+numbers, and torch's without a mask ("unmasked"). All K keys count for TFLOP/s, so that they compare as times do. With
+--reorder the keys that take part are anywhere, and are brought to the front first (`dkfuse::reorder_keys`), which is
+also timed alone.
 """
 
 from __future__ import annotations
@@ -108,10 +110,17 @@ def calls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Callab
 
 
 def masked_calls(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, valid: int, sure: int
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, valid: int, sure: int, reorders: bool = False
 ) -> dict[str, Callable[[], Any]]:
-    """Torch's attention without a mask and with a dense one, and each installed kernel that takes numbers of keys."""
-    attention = functools.partial(torch.ops.dkfuse.attention, sure=sure, bounded=True)
+    """Torch's attention without a mask and with a dense one, and each installed kernel that takes numbers of keys,
+    given them in another order than they are in memory if `reorders`."""
+    order = torch.arange(k.shape[2], dtype=torch.int32, device=k.device)
+    order = torch.cat([order[:sure], order[sure:].flip(0)]).expand(k.shape[0], -1)
+
+    def attention(name: str) -> torch.Tensor:
+        keys, values = torch.ops.dkfuse.reorder_keys(k, v, order) if reorders else (k, v)
+        return torch.ops.dkfuse.attention(q, keys, values, None, lengths, using=name, sure=sure, bounded=True)
+
     capability = 10 * torch.cuda.get_device_capability()[0]
     lengths = torch.full((q.shape[0],), valid, dtype=torch.int32, device=q.device)
     taken = (torch.arange(k.shape[2], device=q.device) < lengths[:, None])[:, None, None]
@@ -121,8 +130,9 @@ def masked_calls(
         "unmasked": lambda: F.scaled_dot_product_attention(q, k, v),
         attention_table.DENSE: lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=bias),
         "bool": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=taken),
+        **({"reorder": lambda: torch.ops.dkfuse.reorder_keys(k, v, order)} if reorders else {}),
         **{
-            name: functools.partial(attention, q, k, v, None, lengths, using=name)
+            name: functools.partial(attention, name)
             for name, kernel in attention_kernels.KERNELS.items()
             if name != "sdpa"
             and attention_kernels.version_of(name) is not None
@@ -131,21 +141,25 @@ def masked_calls(
     }
 
 
-def overhead(valid: int | None = None) -> dict[str, float]:
+def overhead(valid: int | None = None, reorders: bool = False) -> dict[str, float]:
     """Microseconds of CPU per call, of attention that is too small to keep a GPU busy; FlashAttention 4 also by its
     own function, which our op calls only once (`attention_fa4`)."""
     q, k, v = tensors((1, 4, 128, 128, 64))
     plain = {"torch sdpa": lambda: F.scaled_dot_product_attention(q, k, v)}
     if attention_kernels.version_of("fa4") is not None:
         plain["fa4's function"] = lambda: attention_run.fa4(q, k, v, False, None)
-    return cpu_microseconds(masked_calls(q, k, v, valid, len(k[0, 0]) - 8) if valid else {**plain, **calls(q, k, v)})
+    masked = masked_calls(q, k, v, valid, len(k[0, 0]) - 8, reorders) if valid else {}
+    return cpu_microseconds(masked or {**plain, **calls(q, k, v)})
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dkfuse.bench.attention", description=__doc__)
     parser.add_argument("shapes", nargs="*", default=SHAPES, type=str)
     parser.add_argument("--valid", type=float, metavar="FRACTION", help="how many of the keys take part, 0 to 1")
+    parser.add_argument("--reorder", action="store_true", help="bring the keys that take part to the front first")
     options = parser.parse_args(arguments)
+    if options.reorder and options.valid is None:
+        parser.error("--reorder needs --valid: without it all keys take part")
     try:
         shapes = [parse(text, options.valid) for text in options.shapes]
     except ValueError as error:
@@ -153,7 +167,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("no CUDA device: there is nothing to measure", file=sys.stderr)
         return NO_GPU
-    import dkfuse.kernels.attention  # noqa: F401  (registers the op)
+    import dkfuse.kernels.attention
+    import dkfuse.kernels.key_order  # noqa: F401  (both register ops)
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
     print(attention_kernels.versions())
@@ -164,7 +179,9 @@ def main(arguments: list[str] | None = None) -> int:
             batch, heads, queries, keys, dim = shape
             speeds = {}
             q, k, v = tensors(shape)
-            for name, call in (masked_calls(q, k, v, valid, sure) if valid else calls(q, k, v)).items():
+            for name, call in (
+                masked_calls(q, k, v, valid, sure, options.reorder) if valid else calls(q, k, v)
+            ).items():
                 try:
                     taken, first = microseconds(call)
                 except Exception as error:
@@ -174,13 +191,13 @@ def main(arguments: list[str] | None = None) -> int:
                 compiled[name] = max(compiled.get(name, 0.0), first)
             text = "x".join(map(str, shape)) + (f":{valid}" if valid else "")
             print(f"{text:22}", "  ".join(f"{n} {s:.0f}" for n, s in speeds.items()), flush=True)
-            for other in ("sdpa", "unmasked", "bool"):
+            for other in ("sdpa", "unmasked", "bool", "reorder"):
                 speeds.pop(other, None)
             capability = 10 * torch.cuda.get_device_capability()[0]
             columns = f"{{}}, {speeds}" if valid else f"{speeds}"
             rows.append(f"    Row({capability}, {dim}, {batch * heads}, {queries}, {keys}, {columns}),")
         for kind in sorted({valid is not None for _, valid, _ in shapes}):
-            spent = "  ".join(f"{n} {t:.1f}" for n, t in overhead(100 if kind else None).items())
+            spent = "  ".join(f"{n} {t:.1f}" for n, t in overhead(100 if kind else None, options.reorder).items())
             print(f"CPU us per call{', numbers of keys' if kind else ''}:", spent)
     print("longest first call, s:", "  ".join(f"{n} {t:.2f}" for n, t in compiled.items()))
     print("\n".join(rows))

@@ -5,7 +5,8 @@ A kernel of torch's own becomes its ATen op, which Inductor launches as it launc
 carried on, and a transposing copy behind it goes where the kernel already writes `[B, S, H, d]`.
 
 A mask that is proved to say how many of the first keys take part (`key_lengths`) is not given on: the numbers are, made
-int32 once for all attentions that share them.
+int32 once for all attentions that share them. So are those of a mask that chooses keys in any other way
+(`key_choice`), after ``dkfuse::reorder_keys`` brought the chosen ones to the front (`key_order`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from .attention_call import Call, calls
 from .attention_choice import RULE, Decision, decide, reason
 from .common import described
 from .key_lengths import Numbers, numbers_of_keys
+from .key_order import Known, order_of_keys, zero_where_nobody_asks
 from .seam import Seam
 
 aten = torch.ops.aten
@@ -40,6 +42,7 @@ OPAQUE = "dkfuse::attention"
 def find(graph: fx.Graph, settings: Settings) -> Iterator[Seam]:
     """One seam per attention in `graph`."""
     numbers: Numbers = {}
+    orders: Known = {}
     by_strides = read_by_strides(graph)
     found = list(calls(graph))
     load = functools.cache(lambda: cpu_bound.load(graph, found))  # as the graph is before seams change it
@@ -49,7 +52,8 @@ def find(graph: fx.Graph, settings: Settings) -> Iterator[Seam]:
             text = f"{call.node.name} is read by its strides (as_strided), which other kernels change"
             decision = Decision(reason=reason(Code.LAYOUT, text), forbidden=True)
         lengths = call.lengths.node if call.lengths is not None else None
-        shown = {"q": call.q, "k": call.k, "v": call.v, "mask": call.mask, "key_lengths": lengths}
+        chosen = call.choice.node if call.choice is not None else None
+        shown = {"q": call.q, "k": call.k, "v": call.v, "mask": call.mask, "key_lengths": lengths, "keys": chosen}
         site = described(RULE, call.node, shown, Status.LEFT_TO_INDUCTOR)
         site.op, site.reason, site.attempts = OPAQUE, decision.reason, decision.attempts
         if decision.kernel is None:
@@ -59,17 +63,18 @@ def find(graph: fx.Graph, settings: Settings) -> Iterator[Seam]:
         site.status, site.kernel = Status.FUSED, decision.kernel
         if (native := _native(call, decision.kernel)) is not None:
             site.op = native[0]._schema.name
-        yield Seam(site, _Rewrite(graph, call, decision.kernel, numbers))
+        yield Seam(site, _Rewrite(graph, call, decision.kernel, numbers, orders))
 
 
 class _Rewrite:
     """Puts one kernel in the place of one attention."""
 
-    def __init__(self, graph: fx.Graph, call: Call, kernel: str, numbers: Numbers):
-        self.graph, self.call, self.kernel, self.numbers = graph, call, kernel, numbers
+    def __init__(self, graph: fx.Graph, call: Call, kernel: str, numbers: Numbers, orders: Known):
+        self.graph, self.call, self.kernel, self.numbers, self.orders = graph, call, kernel, numbers, orders
 
     def __call__(self) -> None:
-        import dkfuse.kernels.attention  # noqa: F401  (registers torch.ops.dkfuse.attention)
+        import dkfuse.kernels.attention
+        import dkfuse.kernels.key_order  # noqa: F401  (both register ops)
 
         given = bound_arguments(self.call.node)  # which may be the results of seams applied since it was found
         call = self.call = dataclasses.replace(self.call, q=given["query"], k=given["key"], v=given["value"])
@@ -78,12 +83,13 @@ class _Rewrite:
             if native is not None:
                 target, args, kwargs = native
                 made = self._insert(target, (call.q, call.k, call.v, *args), kwargs)
-                result = self.graph.call_function(operator.getitem, (made, 0))
-                result.meta["val"] = made.meta["val"][0]
-                copy_origin(call.node, result)
+                result = self._part(made, 0)
             else:
                 operands, options = self._ours(call)
-                result = self._insert(torch.ops.dkfuse.attention.default, operands, options)
+                attended = self._insert(torch.ops.dkfuse.attention.default, operands, options)
+                result = attended
+                if call.choice is not None:
+                    result = zero_where_nobody_asks(self.graph, call.choice, attended, self.orders)
         for old in call.results:
             old.replace_all_uses_with(result)
             self.graph.erase_node(old)
@@ -101,15 +107,28 @@ class _Rewrite:
             options["scale"] = call.scale
         if call.grouped:
             options["gqa"] = True
-        if call.lengths is None:
+        if not call.counted:
             return (call.q, call.k, call.v), options
         if self.kernel == "cudnn":
             options["sure"] = call.sure
+        if call.choice is not None:
+            order, count = order_of_keys(self.graph, call.choice, call.q, self.orders)
+            both = self._insert(torch.ops.dkfuse.reorder_keys.default, (call.k, call.v, order), {})
+            k, v = (self._part(both, i) for i in range(2))
+            return (call.q, k, v, None, count), {**options, "bounded": True}
+        assert call.lengths is not None
         keys = call.k.meta["val"].shape[2]
         if isinstance(keys, int):
             options["bounded"] = True
         lengths = numbers_of_keys(self.graph, call.lengths, call.q, keys, self.numbers)
         return (call.q, call.k, call.v, None, lengths), options
+
+    def _part(self, made: fx.Node, index: int) -> fx.Node:
+        """One of several results."""
+        part = self.graph.call_function(operator.getitem, (made, index))
+        part.meta["val"] = made.meta["val"][index]
+        copy_origin(self.call.node, part)
+        return part
 
     def _insert(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         node = self.graph.call_function(target, args, kwargs)
@@ -123,7 +142,7 @@ class _Rewrite:
 def _native(call: Call, kernel: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
     """(op, arguments after q, k and v, keyword arguments) of a kernel that is part of torch; None for others, and where
     the graph runs on a CPU while it is planned for a GPU."""
-    if call.device.type != "cuda" or call.lengths is not None:
+    if call.device.type != "cuda" or call.counted:
         return None
     scale = {"scale": call.scale}
     if kernel == "cudnn":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from dkfuse.kernels.attention_kernels import KERNELS
 from .. import compat
 from ..compat import statically_known_true
 from ..rewriting.calls import bound_arguments
+from .key_choice import KeyChoice, choice
 from .key_lengths import KeyLengths, Unproved, prove, sure
 
 aten = torch.ops.aten
@@ -33,7 +35,8 @@ OPS: dict[Any, str | None] = {
 class Call:
     """One attention. Tensors are graph nodes; `values` are what the op ``dkfuse::attention`` is called with, fake.
 
-    lengths: what the mask is proved to say, the number of keys that take part; unproved: why it is not, for a mask.
+    lengths, choice: what the mask is proved to say, how many of the first keys take part, or which keys; unproved: why
+    it is neither, for a mask.
     """
 
     node: fx.Node
@@ -46,22 +49,39 @@ class Call:
     dropout: float
     traced: str | None
     lengths: KeyLengths | None = None
+    choice: KeyChoice | None = None
     unproved: Unproved | None = None
 
     @property
+    def counted(self) -> bool:
+        """Whether kernels can be given the number of keys that take part instead of the mask."""
+        return self.lengths is not None or self.choice is not None
+
+    @property
     def values(self) -> dict[str, Any]:
-        mask = self.mask if self.lengths is None else None
-        tensors = {"q": self.q, "k": self.k, "v": self.v, "mask": mask}
+        tensors = {"q": self.q, "k": self.k, "v": self.v, "mask": None if self.counted else self.mask}
         fakes = {n: node.meta["val"] if node is not None else None for n, node in tensors.items()}
+        if self.choice is not None:  # in the memory order of `dkfuse::reorder_keys`
+            fakes.update({n: _dense(fakes[n]) for n in "kv"})
         return {**fakes, "key_lengths": self._lengths(), "sure": self.sure, "causal": self.causal, "scale": self.scale}
 
     @property
     def sure(self) -> int:
-        """Keys that take part in any case, of those that the mask counts."""
+        """Keys that take part in any case, of those that the mask counts or chooses from."""
+        if self.choice is not None:
+            return self.choice.sure
         return sure(self.lengths) if self.lengths is not None else 0
 
+    @property
+    def reordered(self) -> int:
+        """Bytes of keys and values that are brought in another order, as in the example inputs."""
+        if self.choice is None or self.sizes() is None:
+            return 0
+        sizes = [compat.hint(s) or 0 for n in (self.k, self.v) for s in n.meta["val"].shape]
+        return self.k.meta["val"].element_size() * (math.prod(sizes[:4]) + math.prod(sizes[4:]))
+
     def _lengths(self) -> torch.Tensor | None:
-        if self.lengths is None:
+        if not self.counted:
             return None
         q = self.q.meta["val"]
         with q.fake_mode:
@@ -120,7 +140,7 @@ def calls(graph: fx.Graph) -> Iterator[Call]:
         if not all(isinstance(given[n].meta.get("val"), torch.Tensor) for n in ("query", "key", "value")):
             continue
         mask = given.get("attn_bias", given.get("attn_mask"))
-        lengths, unproved = _proved(mask, given["query"], given["key"], OPS[node.target] == "cudnn")
+        proved = _proved(mask, given["query"], given["key"], OPS[node.target] == "cudnn")
         yield Call(
             node,
             given["query"],
@@ -131,18 +151,39 @@ def calls(graph: fx.Graph) -> Iterator[Call]:
             given.get("scale"),
             float(given.get("dropout_p", 0.0)),
             OPS[node.target],
-            lengths,
-            unproved,
+            *proved,
         )
 
 
-def _proved(mask: fx.Node | None, q: fx.Node, k: fx.Node, cudnn: bool) -> tuple[KeyLengths | None, Unproved | None]:
+def _proved(
+    mask: fx.Node | None, q: fx.Node, k: fx.Node, cudnn: bool
+) -> tuple[KeyLengths | None, KeyChoice | None, Unproved | None]:
     if mask is None:
-        return None, None
+        return None, None, None
+    batch, _, queries, _ = q.meta["val"].shape
+    keys = k.meta["val"].shape[2]
     try:
-        found = prove(mask, q.meta["val"].shape[0], k.meta["val"].shape[2], cudnn)
-        if (place := found.node.meta["val"].device) != q.meta["val"].device:
-            raise Unproved(f"the number of keys is on {place}, q on {q.meta['val'].device}")
-        return found, None
+        lengths = prove(mask, batch, keys, cudnn)
+        _check_device(lengths.node, q)
+        return lengths, None, None
     except Unproved as why:
-        return None, why
+        unproved = why
+    try:
+        found = choice(mask, batch, queries, keys, cudnn)
+        _check_device(found.node, q)
+        return None, found, None
+    except Unproved as why:
+        # what keeps a bias from being a choice at all is the more telling of the two
+        return None, None, why if why.code in ("mask_input", "mask_values") else unproved
+
+
+def _check_device(numbers: fx.Node, q: fx.Node) -> None:
+    if (place := numbers.meta["val"].device) != q.meta["val"].device:
+        raise Unproved(f"the number of keys is on {place}, q on {q.meta['val'].device}")
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor like this one, `[B, H, S, d]`, in memory `[B, S, H, d]`."""
+    batch, heads, tokens, d = tensor.shape
+    with tensor.fake_mode:  # type: ignore[attr-defined]
+        return tensor.new_empty((batch, tokens, heads, d)).transpose(1, 2)

@@ -10,7 +10,8 @@ A kernel that loses accuracy is taken on demand only. Attention that a kernel co
 kernel whose calls cost more is no candidate where the whole graph is bound by the CPU (`cpu_bound`).
 
 Where the mask is proved to say how many of the first keys take part, kernels that take those numbers compete with
-torch's choice given the mask (`DENSE`), which may be the same kernel.
+torch's choice given the mask (`DENSE`), which may be the same kernel. So they do where it chooses keys in another way,
+and pay for bringing these to the front (`key_order`).
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def _semantics(call: Call) -> Reason | None:
 
 
 def _forced(call: Call, kernel: AttentionKernel, chosen: str, capability: int) -> Decision:
-    if kernel.name == chosen and call.lengths is None:
+    if kernel.name == chosen and not call.counted:
         return Decision(reason=reason("chosen", f"torch chose {chosen} as well"))
     if (problem := kernel.problem(call.values, capability)) is not None:
         return Decision(reason=reason(problem.code, problem.message), forbidden=True)
@@ -106,7 +107,7 @@ def _forced(call: Call, kernel: AttentionKernel, chosen: str, capability: int) -
 
 def _failure(call: Call, name: str) -> Reason | None:
     """Why a kernel that takes the call cannot be used all the same: its package is broken, it cannot be built."""
-    message = attention_measure.failure(name, call.values["q"], call.values["k"], call.causal, call.lengths is not None)
+    message = attention_measure.failure(name, call.values["q"], call.values["k"], call.causal, call.counted)
     return reason("failed", f"{name} failed when it was tried: {message}") if message is not None else None
 
 
@@ -114,11 +115,11 @@ def _able(call: Call, chosen: str, capability: int, settings: Settings) -> tuple
     """The kernels that could compute it unasked, installed or not, and why others could not."""
     able, attempts = [], []
     for kernel in KERNELS.values():
-        if kernel.lossy or kernel.name == "sdpa" or (kernel.name == chosen and call.lengths is None):
+        if kernel.lossy or kernel.name == "sdpa" or (kernel.name == chosen and not call.counted):
             continue
         if settings.attention == "torch" and kernel.distributions:
             continue
-        if kernel.name == "cudnn" and call.lengths is not None and settings.roundings == "eager":
+        if kernel.name == "cudnn" and call.counted and settings.roundings == "eager":
             text = "cudnn by numbers of keys is two attentions, each rounded before they are merged"
             attempts.append(reason(Code.ROUNDING, text))
             continue
@@ -133,7 +134,8 @@ def _able(call: Call, chosen: str, capability: int, settings: Settings) -> tuple
 
 def _slow(call: Call, load: Callable[[], Load | None], name: str) -> Reason | None:
     """Why the CPU would not call kernel `name` as fast as the GPU works."""
-    extra = attention_table.extra(name, bool(KERNELS[name].distributions), call.lengths is not None)
+    extra = attention_table.extra(name, bool(KERNELS[name].distributions), call.counted)
+    extra += attention_table.REORDER_CALL if call.choice is not None else 0
     found = load() if extra > 0 else None
     message = found.too_slow(call, extra) if found is not None else None
     return reason("cpu_bound", f"{name}: {message}") if message is not None else None
@@ -146,7 +148,7 @@ def _measures(call: Call) -> bool:
         bool(compat.inductor_config("max_autotune"))
         and call.device.type == "cuda"
         and torch.cuda.is_available()
-        and (call.mask is None or call.lengths is not None)
+        and (call.mask is None or call.counted)
         and all(isinstance(s, int) for s in sizes)
         and call.traced in KERNELS
     )
@@ -160,7 +162,7 @@ def _by_measurement(
     settings: Settings,
     slow: Callable[[str], Reason | None],
 ) -> Decision:
-    rival = chosen if call.lengths is None else DENSE
+    rival = chosen if not call.counted else DENSE
     names = [rival]
     for name in able:
         if version_of(name) is not None and (why := slow(name)) is not None:
@@ -168,9 +170,8 @@ def _by_measurement(
         elif version_of(name) is not None:
             names.append(name)
     tensors = [call.values[n] for n in "qkv"]
-    found = attention_measure.times(
-        tensors, call.causal, names, settings.cache_dir, call.lengths is not None, call.sure
-    )
+    reorders = call.choice is not None
+    found = attention_measure.times(tensors, call.causal, names, settings.cache_dir, call.counted, call.sure, reorders)
     best = min(names, key=lambda name: found[name])
     for name in names:
         if found[name] == float("inf"):
@@ -196,7 +197,7 @@ def _by_table(
     if isinstance(speeds, Reason):
         return Decision(reason=speeds, attempts=attempts)
     assert sizes is not None
-    rival, torchs = (chosen if call.lengths is None else DENSE), _torchs(call, chosen)
+    rival, torchs = (chosen if not call.counted else DENSE), _torchs(call, chosen)
     ranked = sorted((n for n in able if speeds.get(n, 0) >= MARGIN * speeds[rival]), key=lambda n: -speeds[n])
     for name in ranked:
         gain = f"{speeds[name] / speeds[rival]:.2f}x {torchs}"
@@ -226,25 +227,27 @@ def _speeds(
     odd = [
         text
         for text, present in (
-            ("a mask", call.mask is not None and call.lengths is None),
+            ("a mask", call.mask is not None and not call.counted),
             ("a causal mask", call.causal),
             ("grouped heads", call.grouped),
             (f"{call.values['q'].dtype}", call.values["q"].dtype not in (torch.float16, torch.bfloat16)),
         )
         if present
     ]
-    counted = call.lengths is not None
-    speeds = attention_table.nearest(capability, *sizes, counted)
-    if odd or speeds is None or (DENSE if counted else chosen) not in speeds:
+    speeds = attention_table.nearest(capability, *sizes, call.counted)
+    if odd or speeds is None or (DENSE if call.counted else chosen) not in speeds:
         where = "with " + " and ".join(odd) if odd else f"near head_dim {sizes[0]}, {sizes[2]} x {sizes[3]} tokens"
-        kind = " by numbers of keys" if counted else ""
+        kind = " by numbers of keys" if call.counted else ""
         message = f"no kernels were measured{kind} {where} on sm{capability}: {_torchs(call, chosen)}, stays"
         return reason("unmeasured", message), sizes
+    if call.reordered:
+        ordered = functools.partial(attention_table.reordered, *sizes, moved=call.reordered)
+        speeds = {n: speed if n == DENSE else ordered(speed) for n, speed in speeds.items()}
     return speeds, sizes
 
 
 def _torchs(call: Call, chosen: str) -> str:
-    return f"{chosen}, torch's choice" if call.lengths is None else f"{chosen} with a dense mask, torch's choice"
+    return f"{chosen}, torch's choice" if not call.counted else f"{chosen} with a dense mask, torch's choice"
 
 
 def _short(torchs: str, name: str, microseconds: float) -> Reason:

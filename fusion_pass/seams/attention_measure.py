@@ -2,7 +2,7 @@
 
 Times are kept in the process and on disk (`disk_cache`, kind "attention"), under the call, the GPU, torch and the
 kernels' versions. With numbers of keys every key takes part, the longest that a call can be; `DENSE` is torch's own
-attention then, given the mask as `[B, 1, 1, Sk]` bias.
+attention then, given the mask as `[B, 1, 1, Sk]` bias. Where keys are brought in order first, that is timed with it.
 """
 
 from __future__ import annotations
@@ -37,19 +37,22 @@ def times(
     folder: str | None,
     lengths: bool = False,
     sure: int = 0,
+    reorders: bool = False,
 ) -> dict[str, float]:
     """Microseconds of each kernel for a call with q, k, v like `tensors` (fake, of known sizes); inf where it failed.
 
     folder: the cache folder of the settings; lengths: with numbers of keys, sure: of which so many take part
-    in any case. The tensors that it is timed on are random, on the same device.
+    in any case; reorders: k and v are brought in order for kernels that take numbers. The tensors that it is timed on
+    are random, on the same device.
     """
 
     def measure(names: list[str]) -> dict[str, float]:
         generator = torch.Generator(tensors[0].device).manual_seed(0)  # not torch's own, whose numbers are the model's
         real = [_random(t, generator) for t in tensors]
-        return {name: _time(real, causal, name, lengths, sure) for name in names}
+        return {name: _time(real, causal, name, lengths, sure, reorders) for name in names}
 
-    return kept_times.times(_known, KIND, _key(tensors, causal, lengths, sure), kernels, folder, measure)
+    key = _key(tensors, causal, lengths, sure, reorders)
+    return kept_times.times(_known, KIND, key, kernels, folder, measure)
 
 
 def failure(kernel: str, q: torch.Tensor, k: torch.Tensor, causal: bool, lengths: bool = False) -> str | None:
@@ -113,17 +116,27 @@ def _operands(tensors: list[torch.Tensor], kernel: str, lengths: bool) -> list[t
     return [*tensors, None, torch.full((q.shape[0],), k.shape[2], dtype=torch.int32, device=q.device)]
 
 
-def _call(operands: list[Any], causal: bool, kernel: str, sure: int) -> torch.Tensor:
-    import dkfuse.kernels.attention  # noqa: F401  (registers the op)
+def _call(operands: list[Any], causal: bool, kernel: str, sure: int, order: Any = None) -> torch.Tensor:
+    import dkfuse.kernels.attention
+    import dkfuse.kernels.key_order  # noqa: F401  (both register ops)
 
+    if order is not None:
+        q, k, v, *others = operands
+        operands = [q, *torch.ops.dkfuse.reorder_keys(k, v, order), *others]
     gqa = operands[0].shape[1] != operands[1].shape[1]
     using = "sdpa" if kernel == DENSE else kernel
     return torch.ops.dkfuse.attention(*operands, causal=causal, gqa=gqa, using=using, sure=sure)
 
 
-def _key(tensors: list[torch.Tensor], causal: bool, lengths: bool, sure: int) -> tuple[str, ...]:
+def _key(
+    tensors: list[torch.Tensor], causal: bool, lengths: bool, sure: int, reorders: bool = False
+) -> tuple[str, ...]:
     calls = [(tuple(t.shape), t.stride(), str(t.dtype), str(t.device)) for t in tensors]
-    return f"{calls}{causal}{lengths}{sure}", compat.environment_fingerprint(), attention_kernels.versions()
+    return (
+        f"{calls}{causal}{lengths}{sure}{'reorders' * reorders}",
+        compat.environment_fingerprint(),
+        attention_kernels.versions(),
+    )
 
 
 def _random(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -131,18 +144,28 @@ def _random(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return memory.as_strided(tuple(like.shape), like.stride())
 
 
-def _time(tensors: list[torch.Tensor], causal: bool, kernel: str, lengths: bool = False, sure: int = 0) -> float:
+def _time(
+    tensors: list[torch.Tensor],
+    causal: bool,
+    kernel: str,
+    lengths: bool = False,
+    sure: int = 0,
+    reorders: bool = False,
+) -> float:
     """Median of single calls, in microseconds, after two that compile and warm up."""
     device = tensors[0].device
     try:
-        operands = _operands(tensors, kernel, lengths)
+        operands, order = _operands(tensors, kernel, lengths), None
+        if reorders and kernel != DENSE:
+            samples, _, keys, _ = tensors[1].shape
+            order = torch.arange(keys, dtype=torch.int32, device=device).expand(samples, -1)
         for _ in range(2):
-            _call(operands, causal, kernel, sure)
+            _call(operands, causal, kernel, sure, order)
         torch.cuda.synchronize(device)
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]
         for start, end in events:  # without waiting, so that the GPU is busy while the next call is prepared
             start.record()
-            _call(operands, causal, kernel, sure)
+            _call(operands, causal, kernel, sure, order)
             end.record()
         torch.cuda.synchronize(device)
         found = [start.elapsed_time(end) * 1e3 for start, end in events]

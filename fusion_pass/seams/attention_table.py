@@ -53,6 +53,8 @@ DENSE = "dense"
 # keys where True. OTHER: kernels that are not listed, if they are of a package or take such numbers.
 EXTRA = {("fa4", False): 7.0, ("fa4", True): 8.0, ("cudnn", True): 242.0}
 OTHER = 61.0  # fa4's own function
+COPY = 2.9e6  # bytes per microsecond, read and written, of a copy on an H100
+REORDER_CALL = 50.0  # microseconds of CPU that bringing keys and values in order costs
 NEAR = 2.0  # a row speaks for shapes with up to twice as many queries, keys or (four times as many) heads, or as few
 
 
@@ -77,6 +79,12 @@ def nearest(
 def extra(kernel: str, distributed: bool, lengths: bool) -> float:
     """Microseconds of CPU that a call of `kernel` costs more than torch's own; distributed: it is of a package."""
     return EXTRA.get((kernel, lengths), OTHER if distributed or lengths else 0.0)
+
+
+def reordered(head_dim: int, heads: int, queries: int, keys: int, tflops: float, moved: int) -> float:
+    """The speed of a kernel behind a copy of `moved` bytes of keys and values."""
+    flops = 4e-6 * heads * queries * keys * head_dim
+    return flops / (flops / tflops + 2 * moved / COPY)
 
 
 def microseconds(head_dim: int, heads: int, queries: int, keys: int, tflops: float) -> float:

@@ -100,7 +100,7 @@ def load(graph: fx.Graph, calls: Iterable[Call]) -> Load | None:
 
 
 def _kind(call: Call) -> Any:
-    return call.sizes(), call.lengths is None
+    return call.sizes(), not call.counted
 
 
 def _gemm(node: fx.Node, a: torch.Tensor, b: torch.Tensor) -> int | None:

@@ -1,0 +1,117 @@
+"""Keys chosen by flags, brought to the front: what attention by numbers of keys is given instead of a mask.
+
+    order[b]  = the keys that take part in any case, the others that take part, those that do not      int32 [B, Sk]
+    n[b]      = max(1, how many take part)                                                              int32 [B]
+    out[b, i] = attention of k[order], v[order] by n; 0 where query i asks for no key
+
+Both are made once in a graph for all attentions that choose by the same flags, in ATen, from B x Sk flags; keys and
+values are brought in order by ``dkfuse::reorder_keys``. A query without any key is zero in torch's own definition of
+attention too; its fused kernels differ (cuDNN attends to every key up to torch 2.11).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..matching.terms import same_size
+from ..rewriting.replace import copy_origin
+from ..rewriting.symbols import arguments as with_symbols
+from .key_choice import Flags, KeyChoice
+
+aten, prims = torch.ops.aten, torch.ops.prims
+Known = dict[Any, Any]
+
+
+def order_of_keys(graph: fx.Graph, choice: KeyChoice, q: fx.Node, known: Known) -> tuple[fx.Node, fx.Node]:
+    """Nodes (order, n) for the samples of q `[B, H, S, d]`, made once per `known`, which is updated.
+
+    They are made at the insertion point of the first call: later ones must come after it.
+    """
+    batch = q.meta["val"].shape[0]
+    key = choice.keys, batch if isinstance(batch, int) else batch.node.expr
+    if key not in known:
+        before, after = choice.before, choice.after
+        taken = _all(graph, choice.keys, before, after)
+        if not same_size(taken.meta["val"].shape[0], batch):
+            taken = _call(graph, aten.expand.default, taken, with_symbols(graph, [batch, -1], [q]))
+        count = _call(graph, aten.sum.dim_IntList, taken, [1])
+        count = _call(graph, aten.add.Tensor, count, choice.sure) if choice.sure else count
+        count = _call(graph, aten.clamp_min.default, count, 1)
+        ranks = _call(graph, prims.convert_element_type.default, taken, torch.uint8)
+        both = _call(graph, aten.sort.stable, ranks, stable=True, dim=1, descending=True)
+        order = graph.call_function(operator.getitem, (both, 1))
+        order.meta["val"] = both.meta["val"][1]
+        copy_origin(both, order)
+        if choice.sure:
+            order = _call(graph, aten.add.Tensor, order, before) if before else order
+            end = before + taken.meta["val"].shape[1]
+            sure = [(0, before), (end, end + after)]
+            parts = [_range(graph, order, *ends) for ends in sure if ends[0] < ends[1]]
+            order = _call(graph, aten.cat.default, [*parts, order], 1)
+        known[key] = tuple(_call(graph, prims.convert_element_type.default, n, torch.int32) for n in (order, count))
+    return known[key]
+
+
+def zero_where_nobody_asks(graph: fx.Graph, choice: KeyChoice, out: fx.Node, known: Known) -> fx.Node:
+    """`out` `[B, H, S, d]`, zero for queries that ask for no key."""
+    if not choice.queries:
+        return out
+    key = choice.queries, "queries"
+    if key not in known:
+        rows = _all(graph, choice.queries, 0, 0)
+        for dim in (1, 3):
+            rows = _call(graph, aten.unsqueeze.default, rows, dim)
+        known[key] = rows
+    zero = _call(graph, aten.full.default, out, [], 0.0, operands=False)
+    return _call(graph, aten.where.self, known[key], out, zero)
+
+
+def _all(graph: fx.Graph, flags: Iterable[Flags], before: int, after: int) -> fx.Node:
+    """Bool `[B, places]`, `[1, places]` for the same of each sample: where all flags are true, without the first
+    `before` and the last `after` places, which are among those that are true in any case."""
+    found: fx.Node | None = None
+    for each in flags:
+        node, value = each.node, each.node.meta["val"]
+        if each.sample is not None and each.sample > each.place:
+            node = _call(graph, aten.transpose.int, node, each.sample, each.place)
+        samples = 1 if each.sample is None else value.shape[each.sample]
+        sizes = with_symbols(graph, [samples, value.shape[each.place]], [each.node])
+        node = _call(graph, aten.reshape.default, node, sizes)
+        if value.dtype != torch.bool:
+            node = _call(graph, aten.ne.Scalar, node, 0)
+        node = _call(graph, aten.logical_not.default, node) if each.negated else node
+        pad = [each.before - before, each.after - after]
+        node = _call(graph, aten.constant_pad_nd.default, node, pad, True) if any(pad) else node
+        found = node if found is None else _call(graph, aten.logical_and.default, found, node)
+    assert found is not None
+    return found
+
+
+def _range(graph: fx.Graph, order: fx.Node, start: int, end: int) -> fx.Node:
+    """start..end for each sample of `order`."""
+    how = {"start": start, "step": 1, "dtype": torch.int64, "requires_grad": False}
+    numbers = _call(graph, prims.iota.default, order, end - start, operands=False, **how)
+    sizes = with_symbols(graph, [order.meta["val"].shape[0], end - start], [order])
+    return _call(graph, aten.expand.default, _call(graph, aten.unsqueeze.default, numbers, 0), sizes)
+
+
+def _call(graph: fx.Graph, target: Any, first: Any, *args: Any, operands: bool = True, **kwargs: Any) -> fx.Node:
+    """`target` of `first` and the rest; without operands it is made on the device (and, if floating, of the dtype) of
+    `first`, which only says so."""
+    like = first[0] if isinstance(first, list) else first
+    if operands:
+        args = (first, *args)
+    else:
+        value = like.meta["val"]
+        kwargs = {"dtype": value.dtype, **kwargs, "device": value.device}
+    node = graph.call_function(target, args, kwargs)
+    values = fx.map_arg(args, lambda n: n.meta["val"])
+    with like.meta["val"].fake_mode:
+        node.meta["val"] = target(*values, **kwargs)
+    copy_origin(like, node)
+    return node
