@@ -11,10 +11,9 @@ from torch import fx
 
 import dkfuse
 import dkfuse.kernels.attention  # registers the op
-import dkfuse.kernels.key_order  # likewise
 from dkfuse import Settings, Status, compat, seams, zoo
 from dkfuse.seams import attention_choice, attention_measure
-from dkfuse.seams.attention_table import COPY, DENSE, REORDER_CALL, Row
+from dkfuse.seams.attention_table import COPY, DENSE, Row
 from dkfuse.seams.key_choice import KeyChoice, choice
 from dkfuse.seams.key_lengths import Unproved
 from dkfuse.seams.key_order import order_of_keys, zero_where_nobody_asks
@@ -24,7 +23,6 @@ from .masks import INF, KEYS, SPELLINGS, arange, bias, mask_of, traced
 
 aten = torch.ops.aten
 OP = torch.ops.dkfuse.attention.default
-REORDER = torch.ops.dkfuse.reorder_keys.default
 HEADS, QUERIES = 2, 3
 Q, K, V = (torch.randn(2, 10, 4, 64, dtype=BF16, generator=torch.Generator().manual_seed(i)) for i in range(3))
 PADDING = torch.tensor([[1] * 5 + [0] * 5, [0, 1] * 5])
@@ -67,8 +65,8 @@ def same(build, *calls: tuple[torch.Tensor, ...], queries: int = QUERIES) -> Key
     module.recompile()
     for inputs in calls:
         order, count, asks = module(*inputs)
-        assert order.dtype == count.dtype == torch.int32 and order.shape == (2, KEYS)
-        assert order.sort().values.equal(arange(dtype=torch.int32).expand(2, -1)), "no order of all keys"
+        assert (order.dtype, count.dtype, order.shape) == (torch.int64, torch.int32, (2, KEYS))
+        assert order.sort().values.equal(arange().expand(2, -1)), "no order of all keys"
         mask = build(*inputs)
         mask = (mask if mask.dtype == torch.bool else mask == 0).expand(2, HEADS, queries, KEYS)
         taken = torch.zeros(2, KEYS, dtype=torch.bool)
@@ -208,38 +206,6 @@ def test_what_is_no_choice_says_why(name):
     assert code is None or why.value.code == code
 
 
-# -- the op ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_reorder_keys(dtype):
-    k, v = K.transpose(1, 2), V.transpose(1, 2)[..., :48].contiguous()
-    order = torch.stack([torch.randperm(10, generator=torch.Generator().manual_seed(i)) for i in range(2)]).to(dtype)
-    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(REORDER, (k, v, order), test_utils=tests)
-    for tensor, out in zip((k, v), REORDER(k, v, order), strict=True):
-        assert out.transpose(1, 2).is_contiguous()
-        for b in range(2):
-            assert out[b].equal(tensor[b][:, order[b].long()])
-
-
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"k": K[0]}, r"\[B, H, S, d\] and order \[B, N\]"),
-        ({"order": torch.zeros(10, dtype=torch.int32)}, r"order \[10\]"),
-        ({"v": V[:, :9]}, "differ in samples, heads or tokens"),
-        ({"order": torch.zeros(3, 10, dtype=torch.int32)}, "differ in samples"),
-        ({"order": torch.zeros(2, 10)}, "float32"),
-        ({"v": V.float()}, "one dtype of k and v"),
-    ],
-)
-def test_what_does_not_fit_is_an_error(changed, said):
-    operands = {"k": K, "v": V, "order": torch.zeros(2, 10, dtype=torch.int32), **changed}
-    with pytest.raises(ValueError, match=said):
-        REORDER(*operands.values())
-
-
 # -- the rewrite -------------------------------------------------------------------------------------------------------
 
 
@@ -267,7 +233,9 @@ def test_attentions_are_rewritten_and_share_their_order(batch, function):
     module.graph.eliminate_dead_code()
     module.recompile()
     found = targets(module)
-    assert [found.count(t) for t in ("dkfuse.attention.default", "dkfuse.reorder_keys.default")] == [2, 2]
+    assert [found.count(t) for t in ("dkfuse.attention.default", "aten.index.Tensor")] == [2, 4]
+    for call in module.graph.find_nodes(op="call_function", target=OP):
+        assert all(call.args[i].meta["val"].transpose(1, 2).is_contiguous() for i in (1, 2))
     assert found.count("aten.sort.stable") == 1 and found.count("aten.where.self") == (function is padded_text)
     for flags in (p, 1 - p, torch.ones_like(p)):
         given = flags, *inputs[1:]
@@ -362,7 +330,7 @@ def test_bringing_keys_in_order_counts(monkeypatch):
     monkeypatch.setattr("dkfuse.seams.attention_table.COPY", moved / took)  # as long as the attention itself
     site, _ = seams.run(on_cpu(masked, *inputs).graph, Settings(target="sm90"))
     assert site.kernel is None and site.reason.code == "fastest", site.reason
-    assert COPY > 1e6 and REORDER_CALL > 0
+    assert COPY > 1e6
 
 
 def test_reordering_is_timed(monkeypatch, tmp_path):
@@ -376,11 +344,10 @@ def test_reordering_is_timed(monkeypatch, tmp_path):
     monkeypatch.setattr(attention_measure, "_known", {})
     q, k = (t.transpose(1, 2) for t in (Q, K[:, :3]))
     attention_measure.times([q, k, k], False, [DENSE, "fa4"], str(tmp_path), True, 0, True)
-    assert given == [(DENSE, None), ("fa4", [[0, 1, 2]] * 2)]
+    assert given == [(DENSE, None), ("fa4", [0, 1, 2])]
     monkeypatch.undo()
-    made = attention_measure._call(
-        [q, k, k, None, torch.tensor([2, 3])], False, "fa4", 0, torch.tensor([[2, 1, 0]] * 2)
-    )
+    operands = [q, k, k, None, torch.tensor([2, 3])]
+    made = attention_measure._call(operands, False, "fa4", 0, torch.tensor([2, 1, 0]))
     expected = F.scaled_dot_product_attention(q[1:], k[1:], k[1:])
     torch.testing.assert_close(made[1:], expected, atol=2e-2, rtol=2e-2)
 

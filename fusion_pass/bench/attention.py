@@ -7,8 +7,7 @@ rows of `dkfuse.seams.attention_table`.
 SHAPE:N, or --valid FRACTION for all shapes, measures attention of which only the first N keys of each sample, or that
 fraction of them, take part: torch's given a mask `[B, 1, 1, K]` ("dense" as bias, "bool") beside kernels that take the
 numbers, and torch's without a mask ("unmasked"). All K keys count for TFLOP/s, so that they compare as times do. With
---reorder the keys that take part are anywhere, and are brought to the front first (`dkfuse::reorder_keys`), which is
-also timed alone.
+--reorder the keys that take part are anywhere, and are brought to the front first, which is also timed alone.
 """
 
 from __future__ import annotations
@@ -114,11 +113,14 @@ def masked_calls(
 ) -> dict[str, Callable[[], Any]]:
     """Torch's attention without a mask and with a dense one, and each installed kernel that takes numbers of keys,
     given them in another order than they are in memory if `reorders`."""
-    order = torch.arange(k.shape[2], dtype=torch.int32, device=k.device)
-    order = torch.cat([order[:sure], order[sure:].flip(0)]).expand(k.shape[0], -1)
+    order = torch.arange(k.shape[2], device=k.device)
+    order = torch.cat([order[:sure], order[sure:].flip(0)])
+
+    def reordered() -> list[torch.Tensor]:
+        return [t.transpose(1, 2).index_select(1, order).transpose(1, 2) for t in (k, v)]
 
     def attention(name: str) -> torch.Tensor:
-        keys, values = torch.ops.dkfuse.reorder_keys(k, v, order) if reorders else (k, v)
+        keys, values = reordered() if reorders else (k, v)
         return torch.ops.dkfuse.attention(q, keys, values, None, lengths, using=name, sure=sure, bounded=True)
 
     capability = 10 * torch.cuda.get_device_capability()[0]
@@ -130,7 +132,7 @@ def masked_calls(
         "unmasked": lambda: F.scaled_dot_product_attention(q, k, v),
         attention_table.DENSE: lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=bias),
         "bool": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=taken),
-        **({"reorder": lambda: torch.ops.dkfuse.reorder_keys(k, v, order)} if reorders else {}),
+        **({"reorder": reordered} if reorders else {}),
         **{
             name: functools.partial(attention, name)
             for name, kernel in attention_kernels.KERNELS.items()
@@ -167,8 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("no CUDA device: there is nothing to measure", file=sys.stderr)
         return NO_GPU
-    import dkfuse.kernels.attention
-    import dkfuse.kernels.key_order  # noqa: F401  (both register ops)
+    import dkfuse.kernels.attention  # noqa: F401  (registers the op)
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
     print(attention_kernels.versions())

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-import dkfuse.kernels.attention
-import dkfuse.kernels.key_order  # noqa: F401  (both register ops)
+import dkfuse.kernels.attention  # noqa: F401  (registers the op)
 
 from ..compat import statically_known_true
 from ..matching.gain import is_view
@@ -26,7 +25,7 @@ from .strides import read_by_strides
 from .symbols import arguments
 
 aten = torch.ops.aten
-ATTENTIONS = (*OPS, torch.ops.dkfuse.attention.default, torch.ops.dkfuse.reorder_keys.default)
+ATTENTIONS = (*OPS, torch.ops.dkfuse.attention.default)
 TOKENS_OUTSIDE = [0, 2, 1, 3]  # of [B, H, S, D]: tokens before heads in memory
 
 

@@ -6,7 +6,7 @@ carried on, and a transposing copy behind it goes where the kernel already write
 
 A mask that is proved to say how many of the first keys take part (`key_lengths`) is not given on: the numbers are, made
 int32 once for all attentions that share them. So are those of a mask that chooses keys in any other way
-(`key_choice`), after ``dkfuse::reorder_keys`` brought the chosen ones to the front (`key_order`).
+(`key_choice`), where the chosen ones are brought to the front first (`key_order`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .attention_call import Call, calls
 from .attention_choice import RULE, Decision, decide, reason
 from .common import described
 from .key_lengths import Numbers, numbers_of_keys
-from .key_order import Known, order_of_keys, zero_where_nobody_asks
+from .key_order import Known, in_order, order_of_keys, zero_where_nobody_asks
 from .seam import Seam
 
 aten = torch.ops.aten
@@ -73,8 +73,7 @@ class _Rewrite:
         self.graph, self.call, self.kernel, self.numbers, self.orders = graph, call, kernel, numbers, orders
 
     def __call__(self) -> None:
-        import dkfuse.kernels.attention
-        import dkfuse.kernels.key_order  # noqa: F401  (both register ops)
+        import dkfuse.kernels.attention  # noqa: F401  (registers torch.ops.dkfuse.attention)
 
         given = bound_arguments(self.call.node)  # which may be the results of seams applied since it was found
         call = self.call = dataclasses.replace(self.call, q=given["query"], k=given["key"], v=given["value"])
@@ -83,7 +82,9 @@ class _Rewrite:
             if native is not None:
                 target, args, kwargs = native
                 made = self._insert(target, (call.q, call.k, call.v, *args), kwargs)
-                result = self._part(made, 0)
+                result = self.graph.call_function(operator.getitem, (made, 0))
+                result.meta["val"] = made.meta["val"][0]
+                copy_origin(call.node, result)
             else:
                 operands, options = self._ours(call)
                 attended = self._insert(torch.ops.dkfuse.attention.default, operands, options)
@@ -113,8 +114,7 @@ class _Rewrite:
             options["sure"] = call.sure
         if call.choice is not None:
             order, count = order_of_keys(self.graph, call.choice, call.q, self.orders)
-            both = self._insert(torch.ops.dkfuse.reorder_keys.default, (call.k, call.v, order), {})
-            k, v = (self._part(both, i) for i in range(2))
+            k, v = (in_order(self.graph, t, order, self.orders) for t in (call.k, call.v))
             return (call.q, k, v, None, count), {**options, "bounded": True}
         assert call.lengths is not None
         keys = call.k.meta["val"].shape[2]
@@ -122,13 +122,6 @@ class _Rewrite:
             options["bounded"] = True
         lengths = numbers_of_keys(self.graph, call.lengths, call.q, keys, self.numbers)
         return (call.q, call.k, call.v, None, lengths), options
-
-    def _part(self, made: fx.Node, index: int) -> fx.Node:
-        """One of several results."""
-        part = self.graph.call_function(operator.getitem, (made, index))
-        part.meta["val"] = made.meta["val"][index]
-        copy_origin(self.call.node, part)
-        return part
 
     def _insert(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         node = self.graph.call_function(target, args, kwargs)

@@ -61,7 +61,7 @@ class Call:
     def values(self) -> dict[str, Any]:
         tensors = {"q": self.q, "k": self.k, "v": self.v, "mask": None if self.counted else self.mask}
         fakes = {n: node.meta["val"] if node is not None else None for n, node in tensors.items()}
-        if self.choice is not None:  # in the memory order of `dkfuse::reorder_keys`
+        if self.choice is not None:  # in the memory order of `key_order.in_order`
             fakes.update({n: _dense(fakes[n]) for n in "kv"})
         return {**fakes, "key_lengths": self._lengths(), "sure": self.sure, "causal": self.causal, "scale": self.scale}
 

@@ -32,7 +32,7 @@ from ..settings import Settings
 from . import attention_measure, attention_table
 from .attention_call import Call
 from .attention_table import DENSE
-from .cpu_bound import Load
+from .cpu_bound import LAUNCH, Load
 
 MARGIN = 1.03  # a smaller gain is noise between runs
 # Microseconds of CPU that a call costs, measured on a host with an H100 (torch 2.11, flash-attn-4 4.0.0b20): flash 54,
@@ -135,7 +135,7 @@ def _able(call: Call, chosen: str, capability: int, settings: Settings) -> tuple
 def _slow(call: Call, load: Callable[[], Load | None], name: str) -> Reason | None:
     """Why the CPU would not call kernel `name` as fast as the GPU works."""
     extra = attention_table.extra(name, bool(KERNELS[name].distributions), call.counted)
-    extra += attention_table.REORDER_CALL if call.choice is not None else 0
+    extra += 2 * LAUNCH * 1e6 if call.choice is not None else 0  # of keys and of values
     found = load() if extra > 0 else None
     message = found.too_slow(call, extra) if found is not None else None
     return reason("cpu_bound", f"{name}: {message}") if message is not None else None

@@ -117,12 +117,12 @@ def _operands(tensors: list[torch.Tensor], kernel: str, lengths: bool) -> list[t
 
 
 def _call(operands: list[Any], causal: bool, kernel: str, sure: int, order: Any = None) -> torch.Tensor:
-    import dkfuse.kernels.attention
-    import dkfuse.kernels.key_order  # noqa: F401  (both register ops)
+    import dkfuse.kernels.attention  # noqa: F401  (registers the op)
 
-    if order is not None:
+    if order is not None:  # one for all samples, which eager copies as fast as compiled code does any order
         q, k, v, *others = operands
-        operands = [q, *torch.ops.dkfuse.reorder_keys(k, v, order), *others]
+        k, v = (t.transpose(1, 2).index_select(1, order).transpose(1, 2) for t in (k, v))
+        operands = [q, k, v, *others]
     gqa = operands[0].shape[1] != operands[1].shape[1]
     using = "sdpa" if kernel == DENSE else kernel
     return torch.ops.dkfuse.attention(*operands, causal=causal, gqa=gqa, using=using, sure=sure)
@@ -157,8 +157,7 @@ def _time(
     try:
         operands, order = _operands(tensors, kernel, lengths), None
         if reorders and kernel != DENSE:
-            samples, _, keys, _ = tensors[1].shape
-            order = torch.arange(keys, dtype=torch.int32, device=device).expand(samples, -1)
+            order = torch.arange(tensors[1].shape[2], device=device)
         for _ in range(2):
             _call(operands, causal, kernel, sure, order)
         torch.cuda.synchronize(device)

@@ -54,7 +54,6 @@ DENSE = "dense"
 EXTRA = {("fa4", False): 7.0, ("fa4", True): 8.0, ("cudnn", True): 242.0}
 OTHER = 61.0  # fa4's own function
 COPY = 2.9e6  # bytes per microsecond, read and written, of a copy on an H100
-REORDER_CALL = 50.0  # microseconds of CPU that bringing keys and values in order costs
 NEAR = 2.0  # a row speaks for shapes with up to twice as many queries, keys or (four times as many) heads, or as few
 
 

@@ -1,12 +1,13 @@
 """Keys chosen by flags, brought to the front: what attention by numbers of keys is given instead of a mask.
 
-    order[b]  = the keys that take part in any case, the others that take part, those that do not      int32 [B, Sk]
+    order[b]  = the keys that take part in any case, the others that take part, those that do not      int64 [B, Sk]
     n[b]      = max(1, how many take part)                                                              int32 [B]
     out[b, i] = attention of k[order], v[order] by n; 0 where query i asks for no key
 
-Both are made once in a graph for all attentions that choose by the same flags, in ATen, from B x Sk flags; keys and
-values are brought in order by ``dkfuse::reorder_keys``. A query without any key is zero in torch's own definition of
-attention too; its fused kernels differ (cuDNN attends to every key up to torch 2.11).
+All of it is ATen, for Inductor to generate code for. Order and n are made once in a graph for all attentions that
+choose by the same flags, from B x Sk flags; k and v in order are copies at the bandwidth of memory, of which Inductor
+makes one with a cat before it. A query without any key is zero in torch's own definition of attention too; its fused
+kernels differ (cuDNN attends to every key up to torch 2.11).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .key_choice import Flags, KeyChoice
 
 aten, prims = torch.ops.aten, torch.ops.prims
 Known = dict[Any, Any]
+TOKENS_FIRST = [0, 2, 1, 3]  # of [B, H, S, d], and back
 
 
 def order_of_keys(graph: fx.Graph, choice: KeyChoice, q: fx.Node, known: Known) -> tuple[fx.Node, fx.Node]:
@@ -53,8 +55,18 @@ def order_of_keys(graph: fx.Graph, choice: KeyChoice, q: fx.Node, known: Known) 
             sure = [(0, before), (end, end + after)]
             parts = [_range(graph, order, *ends) for ends in sure if ends[0] < ends[1]]
             order = _call(graph, aten.cat.default, [*parts, order], 1)
-        known[key] = tuple(_call(graph, prims.convert_element_type.default, n, torch.int32) for n in (order, count))
+        known[key] = order, _call(graph, prims.convert_element_type.default, count, torch.int32)
     return known[key]
+
+
+def in_order(graph: fx.Graph, keys: fx.Node, order: fx.Node, known: Known) -> fx.Node:
+    """k or v `[B, H, Sk, d]` with its tokens in this order, in memory `[B, Sk, H, d]`."""
+    if order not in known:
+        batch = order.meta["val"].shape[0]
+        known[order] = _column(graph, order, batch)
+    tokens = _call(graph, aten.permute.default, keys, TOKENS_FIRST)
+    tokens = _call(graph, aten.index.Tensor, tokens, [known[order], order])
+    return _call(graph, aten.permute.default, tokens, TOKENS_FIRST)
 
 
 def zero_where_nobody_asks(graph: fx.Graph, choice: KeyChoice, out: fx.Node, known: Known) -> fx.Node:
@@ -94,10 +106,20 @@ def _all(graph: fx.Graph, flags: Iterable[Flags], before: int, after: int) -> fx
 
 def _range(graph: fx.Graph, order: fx.Node, start: int, end: int) -> fx.Node:
     """start..end for each sample of `order`."""
-    how = {"start": start, "step": 1, "dtype": torch.int64, "requires_grad": False}
-    numbers = _call(graph, prims.iota.default, order, end - start, operands=False, **how)
+    numbers = _call(graph, aten.unsqueeze.default, _counted(graph, order, end - start, start), 0)
     sizes = with_symbols(graph, [order.meta["val"].shape[0], end - start], [order])
-    return _call(graph, aten.expand.default, _call(graph, aten.unsqueeze.default, numbers, 0), sizes)
+    return _call(graph, aten.expand.default, numbers, sizes)
+
+
+def _column(graph: fx.Graph, order: fx.Node, samples: Any) -> fx.Node:
+    """The numbers of the samples, `[B, 1]`."""
+    (count,) = with_symbols(graph, [samples], [order])
+    return _call(graph, aten.unsqueeze.default, _counted(graph, order, count), 1)
+
+
+def _counted(graph: fx.Graph, like: fx.Node, count: Any, start: int = 0) -> fx.Node:
+    how = {"start": start, "step": 1, "dtype": torch.int64, "requires_grad": False}
+    return _call(graph, prims.iota.default, like, count, operands=False, **how)
 
 
 def _call(graph: fx.Graph, target: Any, first: Any, *args: Any, operands: bool = True, **kwargs: Any) -> fx.Node:

@@ -1,4 +1,4 @@
-"""Attention whose mask chooses keys, on a GPU: the copy in order, against fp64, compiled, and in CUDA graphs."""
+"""Attention whose mask chooses keys, on a GPU: against fp64, compiled, in CUDA graphs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 import dkfuse
-import dkfuse.kernels.key_order  # registers the op
 from dkfuse.kernels.attention_kernels import version_of
 
 from .on_device import random
@@ -15,23 +14,6 @@ from .on_device import random
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
 TOKENS, TEXT = 2100, 260
-
-
-@pytest.mark.parametrize("layout", ["tokens first", "heads first", "packed"])
-@pytest.mark.parametrize("d", [64, 72, 128])
-def test_reorder_keys(layout: str, d: int) -> None:
-    if layout == "packed":
-        k, v = (t.transpose(1, 2) for t in random(2, TOKENS, 3, 4, d, dtype=BF16).unbind(2)[1:])
-    else:
-        k, v = (random(2, TOKENS, 4, d, dtype=BF16, seed=i).transpose(1, 2) for i in range(2))
-        k, v = (k.contiguous(), v.contiguous()) if layout == "heads first" else (k, v)
-    order = torch.stack([torch.randperm(TOKENS, device="cuda") for _ in range(2)]).to(torch.int32)
-    for tensor, out in zip((k, v), torch.ops.dkfuse.reorder_keys(k, v, order), strict=True):
-        assert out.transpose(1, 2).is_contiguous()
-        for b in range(2):
-            assert out[b].equal(tensor[b][:, order[b].long()])
-    fewer = torch.ops.dkfuse.reorder_keys(k, v, order[:, :7])
-    assert fewer[0][1].equal(k[1][:, order[1, :7].long()])
 
 
 class Joint(torch.nn.Module):
