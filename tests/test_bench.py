@@ -205,6 +205,12 @@ def test_launches_that_serve_several_sites_are_shared_out() -> None:
     assert site_times([], [[]], lambda _: 1.0) == []
 
 
+def test_launches_of_a_graph_that_runs_several_times() -> None:
+    launches = [Launched("dkfuse_norm_rope", t) for t in (4.0, 6.0)]
+    (row,) = site_times([site("norm_rope", 2000, 8)], [launches], lambda traffic: traffic / 1000)
+    assert (row.sites, row.microseconds, row.of_copy, row.shared) == (1, 10.0, 0.4, True)  # 2 of 5 us, twice
+
+
 def test_the_cpus_time_is_taken_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     from dkfuse.bench import timing
 

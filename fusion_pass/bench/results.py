@@ -84,9 +84,9 @@ class Side:
 
 @dataclass
 class SiteTime:
-    """Fused sites of one op, kernel and shapes. Microseconds and bytes are of one site.
+    """Fused sites of one op, kernel and shapes. Microseconds of a forward and bytes of a launch are of one site.
 
-    shared: the launches of this op serve several sites each, so that its time was shared out by bytes.
+    shared: this op has not one launch a site, so that its time was shared out by bytes.
     """
 
     op: str

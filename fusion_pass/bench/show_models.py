@@ -53,7 +53,7 @@ def print_result(result: ModelResult, console: Console) -> None:
         console.print()
         console.print(_sites(result))
         if any(site.shared for site in result.sites):
-            console.print(Text("* one launch serves several sites: its time is shared out by bytes", "dim"))
+            console.print(Text("* not one launch a site: the time of all launches is shared out by bytes", "dim"))
     console.print()
 
 

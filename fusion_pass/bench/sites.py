@@ -2,7 +2,8 @@
 
 A kernel's name says its op. Where an op has as many launches as sites, the longest launch belongs to the site that
 moves the most bytes, and so on down: all of them are bound by memory. Where launches serve several sites each (queries
-and keys of both streams in one), the time of the op is shared out by bytes.
+and keys of both streams in one), the time of the op is shared out by bytes; so it is where there are more launches than
+sites, as of a graph that a forward runs several times.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def site_times(
         durations = _durations(op, profiles)
         if not durations:
             continue
-        shared = len(durations) != len(of_op)
+        shared, runs = len(durations) != len(of_op), max(1.0, len(durations) / len(of_op))
         if shared:
             total = sum(s.bytes_after or 0 for s in of_op)
             spent = [sum(durations) * (s.bytes_after or 0) / total for s in of_op]
@@ -49,7 +50,7 @@ def site_times(
             groups.setdefault((site.kernel, site.bytes_after, key), []).append((site, time))
         for (kernel, traffic, _), members in groups.items():
             each = median(time for _, time in members)
-            of_copy = copy(traffic) / each if each else 0.0
+            of_copy = runs * copy(traffic) / each if each else 0.0
             shapes = members[0][0].shapes
             found.append(SiteTime(op, str(kernel), shapes, len(members), each, traffic, of_copy, shared))
     return sorted(found, key=lambda row: -row.microseconds * row.sites)
