@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -98,6 +99,27 @@ def test_importing_the_backend_starts_no_cuda() -> None:
     code += "assert not torch.cuda.is_initialized()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, "0"), done.stderr
+
+
+AT_COMPILE = """
+    import sys, torch
+    from dkfuse.kernels import compile_ahead, gemm_kernels
+    gemm_kernels.version = lambda: "0.6.1"
+    compile_ahead.allowed = lambda: True
+    compile_ahead.POOL.start = lambda modules, environment: print("started", *modules)
+    torch.cuda.is_initialized = lambda: True
+    torch.cuda.get_device_capability = lambda: (9, 0)
+    assert "dkfuse.backend" not in sys.modules
+    torch.compile(torch.nn.Linear(8, 8), backend="dkfuse")
+    print("nothing was called")
+"""
+
+
+def test_started_by_torch_compile_before_the_first_call(tmp_path: Path) -> None:
+    environment = {**os.environ, "DKFUSE_CACHE_DIR": str(tmp_path / "new")}
+    command = [sys.executable, "-c", textwrap.dedent(AT_COMPILE)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["started quack.gemm quack.gemm_act", "nothing was called"], done.stderr
 
 
 # -- by Dynamo's graph -------------------------------------------------------------------------------------------------
