@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import functools
 import gc
 import importlib
-import inspect
 import json
 import os
 import select
@@ -46,9 +44,6 @@ def main(parent: int, modules: list[str], limit: float) -> None:
     faulthandler.dump_traceback_later(limit, exit=True)
     error = _import(modules)
     faulthandler.cancel_dump_traceback_later()
-    # The DSL asks for the line of source behind each of thousands of operations, and gets a file looked at for each:
-    # a fifth of the time of a kernel, for the words of an error that the parent makes again where there is one.
-    inspect.getframeinfo = functools.partial(inspect.getframeinfo, context=0)  # type: ignore[assignment]
     gc.collect()
     gc.freeze()  # children share what is never written
     Server(parent, answers, limit).serve(error, time.perf_counter() - started)

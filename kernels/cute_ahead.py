@@ -22,6 +22,7 @@ from . import attention_kernels, compile_ahead, disk_cache, gemm_kernels
 from .gemm_kernels import CAPABILITY
 
 FA4_VERSIONS = ("4.0.0b20",)  # whose sources were read: their kernels are compiled ahead, and kept
+PREPARED = f"{__package__}.cute_helper"  # what the helper imports first
 QUACK_MODULES, FA4_MODULES = ("quack.gemm", "quack.gemm_act"), ("flash_attn.cute",)
 ENVIRONMENT = {"QUACK_ARCH": f"sm_{CAPABILITY}a", "CUTE_DSL_ARCH": f"sm_{CAPABILITY}a"}  # asked of the GPU otherwise
 
@@ -38,7 +39,7 @@ def modules() -> tuple[str, ...]:
 def start() -> None:
     """Have a helper, which takes seconds to import what is installed."""
     if (wanted := modules()) and compile_ahead.allowed():
-        compile_ahead.POOL.start(wanted, ENVIRONMENT)
+        compile_ahead.POOL.start((PREPARED, *wanted), ENVIRONMENT)
 
 
 def start_if_new() -> None:

@@ -78,7 +78,11 @@ def test_started_where_nothing_was_compiled_yet(pool: Recorder, monkeypatch: pyt
     early.start_if_new(Settings(gemm="cublas"))
     early.start_if_new(Settings(attention="torch"))
     cute_ahead.start_if_new()
-    assert pool.started == 3 and pool.modules == (*cute_ahead.QUACK_MODULES, *cute_ahead.FA4_MODULES)
+    assert pool.started == 3 and pool.modules == (
+        "dkfuse.kernels.cute_helper",
+        *cute_ahead.QUACK_MODULES,
+        *cute_ahead.FA4_MODULES,
+    )
     disk_cache.put(("a kernel",), b"of another compilation")
     cute_ahead.start_if_new()
     assert pool.started == 3
@@ -119,7 +123,34 @@ def test_started_by_torch_compile_before_the_first_call(tmp_path: Path) -> None:
     environment = {**os.environ, "DKFUSE_CACHE_DIR": str(tmp_path / "new")}
     command = [sys.executable, "-c", textwrap.dedent(AT_COMPILE)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.stdout.splitlines() == ["started quack.gemm quack.gemm_act", "nothing was called"], done.stderr
+    assert done.stdout.splitlines() == [
+        "started dkfuse.kernels.cute_helper quack.gemm quack.gemm_act",
+        "nothing was called",
+    ], done.stderr
+
+
+IN_THE_HELPER = """
+    import inspect, sys
+    import dkfuse.kernels.cute_helper
+    import torch
+
+    @torch.compiler.disable
+    def first():
+        return 1
+
+    @torch.compiler.disable(recursive=False)
+    def second():
+        return inspect.getframeinfo(inspect.currentframe())
+
+    print(first(), second().function, second().code_context, second().lineno)
+    print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_the_helper_does_without_dynamo() -> None:
+    command = [sys.executable, "-c", textwrap.dedent(IN_THE_HELPER)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["1 second None 12", "False"], done.stderr
 
 
 # -- by Dynamo's graph -------------------------------------------------------------------------------------------------
