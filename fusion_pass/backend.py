@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from dkfuse import patterns
-from dkfuse.kernels import disk_cache, failures, registry
+from dkfuse.kernels import cute_ahead, disk_cache, failures, registry
 from dkfuse.kernels.failures import Failure
 from dkfuse.kernels.provider_ops import define_all
 from dkfuse.kernels.providers import PROVIDERS
@@ -30,7 +30,7 @@ from .reporting.recording import publish, withdraw
 from .reporting.report import Graph
 from .reporting.store import Record, graph_key
 from .rewriting.drift import keep_roundings
-from .seams import gemm_early, late
+from .seams import early, late
 from .settings import Settings
 from .versions import check_torch
 
@@ -60,6 +60,7 @@ def dkfuse(gm: fx.GraphModule, example_inputs: Any, *, mode: str | None = None, 
         return _plain(gm, example_inputs, inductor_options, settings, note)
     if settings.remainder == "eager":
         return _eager(gm, example_inputs, settings)
+    early.start_if_new(settings)
     return _compile(gm, example_inputs, _Way(inductor_options, settings))
 
 
@@ -108,8 +109,7 @@ def _compile(gm: fx.GraphModule, inputs: Any, way: _Way) -> Any:
     runs = known.runs() if known is not None else []
     context = _Context(settings, known)
     record = Record(graph_key(gm, inputs, settings, (runs, compat.modes(options))), settings.cache_dir)
-    if record.stored is None:
-        gemm_early.start(gm, settings)
+    early.start(gm, settings, record.stored)
     users = options.get(HOOK, compat.inductor_config(HOOK))
     users = [p for p in (users if isinstance(users, (list, tuple)) else [users]) if p is not None]
 
@@ -257,5 +257,8 @@ def _set_log_level(settings: Settings) -> None:
         if not log.handlers:
             log.addHandler(logging.StreamHandler())
 
+
+# torch.compile(backend="dkfuse") imports this module, and Dynamo traces for seconds before it calls the backend
+cute_ahead.start_if_new()
 
 __all__ = ["dkfuse", "planning_backend"]

@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 
-from . import attention_kernels, compile_ahead, disk_cache, gemm_ahead
+from . import attention_kernels, compile_ahead, cute_ahead, disk_cache, gemm_ahead
 from .compile_ahead import Done, Job
 
 log = logging.getLogger("dkfuse")
-VERSIONS = ("4.0.0b20",)
+VERSIONS = cute_ahead.FA4_VERSIONS
 NAME = "func"  # of the function in an object file
 FEW = 128  # tokens of the call that makes a helper compile
 COMPILE = f"{__name__}:compile_kind"
@@ -95,6 +95,7 @@ def install() -> Kept | None:
     """Keep on disk what FlashAttention 4 compiles from now on in this process; None where it goes its own way."""
     if attention_kernels.version_of("fa4") not in VERSIONS:
         return None
+    cute_ahead.imported()
     try:
         from flash_attn.cute import cache_utils, interface
     except ImportError as error:
@@ -126,9 +127,10 @@ def submit(kind: Kind, capability: int) -> bool:
     tested = attention_kernels.version_of("fa4") in VERSIONS
     if capability != gemm_ahead.CAPABILITY or not tested or not compile_ahead.allowed():
         return False
-    if job(kind) not in compile_ahead.POOL.jobs and disk_cache.get(_mark(kind)) is not None:
+    cute_ahead.import_meanwhile()
+    if job(kind) not in compile_ahead.POOL.jobs and on_disk(kind):
         return False
-    compile_ahead.POOL.start(("flash_attn.cute",), gemm_ahead.ENVIRONMENT)
+    cute_ahead.start()
     return compile_ahead.POOL.submit(job(kind))
 
 
@@ -140,8 +142,13 @@ def wait(kind: Kind) -> Done | None:
 def note(kind: Kind) -> None:
     """Remember that the kernel, which this process has run, is on disk."""
     kept = install()
-    if kept is not None and kept.on_disk() and disk_cache.get(_mark(kind)) is None:
+    if kept is not None and kept.on_disk() and not on_disk(kind):
         disk_cache.put(_mark(kind), b"kept")
+
+
+def on_disk(kind: Kind) -> bool:
+    """Whether the kernel is on disk, as far as it is known without importing FlashAttention."""
+    return disk_cache.get(_mark(kind)) is not None
 
 
 def job(kind: Kind) -> Job:

@@ -40,9 +40,10 @@ HARMLESS = r"Argument aux_data \(position \d+\) cannot be converted to a JitArgu
 
 @functools.cache
 def _fa4_function() -> Any:
-    from flash_attn.cute import flash_attn_func
+    from . import attention_kept, cute_ahead
 
-    from . import attention_kept
+    cute_ahead.imported()
+    from flash_attn.cute import flash_attn_func
 
     attention_kept.install()
     warnings.filterwarnings("ignore", HARMLESS, UserWarning, r"cutlass\.base_dsl\.dsl$")

@@ -1,7 +1,6 @@
-"""quack's kernels compiled ahead by helpers (`compile_ahead`), into quack's own folder of compiled kernels.
+"""quack's kernels compiled ahead by the helper (`compile_ahead`), into quack's own folder of compiled kernels.
 
-    start()                        helpers import quack
-    submit(kind)                   one compiles the kernel, unless it is on disk already
+    submit(kind)                   the helper compiles the kernel, unless it is on disk already
     wait(kind), then compile       `gemm_quack.compiled`: quack finds the file that the helper left
 
 quack names a file after the arguments of its function, its sources and the versions of what it is written in, and both
@@ -21,14 +20,12 @@ from typing import Any
 
 import torch
 
-from . import compile_ahead, disk_cache, gemm_kernels
+from . import compile_ahead, cute_ahead, disk_cache, gemm_kernels
 from .compile_ahead import Done, Job
 from .gemm_kernels import CAPABILITY
 from .packages import installed
 
 COMPILE = f"{__name__}:compile_kind"
-MODULES = ("quack.gemm", "quack.gemm_act")
-ENVIRONMENT = {"QUACK_ARCH": f"sm_{CAPABILITY}a", "CUTE_DSL_ARCH": f"sm_{CAPABILITY}a"}  # asked of the GPU otherwise
 WRITTEN_IN = ("nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-base", "apache-tvm-ffi")
 
 
@@ -46,17 +43,14 @@ class Kind:
         return cls(str(dtype).removeprefix("torch."), act, bias, tiles)
 
 
-def start(kernels: int = 1) -> None:
-    """Start helpers for so many kernels, which takes them seconds, where kernels can be compiled by any."""
-    if usable():
-        compile_ahead.POOL.start(MODULES, ENVIRONMENT, kernels)
-
-
 def submit(kind: Kind) -> bool:
     """Have a helper compile the kernel. False where there is nothing to wait for: it is on disk, or no helper can."""
-    if not usable() or (on_disk(kind) and job(kind) not in compile_ahead.POOL.jobs):
+    if not usable():
         return False
-    start()
+    cute_ahead.import_meanwhile()
+    if on_disk(kind) and job(kind) not in compile_ahead.POOL.jobs:
+        return False
+    cute_ahead.start()
     return compile_ahead.POOL.submit(job(kind))
 
 

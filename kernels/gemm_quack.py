@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import gemm_ahead
+from . import cute_ahead, gemm_ahead
 from .gemm_kernels import ALIGNMENT, DEFAULT_TILES, GATED, TILES
 
 SWIZZLE = 8  # the most clusters of a column of tiles that run side by side
@@ -74,14 +74,13 @@ def vector(bias: Tensor, act: str) -> Tensor:
 
 def _made(dtype: torch.dtype, act: str, bias: bool, tiles: str, device: torch.device) -> Callable[..., None]:
     """A function that launches the kernel of this kind."""
-    from quack.cute_dsl_utils import get_max_active_clusters
+    cute_ahead.imported()
     from quack.gemm_act import GemmActMixin
     from quack.gemm_default_epi import GemmDefaultEpiMixin
     from quack.gemm_tvm_ffi_utils import make_scheduler_args
 
     rows, columns = TILES[tiles].cluster
-    # asking how many clusters fit compiles a kernel here, while helpers compile ours
-    schedule = make_scheduler_args(get_max_active_clusters(rows * columns), SWIZZLE, None)
+    schedule = make_scheduler_args(clusters(rows * columns, device), SWIZZLE, None)
     kernel = compiled(dtype, act, bias, tiles, torch.cuda.get_device_capability(device))
     # values that are known when a kernel is compiled are None in its calls
     if act == "none":
@@ -102,6 +101,19 @@ def _made(dtype: torch.dtype, act: str, bias: bool, tiles: str, device: torch.de
         kernel(batched(readable(x)), batched(readable(weight)), None, None, epilogue, schedule, None)
 
     return activated
+
+
+def clusters(size: int, device: torch.device) -> int:
+    """How many clusters of `size` blocks run side by side on a GPU where each block takes an SM of its own.
+
+    quack compiles an empty kernel to ask, in each process anew. The SMs of a Hopper GPU come in pairs, and a cluster of
+    two takes a pair.
+    """
+    if size <= 2:
+        return torch.cuda.get_device_properties(device).multi_processor_count // size
+    from quack.cute_dsl_utils import get_max_active_clusters
+
+    return get_max_active_clusters(size)
 
 
 def compiled(dtype: torch.dtype, act: str, bias: bool, tiles: str, capability: tuple[int, int]) -> Any:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch._inductor import config
 
-from dkfuse.kernels import attention_kept, attention_kernels, compile_ahead, disk_cache
+from dkfuse.kernels import attention_kept, attention_kernels, compile_ahead, cute_ahead, disk_cache
 from dkfuse.kernels.attention_kept import Kept, Kind
 from dkfuse.kernels.compile_ahead import Pool
 from dkfuse.seams import attention_measure, late
@@ -43,6 +43,7 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pool]:
     """Helpers may be used, and never come."""
     found = Pool(most=0)
     monkeypatch.setattr(compile_ahead, "POOL", found)
+    monkeypatch.setattr(cute_ahead, "import_meanwhile", lambda: None)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1}, raising=False)
     monkeypatch.setattr(attention_kernels, "version_of", lambda name: attention_kept.VERSIONS[0])

@@ -1,8 +1,9 @@
-"""Jobs that other processes do: two at a time, failing, dying, hanging; no script runs twice, no helper stays."""
+"""Jobs that other processes do: several at a time, failing, dying, hanging; no script runs twice, no helper stays."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -20,8 +21,12 @@ from .conftest import ROOT
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="helpers are for Linux")
 MODULE = "dkfuse_test_jobs"
 JOBS = """
-    import os, time
+    import os, sys, time
     from pathlib import Path
+
+    if name := os.environ.get("DKFUSE_TEST_IMPORTS"):
+        with open(name, "a") as file:
+            file.write(f"{os.getpid()} ")
 
     def write(path, name=""):
         print("no answer")
@@ -44,6 +49,9 @@ JOBS = """
 
     def die():
         os._exit(3)
+
+    def leave():
+        sys.exit(0)
 """
 
 
@@ -83,11 +91,19 @@ def begun(pool: Pool, job: tuple) -> bool:
 
 
 def alive(pid: int) -> bool:
+    """Whether there is such a process, also one that ended and was not waited for."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:1]
+    return True
+
+
+def process_of(pool: Pool) -> int:
+    """The helper's process."""
+    assert until(lambda: pool.helper is not None and pool.helper.ready)
+    assert pool.helper is not None and pool.helper.process is not None
+    return pool.helper.process.pid
 
 
 def test_a_job_is_done_elsewhere(pool: Callable[..., Pool], jobs: str, tmp_path: Path) -> None:
@@ -104,8 +120,7 @@ def test_a_job_is_done_elsewhere(pool: Callable[..., Pool], jobs: str, tmp_path:
 
 
 def test_two_at_a_time(pool: Callable[..., Pool], jobs: str, tmp_path: Path) -> None:
-    helpers, (a, b) = pool(), (str(tmp_path / name) for name in "ab")
-    helpers.start((MODULE,), {}, 2)
+    helpers, (a, b) = pool(most=2), (str(tmp_path / name) for name in "ab")
     both = [(jobs + "meet", a, b), (jobs + "meet", b, a)]
     for job in both:
         helpers.submit(job)
@@ -114,16 +129,35 @@ def test_two_at_a_time(pool: Callable[..., Pool], jobs: str, tmp_path: Path) -> 
     assert all(d is not None and d.error is None for d in done) and len({d.pid for d in done if d is not None}) == 2
 
 
-def test_a_helper_for_each_job(pool: Callable[..., Pool], jobs: str, tmp_path: Path) -> None:
-    helpers = pool(most=3)
-    assert helpers.started == 1
-    helpers.start((MODULE,), {}, 1)  # the same one
-    assert helpers.started == 1
-    helpers.submit((jobs + "write", str(tmp_path / "out")))
-    helpers.start((MODULE,), {}, 1)  # one for the job, one more
-    assert helpers.started == 2
-    helpers.start((MODULE,), {}, 9)
-    assert helpers.started == 3
+def test_no_more_than_so_many_at_a_time(pool: Callable[..., Pool], jobs: str, tmp_path: Path) -> None:
+    """The third job waits until one of the others has met its partner."""
+    helpers, (a, b) = pool(most=2), (str(tmp_path / name) for name in "ab")
+    first, second, third = (jobs + "meet", a, b), (jobs + "sleep", 0.3, str(tmp_path / "c")), (jobs + "meet", b, a)
+    for job in (first, second, third):
+        helpers.submit(job)
+    assert begun(helpers, first) and begun(helpers, second) and not helpers.jobs[third].running()
+    assert begun(helpers, third) and helpers.jobs[second].done()
+    done = [helpers.wait(job) for job in (first, second, third)]
+    assert all(d is not None and d.error is None for d in done)
+
+
+def test_one_process_imports_for_all_jobs(
+    pool: Callable[..., Pool], jobs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DKFUSE_TEST_IMPORTS", str(tmp_path / "imports"))
+    helpers = pool(("no_such_module_of_dkfuse", MODULE))  # one that is missing is no reason to do without the others
+    helper = process_of(helpers)
+    helpers.start((MODULE,), {})  # it is the same one
+    done = []
+    for number in range(3):
+        job = (jobs + "write", str(tmp_path / str(number)))
+        assert helpers.submit(job) and begun(helpers, job)
+        found = helpers.wait(job)
+        assert found is not None
+        done.append(found)
+    assert helpers.started == 1 and helper not in {d.pid for d in done} and len({d.pid for d in done}) == 3
+    assert [d.error for d in done] == [None] * 3 and (tmp_path / "imports").read_text() == f"{helper} "
+    assert not any(alive(d.pid) for d in done if d.pid is not None), "they have ended, and were waited for"
 
 
 @pytest.mark.parametrize(
@@ -171,16 +205,53 @@ def test_what_no_helper_has_begun_is_the_callers(pool: Callable[..., Pool], jobs
     assert not second.exists() and not helpers.submit(waiting)
 
 
+def test_a_job_that_dies(pool: Callable[..., Pool], jobs: str, tmp_path: Path) -> None:
+    """Of itself or of the system, which is short of memory: the others are done."""
+    helpers, file = pool(most=2), tmp_path / "pid"
+    killed, queued = (jobs + "sleep", 600, str(file)), (jobs + "write", str(tmp_path / "out"))
+    for job in (killed, (jobs + "die",), (jobs + "leave",), queued):
+        helpers.submit(job)
+    assert begun(helpers, killed) and until(lambda: file.exists() and file.read_text() != "")
+    os.kill(int(file.read_text()), signal.SIGKILL)
+    assert begun(helpers, queued)
+    for job, words in ((killed, "exit code -9"), ((jobs + "die",), "exit code 3"), ((jobs + "leave",), "exit code 0")):
+        done = helpers.wait(job)
+        assert done is not None and words in str(done.error)
+    done = helpers.wait(queued)
+    assert done is not None and done.error is None and helpers.problem is None
+
+
 def test_a_helper_that_dies_is_the_last(pool: Callable[..., Pool], jobs: str, tmp_path: Path) -> None:
-    helpers, queued = pool(most=1), (jobs + "write", str(tmp_path / "out"))
-    helpers.submit((jobs + "die",))
+    helpers, file = pool(most=1), tmp_path / "pid"
+    busy, queued = (jobs + "sleep", 1.0, str(file)), (jobs + "write", str(tmp_path / "out"))
+    helpers.submit(busy)
     helpers.submit(queued)
-    assert begun(helpers, (jobs + "die",))
-    done = helpers.wait((jobs + "die",))
-    assert done is not None and "exit code 3" in str(done.error)
+    helper = process_of(helpers)
+    assert begun(helpers, busy) and until(lambda: file.exists() and file.read_text() != "")
+    child = int(file.read_text())
+    os.kill(helper, signal.SIGKILL)
+    done = helpers.wait(busy)
+    assert done is not None and "exit code -9" in str(done.error)
     assert until(lambda: helpers.problem is not None) and helpers.wait(queued) is None
     helpers.start((MODULE,), {})
     assert helpers.started == 1 and not helpers.submit((jobs + "write", "elsewhere"))
+    assert until(lambda: not alive(child)) and file.read_text() == "slept", "what was begun is finished"
+
+
+def test_no_more_than_was_begun(pool: Callable[..., Pool], jobs: str, tmp_path: Path) -> None:
+    helpers, file = pool(most=1), tmp_path / "first"
+    busy, queued = (jobs + "sleep", 0.5, str(file)), (jobs + "write", str(tmp_path / "out"))
+    helpers.submit(busy)
+    helpers.submit(queued)
+    helper = process_of(helpers)
+    assert begun(helpers, busy)
+    helpers.give_up("enough")
+    done = helpers.wait(busy)
+    assert done is not None and done.error is None and file.read_text() == "slept"
+    assert helpers.wait(queued) is None and until(lambda: not alive(helper)) and helpers.problem == "enough"
+    early = pool()  # before there is a process
+    early.give_up("enough")
+    assert until(lambda: early.helper is None)
 
 
 def test_a_job_that_takes_too_long(pool: Callable[..., Pool], jobs: str, tmp_path: Path) -> None:
@@ -205,15 +276,17 @@ def test_helpers_that_cannot_start(
 
 
 def test_idle_helpers_end(pool: Callable[..., Pool], jobs: str, tmp_path: Path) -> None:
-    helpers = pool(most=1, idle=0.2)
+    helpers = pool(most=1, idle=1.0)
     for number in range(2):
         job = (jobs + "write", str(tmp_path / str(number)))
         helpers.start((MODULE,), {})
-        assert helpers.submit(job) and begun(helpers, job)
+        assert helpers.submit(job)
+        helper = process_of(helpers)
+        assert begun(helpers, job)
         done = helpers.wait(job)
-        assert done is not None and done.pid is not None
-        assert until(lambda pid=done.pid: not alive(pid))
-        assert until(lambda: not helpers._helpers)
+        assert done is not None and done.error is None
+        assert until(lambda pid=helper: not alive(pid))
+        assert until(lambda: helpers.helper is None)
     assert helpers.started == 2 and helpers.problem is None
 
 

@@ -18,10 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dkfuse
 from dkfuse import Settings, backend
-from dkfuse.kernels import compile_ahead, disk_cache, gemm_ahead, gemm_quack
+from dkfuse.kernels import compile_ahead, cute_ahead, disk_cache, gemm_ahead, gemm_quack
 from dkfuse.kernels.compile_ahead import Pool
 from dkfuse.kernels.gemm_ahead import Kind
-from dkfuse.seams import gemm_choice, gemm_early, gemm_measure, late
+from dkfuse.seams import early, gemm_choice, gemm_measure, late
 from dkfuse.seams.gemm_measure import Product
 
 from .gemms import install, on_gpu, rewritten
@@ -34,12 +34,9 @@ PRODUCT = Product(4096, 9216, 3072, "none", True, BF16, torch.device("cuda:0"))
 class Recorder(Pool):
     """A pool whose helpers never come."""
 
-    asked: int = 0
-
-    def start(self, modules: Any, environment: Any, jobs: int = 1) -> None:
-        assert tuple(modules) == gemm_ahead.MODULES and environment["CUTE_DSL_ARCH"] == "sm_90a"
+    def start(self, modules: Any, environment: Any) -> None:
+        assert set(cute_ahead.QUACK_MODULES) <= set(modules) and environment["CUTE_DSL_ARCH"] == "sm_90a"
         self.started += 1
-        self.asked += jobs
 
 
 @pytest.fixture
@@ -48,6 +45,7 @@ def pool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Recorder]:
     found = Recorder()
     install(monkeypatch)
     monkeypatch.setattr(compile_ahead, "POOL", found)
+    monkeypatch.setattr(cute_ahead, "import_meanwhile", lambda: None)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.delitem(sys.modules, "quack.cache", raising=False)
@@ -167,8 +165,8 @@ def test_started_for_linears_that_quack_is_faster_at(
     module = traced(*shapes)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gemm_measure, "times", lambda *_: pytest.fail("nothing is timed that early"))
-    gemm_early.start(module, Settings(**{"target": "sm90", **settings}))
-    assert pool.started == int(started) and (pool.asked in (1, 2)) == started
+    early.start(module, Settings(**{"target": "sm90", **settings}), None)
+    assert pool.started == int(started)
 
 
 def test_not_started_where_their_kernels_are_on_disk(
@@ -180,7 +178,7 @@ def test_not_started_where_their_kernels_are_on_disk(
     for act, bias in (("gelu", True), ("none", False)):
         for tiles in gemm_choice.TILES:
             gemm_ahead.note(Kind("bfloat16", act, bias, tiles), tmp_path / "kernel.o")
-    gemm_early.start(module, Settings(target="sm90"))
+    early.start(module, Settings(target="sm90"), None)
     assert pool.started == 0
 
 
@@ -195,16 +193,16 @@ def test_odd_linears(pool: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     module = traced(*LARGE)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for each, started in modules:
-        gemm_early.start(each, Settings(target="sm90"))
+        early.start(each, Settings(target="sm90"), None)
         assert pool.started == started
     for node in module.graph.nodes:
         node.meta.clear()
-    gemm_early.start(module, Settings(target="sm90"))
+    early.start(module, Settings(target="sm90"), None)
     assert pool.started == 1
 
 
 def test_without_a_gpu_nothing_is_started(pool: Recorder) -> None:
-    gemm_early.start(traced(*LARGE), Settings(target="sm90"))
+    early.start(traced(*LARGE), Settings(target="sm90"), None)
     assert pool.started == 0
 
 

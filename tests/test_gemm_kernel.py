@@ -414,7 +414,7 @@ def test_a_fake_quack_is_given_what_its_kernels_take(monkeypatch: pytest.MonkeyP
     modules: dict[str, dict[str, Any]] = {
         "quack": {},
         "quack.cache": {"CACHE_ENABLED": False, "CACHE_DIR": None},
-        "quack.cute_dsl_utils": {"get_max_active_clusters": lambda n: 132 // n, "torch2cute_dtype_map": {BF16: "bf16"}},
+        "quack.cute_dsl_utils": {"torch2cute_dtype_map": {BF16: "bf16"}},
         "quack.gemm": {"_compile_gemm": compile_gemm},
         "quack.gemm_act": {"_compile_gemm_act": compile_gemm, "GemmActMixin": Epilogue},
         "quack.gemm_default_epi": {"GemmDefaultEpiMixin": Epilogue},
@@ -427,6 +427,8 @@ def test_a_fake_quack_is_given_what_its_kernels_take(monkeypatch: pytest.MonkeyP
         module.__dict__.update(content)
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    properties = types.SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(gemm_quack, "_calls", {})
     x, w, b = spell("x:LI w:QI b:Q")
     for act in gemm_kernels.ACTIVATIONS:

@@ -1,8 +1,9 @@
 """One model on all sides, in one process.
 
 Compile time. Every side has caches of its own, empty at first. Cold: the first call, caches empty, after a small model
-was compiled by each backend, so that imports and the pool of compile workers are not in it; dkfuse goes first, so that
-what is left of such costs falls on it. Warm: the first call after Dynamo and Inductor have forgotten what they hold in
+was compiled by each backend, so that imports and processes that compile (Inductor's workers, dkfuse's helper) are not
+in it; dkfuse goes first, so that what is left of such costs falls on it, such as what torch does for a model's kind of
+code the first time in a process. Warm: the first call after Dynamo and Inductor have forgotten what they hold in
 memory, caches full. That is what a new process would find on disk, without its imports and its start of CUDA. Both
 times end when the first forward has ended. What compilers of kernels outside of Inductor (CuTe DSL, NVRTC) hold in
 memory stays there: for their share of a cold compile measure one model per process. Without the warm compile

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dkfuse.kernels import attention_kept, attention_kernels
+from dkfuse.kernels import attention_kept, attention_kernels, cute_ahead
 
 from .. import compat
 from ..choosing.tuning_clock import extent
@@ -83,7 +83,7 @@ def failure(kernel: str, q: torch.Tensor, k: torch.Tensor, causal: bool, lengths
 
     def submit() -> bool:
         major, minor = torch.cuda.get_device_capability(q.device)
-        return attention_kept.submit(kind, 10 * major + minor)
+        return attention_kept.submit(kind, 10 * major + minor) or cute_ahead.importing()
 
     if kernel == "fa4" and key not in _failures and late.add(key, submit, attempt):
         return None

@@ -1,10 +1,10 @@
 """`python tests/gpu/compile_ahead_model.py OUT ATTENTION [wait] [broken]`: a model compiled in a process of its own.
 
 Its linears take quack's GEMM; its attention takes the kernel ATTENTION. What came of it is printed as JSON: how many
-helpers were started, what they compiled, what was compiled here, and whether a helper had the GPU open. The result of
+helpers were started, what they compiled, what was compiled here, and whether one had the GPU open. The result of
 the model is saved to OUT.
 
-wait: helpers are waited for before anything is compiled here, as a longer compilation would. broken: they cannot
+wait: the helper is waited for before anything is compiled here, as a longer compilation would. broken: it cannot
 compile anything.
 """
 
@@ -51,7 +51,7 @@ class Model(nn.Module):
 
 
 def wait_first() -> None:
-    """Have the end of Inductor's work wait until helpers have done everything."""
+    """Have the end of Inductor's work wait until the helper has done everything."""
     failed = late.failed
 
     def patient(attempts: Any) -> bool:
@@ -112,7 +112,7 @@ def main(out: str, attention: str, *how: str) -> None:
         "problem": POOL.problem,
         "helped": {" ".join(map(str, job[1:-1])): [d.pid, d.seconds, d.error] for job, d in finished.items()},
         "pid": os.getpid(),
-        "gpu": any(opens_a_gpu(h.process.pid) for h in POOL._helpers if h.process is not None),
+        "gpu": POOL.helper is not None and POOL.helper.process is not None and opens_a_gpu(POOL.helper.process.pid),
         "quack": quack,
         "fa4 compiled": len(exported),
     }

@@ -1,4 +1,4 @@
-"""Helpers compile quack's and FlashAttention 4's kernels on a GPU host: who compiled, the same results, warm starts."""
+"""A helper compiles quack's and FlashAttention 4's kernels on a GPU host: who compiled, same results, warm starts."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def compiled(folder: Path, *how: str, attention: str = "sdpa", threads: int | No
     return found
 
 
-def test_helpers_compile_quacks_kernels(tmp_path: Path) -> None:
+def test_a_helper_compiles_quacks_kernels(tmp_path: Path) -> None:
     alone = compiled(tmp_path / "alone", threads=1)
     assert alone["started"] == 0 and alone["helped"] == {}
     kinds = alone["quack"]["compiled"]
     assert kinds >= 4 and alone["quack"]["loaded"] == 0
 
     cold = compiled(tmp_path / "cold", "wait")
-    assert 1 <= cold["started"] <= 2 and not cold["gpu"]
+    assert cold["started"] == 1 and not cold["gpu"]
     assert len(cold["helped"]) == kinds and all(error is None for *_, error in cold["helped"].values())
     assert cold["pid"] not in {pid for pid, *_ in cold["helped"].values()}
     assert cold["quack"] == {"compiled": 0, "loaded": kinds}, "helpers' files are the same kernels by the same names"
@@ -66,31 +66,29 @@ def test_helpers_compile_quacks_kernels(tmp_path: Path) -> None:
     assert (warm["started"], warm["helped"]) == (0, {}) and warm["quack"] == {"compiled": 0, "loaded": kinds}
     assert torch.equal(warm["result"], alone["result"])
 
-
-def test_another_model_finds_the_kernels_on_disk(tmp_path: Path) -> None:
-    """Inductor's cache is cold, quack's is not."""
-    kinds = compiled(tmp_path, "wait")["quack"]["loaded"]
-    (tmp_path / "inductor").rename(tmp_path / "gone")
-    (tmp_path / "dkfuse" / "records").rename(tmp_path / "records")
-    again = compiled(tmp_path)
+    # another model, with kernels of the same kinds: Inductor's cache is cold, quack's is not
+    (tmp_path / "cold" / "inductor").rename(tmp_path / "inductor")
+    (tmp_path / "cold" / "dkfuse" / "records").rename(tmp_path / "records")
+    again = compiled(tmp_path / "cold")
     assert again["started"] == 0 and again["quack"] == {"compiled": 0, "loaded": kinds}
+    assert torch.equal(again["result"], alone["result"])
 
 
 def test_whoever_is_first_compiles(tmp_path: Path) -> None:
-    """As it is used: what no helper has begun when Inductor is done is compiled here, and nothing twice."""
+    """As it is used: what the helper has not begun when Inductor is done is compiled here, and nothing twice."""
     found = compiled(tmp_path)
     assert found["started"] >= 1 and found["quack"]["compiled"] + len(found["helped"]) >= 4
     assert found["quack"]["compiled"] + found["quack"]["loaded"] == compiled(tmp_path)["quack"]["loaded"]
 
 
-def test_helpers_that_compile_nothing(tmp_path: Path) -> None:
+def test_a_helper_that_compiles_nothing(tmp_path: Path) -> None:
     found = compiled(tmp_path, "wait", "broken")
     assert all("no_such_module_of_dkfuse" in error for *_, error in found["helped"].values()) and found["helped"]
     assert found["quack"]["loaded"] == 0 and found["quack"]["compiled"] >= 4
 
 
 @needs_fa4
-def test_helpers_compile_flash_attention(tmp_path: Path) -> None:
+def test_a_helper_compiles_flash_attention(tmp_path: Path) -> None:
     alone = compiled(tmp_path / "alone", attention="fa4", threads=1)
     assert "attention" in alone["fused"] and alone["fa4 compiled"] == 1
 

@@ -132,6 +132,16 @@ def test_streams_and_cuda_graphs() -> None:
             assert torch.equal(captured, answer)
 
 
+def test_clusters_that_fit() -> None:
+    """What is counted for clusters of two is what a kernel compiled for the question says."""
+    from quack.cute_dsl_utils import get_max_active_clusters
+
+    torch.zeros(1, device="cuda")
+    device = torch.device("cuda", torch.cuda.current_device())
+    for size in {t.cluster[0] * t.cluster[1] for t in gemm_kernels.TILES.values()} | {1, 2}:
+        assert gemm_quack.clusters(size, device) == get_max_active_clusters(size)
+
+
 def test_opcheck() -> None:
     x, weight, bias = operands(256, 512, 128)
     for act in gemm_kernels.ACTIVATIONS:

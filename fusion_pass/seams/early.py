@@ -1,0 +1,135 @@
+"""What kernels written in CuTe DSL need, begun before AOTAutograd: imports take as long as its tracing.
+
+Dynamo's graph has the linears and attentions, not yet which kernels compute them: those that the tables give to quack
+and to FlashAttention 4 as they stand are looked at. Where a kernel of one is not on disk the helper is started that can
+compile it; where the graph comes from the cache and calls such kernels, this process begins to import them. Which
+kernels there are to be the pass decides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from dkfuse.kernels import attention_kept, compile_ahead, cute_ahead, gemm_ahead, gemm_kernels
+
+from .. import compat
+from ..choosing.choose import resolve_target
+from ..matching.rules import Reject
+from ..reporting.report import Graph
+from ..settings import Settings
+from . import attention_choice, attention_table, gemm_choice
+from .gemm import FAMILY
+
+CUTE, ATTENTION = (gemm_kernels.QUACK, "fa4"), ("auto", "fa4")
+Call = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None", str]  # x, weight, bias and what follows
+
+
+def start(gm: fx.GraphModule, settings: Settings, stored: list[Graph] | None) -> None:
+    """Begin what the kernels of Dynamo's graph need. stored: what the cache says of the graph, if it comes from there.
+
+    Without a GPU there is nothing to begin.
+    """
+    if not torch.cuda.is_available():
+        return
+    if stored is not None:
+        if any(site.kernel in CUTE for graph in stored for site in graph.seams):
+            cute_ahead.import_meanwhile()
+    elif compile_ahead.allowed() and (_linears_need_it(gm.graph, settings) or _attention_needs_it(gm.graph, settings)):
+        cute_ahead.start()
+
+
+def start_if_new(settings: Settings) -> None:
+    """Start the helper where nothing was compiled yet and such kernels may be used."""
+    if settings.gemm != gemm_kernels.CUBLAS or settings.attention in ATTENTION:
+        cute_ahead.start_if_new()
+
+
+# -- linears -----------------------------------------------------------------------------------------------------------
+
+
+def _linears_need_it(graph: fx.Graph, settings: Settings) -> bool:
+    """Whether a linear is likely to take a kernel of quack's that is not on disk."""
+    if settings.gemm == gemm_kernels.CUBLAS or not gemm_ahead.usable():
+        return False
+    known: set[tuple[object, ...]] = set()
+    for x, weight, bias, act in _calls(graph):
+        key = (x.shape, x.dtype, x.device, weight.shape, bias is not None, act)
+        if key in known:
+            continue
+        known.add(key)
+        if (kind := _kind(x, weight, bias, act, settings)) is not None and not gemm_ahead.on_disk(kind):
+            return True
+    return False
+
+
+def _calls(graph: fx.Graph) -> Iterator[Call]:
+    """The linears of known sizes on a GPU."""
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target is not F.linear:
+            continue
+        given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
+        x, weight, bias = (_value(given.get(name)) for name in ("input", "weight", "bias"))
+        if x is None or weight is None or (bias is None and given.get("bias") is not None):
+            continue
+        if x.dim() > 1 and weight.dim() == 2:
+            yield x, weight, bias, "gelu" if _is_gelu(node) else "none"
+
+
+def _value(node: object) -> torch.Tensor | None:
+    """The example of an operand, where it is a tensor of known sizes on a GPU."""
+    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    if not isinstance(value, torch.Tensor) or not compat.is_fake(value) or value.device.type != "cuda":
+        return None
+    return value if all(isinstance(size, int) for size in (*value.shape, *value.stride())) else None
+
+
+def _is_gelu(linear: fx.Node) -> bool:
+    return any(u.target is F.gelu and u.kwargs.get("approximate") == "tanh" for u in linear.users)
+
+
+def _kind(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, act: str, settings: Settings
+) -> gemm_ahead.Kind | None:
+    values = {"x": x.new_empty((math.prod(x.shape[:-1]), x.shape[-1])), "weight": weight, "bias": bias}
+    try:
+        tiles = gemm_choice.choose(values, act, FAMILY, settings, build=False, measure=False)
+    except Reject:
+        return None
+    return gemm_ahead.Kind.of(x.dtype, act, bias is not None, tiles)
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+def _attention_needs_it(graph: fx.Graph, settings: Settings) -> bool:
+    """Whether an attention is likely to take FlashAttention 4 and its kernel is not on disk."""
+    if settings.attention not in ATTENTION or not settings.allows(attention_choice.RULE):
+        return False
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is F.scaled_dot_product_attention:
+            names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+            given = dict(zip(names, node.args, strict=False)) | node.kwargs
+            q, k = _value(given.get("query")), _value(given.get("key"))
+            masked, causal = given.get("attn_mask") is not None, bool(given.get("is_causal"))
+            if q is not None and k is not None and _is_fa4s(q, k, masked, causal, settings):
+                return True
+    return False
+
+
+def _is_fa4s(q: torch.Tensor, k: torch.Tensor, masked: bool, causal: bool, settings: Settings) -> bool:
+    if resolve_target(settings.target, q.device) != f"sm{gemm_kernels.CAPABILITY}" or q.dim() != 4 or k.dim() != 4:
+        return False
+    batch, heads, queries, width = q.shape
+    speeds = attention_table.nearest(gemm_kernels.CAPABILITY, width, batch * heads, queries, k.shape[2], masked)
+    if settings.attention == "auto":
+        rival = attention_table.DENSE if masked else "cudnn"
+        if speeds is None or causal or speeds.get("fa4", 0.0) < attention_choice.MARGIN * speeds[rival]:
+            return False
+    groups = heads // (k.shape[1] or 1)
+    kind = attention_kept.Kind(str(q.dtype).removeprefix("torch."), width, groups, causal, masked)
+    return not attention_kept.on_disk(kind)
