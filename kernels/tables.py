@@ -4,8 +4,8 @@
     table    broadcasts to x like any parameter: a row of the model's ``scale_shift_table``
     value    operand + table, in fp32, not rounded
 
-``{name}_table`` belongs to the operand `name`. The sums, one row for every token, need not be written to memory, and the
-operand is read in its own dtype. With `pick` a table is added to the row that was picked.
+``{name}_table`` belongs to the operand `name`. The sums, one row for every token, need not be written to memory, and
+the operand is read in its own dtype. With `pick` a table is added to the row that was picked.
 """
 
 from __future__ import annotations

@@ -91,8 +91,10 @@ def row_pointwise(
     SCALE_OFFSET: tl.constexpr,
     ROUNDINGS: tl.constexpr,
 ):
-    """out = (residual + gate*(x + branch_bias))*(SCALE_OFFSET+scale) + shift, every operand but x optional, gate, scale and
-    shift each with its table added."""
+    """out = (residual + gate*(x + branch_bias))*(SCALE_OFFSET+scale) + shift, every operand but x optional.
+
+    gate, scale and shift each have their table added.
+    """
     DTYPE: tl.constexpr = x.dtype.element_ty
     i0, i1, i2 = indices(n0, n1, AXES)
     second = second_row(pick, place(i0, i1, i2, pick_s0, pick_s1, pick_s2))

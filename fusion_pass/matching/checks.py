@@ -62,6 +62,7 @@ def _checked(site: Candidate, roundings: str) -> Candidate:
     rule = site.rule
     if rule.check is not None:
         rule.check(site)
+    _check_bias(site)
     tables.resolve(site, exact=roundings == "eager")
     picks.resolve(site)
     _check_operands(site)
@@ -71,6 +72,17 @@ def _checked(site: Candidate, roundings: str) -> Candidate:
     check_layout(site)
     _set_attributes(site, roundings)
     return site
+
+
+def _check_bias(site: Candidate) -> None:
+    """A row that is added to conditioning is no bias of a branch, but a table of the gate."""
+    terms = site.binding.terms
+    if "branch_bias" not in terms:
+        return
+    one_of_many = any(tables.has_other_parts(walked, site.shape) for walked in site.binding.interior)
+    gate = terms.get("gate")
+    if one_of_many or (gate is not None and is_cut(terms["x"], site.shape) and same_shape(gate.shape, site.shape)):
+        raise Reject(Code.BROADCAST, "branch_bias is added to a part of a bigger tensor: that is a gate and its table")
 
 
 def _check_operands(site: Candidate) -> None:

@@ -24,16 +24,13 @@ from .gain import CASTS, is_elementwise, is_view
 from .operands import base_node, fake
 from .pattern import Binding
 from .readers import SPLITS
-from .rules import Candidate, Code, Reject
+from .rules import Candidate
 from .terms import FLOATS, Term, TermView, bare, differ, getitem_source, same_shape, same_size
 
 
 def resolve(site: Candidate, exact: bool) -> None:
     """Bind both addends in place of each operand of the site that is such a sum. exact: of sums not rounded only."""
     view, binding, shape = site.view, site.binding, site.shape
-    if "branch_bias" in binding.terms and any(_has_other_parts(t, shape) for t in binding.interior):
-        text = "branch_bias is a row of all parts of a sum, of which the site takes one: that part is a gate"
-        raise Reject(Code.BROADCAST, text)
     terms = _gate_first(site, exact)
     found: dict[str, Term] = {}
     for name in TABLED:
@@ -78,7 +75,7 @@ def _gate_first(site: Candidate, exact: bool) -> dict[str, Term]:
     return {**terms, "gate": terms["x"], "x": terms["gate"]}
 
 
-def _has_other_parts(term: Term, shape: tuple) -> bool:
+def has_other_parts(term: Term, shape: tuple) -> bool:
     """A sum of each token in which a tensor of `shape` is one part of several, side by side."""
     if bare(term).op != "add" or len(term.shape) < len(shape):
         return False

@@ -127,6 +127,14 @@ def emit(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
     return node
 
 
+def emit_copy(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """A copy of `node` in contiguous memory."""
+    copy = graph.call_function(torch.ops.aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
+    copy.meta["val"] = torch.ops.aten.clone.default(node.meta["val"], memory_format=torch.contiguous_format)
+    copy_origin(node, copy)
+    return copy
+
+
 def copy_origin(source: fx.Node, target: fx.Node) -> None:
     for key in ("stack_trace", "nn_module_stack"):
         if key in source.meta:
