@@ -102,7 +102,7 @@ def tokens_of_all_samples(x: T, s: T, t: T, e: T, w: T) -> T:
 
 @spelling("norm_modulate_dual", "x:BLD table:6D:f e:BLP w:DD")
 @apart("scale", "shift", "scale2", "shift2")
-def dual(x: T, table: T, e: T, w: T) -> tuple[T, T]:
+def dual_with_tables(x: T, table: T, e: T, w: T) -> tuple[T, T]:
     s, t, u, v, *_ = (table + e.unflatten(2, (6, -1)).float()).unbind(2)
     n = ln(x.float())
     return (n * (1 + s) + t).type_as(x) @ w, (n * (1 + u) + v).type_as(x) @ w
@@ -144,6 +144,14 @@ def repeated_for_tokens(h: T, y: T, s: T, t: T, e: T, w: T) -> tuple[T, T]:
     frames = e.repeat_interleave(h.shape[1] // e.shape[1], dim=1)
     h = h + (frames + s) * y
     return h, modulated(h, frames + s, frames + t) @ w
+
+
+@spelling("norm_modulate", "x:BLD s:D t:D e:BLD w:DD")
+@apart("scale", "shift")
+def written_by_nobody(x: T, s: T, t: T, e: T, w: T) -> T:
+    """Beside pointwise readers of the sums, for whom Inductor adds once more."""
+    scale, shift = s + e, t + e
+    return modulated(x, scale, shift) @ w + torch.sin(scale).sum(-1, keepdim=True)
 
 
 # -- not taken apart ---------------------------------------------------------------------------------------------------

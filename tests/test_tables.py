@@ -107,8 +107,10 @@ def test_sums_are_taken_apart(row: Any) -> None:
     calls = [node for node in graph.nodes if str(node.target).startswith("dkfuse.")]
     given = {name for node in calls for name in TABLES if bound_arguments(node).get(name) is not None}
     assert calls and given == APART[row.name]
-    if given:
-        pointwise = [n for n in graph.nodes if str(n.target) in ("aten.add.Tensor", "prims.convert_element_type.default")]
+    if given and row.name != "written_by_nobody":  # somebody else reads the sum
+        pointwise = [
+            n for n in graph.nodes if str(n.target) in ("aten.add.Tensor", "prims.convert_element_type.default")
+        ]
         assert all(node.meta["val"].numel() <= 2 * 36 for node in pointwise), graph
 
 

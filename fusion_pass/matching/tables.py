@@ -26,6 +26,7 @@ from .pattern import Binding
 from .readers import SPLITS
 from .rules import Candidate
 from .terms import FLOATS, Term, TermView, bare, differ, getitem_source, same_shape, same_size
+from .views import is_view_of_input
 
 
 def resolve(site: Candidate, exact: bool) -> None:
@@ -69,6 +70,8 @@ def _gate_first(site: Candidate, exact: bool) -> dict[str, Term]:
     terms = site.binding.terms
     if "gate" not in terms or terms.keys() & {"branch_norm", "branch_bias"}:
         return terms
+    if not same_shape(terms["gate"].shape, site.shape):
+        return terms  # a row of its own: the branch is the other one
     gate, x = (addends(site.view, terms[name], site.shape, exact) for name in ("gate", "x"))
     if gate is not None or x is None:
         return terms
@@ -105,7 +108,10 @@ def _extent(term: Term) -> int:
 
 
 def _readable(view: TermView, term: Term) -> bool:
-    return view.realizable(term) and fake(view, term).dtype in FLOATS
+    if not view.realizable(term) or fake(view, term).dtype not in FLOATS:
+        return False
+    source = is_view_of_input(base_node(view, term))
+    return source is None or source not in view.written_inputs  # else the sum is what it was before the write
 
 
 def _origin(node: fx.Node) -> fx.Node:
@@ -121,7 +127,7 @@ def _origin(node: fx.Node) -> fx.Node:
 
 
 def _written_anyway(total: fx.Node) -> bool:
-    """Whether somebody reads the sum who neither is a part of a site nor computes it as Inductor's kernels do."""
+    """Whether somebody reads the sum who is no pointwise op: those a site does, or Inductor adds where it reads."""
     for user in total.users:
         if is_view(user) or user.target in CASTS or user.target in SPLITS or getitem_source(user) is not None:
             if _written_anyway(user):
