@@ -81,8 +81,8 @@ def check(site: Candidate, claimed: Collection[fx.Node] = ()) -> None:
         raise _left(Code.FEEDS_POINTWISE, text)
     _check_rows(site)
     inside = site.interior | {n for name in site.outputs for n in site.output_nodes(name)}
-    for total in site.sums.values():
-        inside |= _of_this_site(base_node(site.view, total), inside)
+    for apart in site.sums.values():
+        inside |= _of_this_site(base_node(site.view, apart), inside)
     if (total := site.binding.terms.get("sum")) is not None:
         inside |= set(site.view.nodes(total))  # no part of the interior, also where nobody else reads it
     for name, term in site.operands.items():
@@ -176,9 +176,9 @@ def traffic(site: Replaceable) -> tuple[int | None, int | None]:
         values = [n.meta.get("val") for n in (*node.all_input_nodes, node)]
         flat = [v for value in values for v in (value if isinstance(value, (tuple, list)) else (value,))]
         before = _add(before, *(footprint(v) for v in flat if isinstance(v, torch.Tensor)))
-    for name, total in site.sums.items() if isinstance(site, Candidate) else ():
+    for name, apart in site.sums.items() if isinstance(site, Candidate) else ():
         addends = (site.operands[name], site.operands[table_of(name)])
-        before = _add(before, *(footprint(fake(site.view, t)) for t in (total, *addends)))
+        before = _add(before, *(footprint(fake(site.view, t)) for t in (apart, *addends)))
     after = _add(0, *(footprint(fake(site.view, t)) for t in site.operands.values()))
     after = _add(after, *(footprint(site.output_nodes(name)[0].meta["val"]) for name in site.outputs))
     return before, after
