@@ -209,7 +209,7 @@ def test_a_batch_is_fused_as_one_sample_is(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["wan22-5b", "ltx", "ltx2"])
 def test_a_timestep_for_each_token(name: str) -> None:
-    """As image to video has it: every norm is fused as with one timestep, and no sum of a token's is written."""
+    """As image to video has it: every norm is fused as with one timestep."""
     module, kwargs = zoo.build(name)
     if name != "wan22-5b":  # which has one in any case
         kwargs["timestep"] = torch.full(kwargs["hidden_states"].shape[:2], 700.0)
