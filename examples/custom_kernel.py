@@ -30,6 +30,7 @@ CONSTRAINTS = (  # everything that `run` does not do: a call that it would get w
     needs("weight", "a norm without weight and bias", lambda a: a["weight"] is None and a["bias"] is None),
     needs("modulation", "a scale and a shift", lambda a: a["scale"] is not None and a["shift"] is not None),
     needs("pick", "no rows picked per token", lambda a: a["pick"] is None),
+    needs("table", "no rows added", lambda a: a["scale_table"] is None and a["shift_table"] is None),
     needs("roundings", "dkfuse.roundings=fused", lambda a: a["roundings"] == 0),
 )
 dkfuse.register(dkfuse.Implementation("norm_modulate", "mine", CONSTRAINTS, run, oldest=0, devices=("cpu", "cuda")))

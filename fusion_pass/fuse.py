@@ -23,7 +23,7 @@ from dkfuse import patterns
 
 from . import seams
 from .choosing import building, choose
-from .matching import anchors, frames, gain, heads, plan_heads
+from .matching import anchors, frames, gain, heads, plan_heads, tables
 from .matching.anchors import Anchor
 from .matching.checks import FULL, build, build_dual
 from .matching.cycles import Together, check_cycles
@@ -167,7 +167,9 @@ class Planner:
         best: tuple[State, Reject] | None = None
         assert rule.pattern is not None, f"{rule.name} has no pattern to match"
         for binding in matches(rule.pattern, self.view, shaped):
-            if shaped is not term and not frames.has_frames(binding.terms.values(), shaped.shape):
+            if shaped is not term and not frames.has_frames(
+                tables.parts(self.view, binding.terms, shaped.shape), shaped.shape
+            ):
                 continue  # what a frame has one of is elsewhere: no reason to see the site in frames
             norm = binding.terms.get("norm")
             inner = term.args[0] if term.op == "round" else term

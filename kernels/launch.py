@@ -16,13 +16,14 @@ from .axes import Axis, Int, collapse, inner_stride
 from .configs import Config, choose
 from .picks import PICKED, first_rows, is_pair
 from .support import has_branch_norm, supports
+from .tables import TABLES
 from .unsupported import Unsupported
 
 __all__ = ["Launch", "Unsupported", "plan", "run", "supports"]
 
 _NORM_POINTERS = (
     ("x", "residual"),
-    ("gate", "branch_bias", "branch_weight", "weight", "bias", "scale", "shift", "scale2", "shift2", "pick"),
+    ("gate", "branch_bias", "branch_weight", "weight", "bias", "scale", "shift", "scale2", "shift2", "pick", *TABLES),
     ("sum", "out", "out2"),
 )
 _NO_BRANCH_NORM = {
@@ -31,7 +32,11 @@ _NO_BRANCH_NORM = {
     "BRANCH_EPS": "0.0",
     "BRANCH_WEIGHT_OFFSET": "0.0",
 }
-_POINTWISE_POINTERS = (("x", "residual"), ("gate", "branch_bias", "scale", "shift", "pick"), ("out",))
+_POINTWISE_POINTERS = (
+    ("x", "residual"),
+    ("gate", "branch_bias", "scale", "shift", "pick", *TABLES[:3]),
+    ("out",),
+)
 LAYOUT_MULTIPLES = 16
 
 

@@ -20,12 +20,13 @@
 Shapes: x and residual `[..., D]`, equal; gate, branch_bias, branch_weight, weight, bias, scale, shift, scale2, shift2
 right-broadcast to it (last dim D or 1, or 0-D) with any strides and are read in place. Results are contiguous, of x's
 shape; `sum` is an empty `[0]` tensor where sum_dtype is None. With `pick`, a bool `[..., 1]`, gates, scales and shifts
-may hold two rows, of which each token takes one (`picks`).
+may hold two rows, of which each token takes one (`picks`). `gate_table` is added to gate, and so for scale, shift,
+scale2 and shift2 (`tables`).
 Dtypes: fp16, bf16 or fp32, mixed freely; arithmetic is fp32; outputs are rounded once to out_dtype and sum_dtype.
 `roundings` (kernels.rounding.Rounding) adds eager's roundings of intermediates to x.dtype; the norm reads the rounded
 sum only under SUM.
 Errors: ValueError for fp64 or integer tensors, shapes that do not fit, an unknown norm, a branch_weight without a
-branch_norm, another result dtype.
+branch_norm, a table without its operand, another result dtype.
 
 Implementations: `CompositeExplicitAutograd` is plain torch (`reference.py`), `CUDA` launches Triton and falls back to
 plain torch where `supports` says no, triton is missing, or the kernel failed before.
@@ -49,6 +50,7 @@ from .launch import Launch, plan, run, supports
 from .picks import first_rows, pick_problem, picked
 from .rounding import ALL_ROUNDINGS
 from .support import ACTIVATIONS, NORMS, OPERANDS, branch_problem
+from .tables import TABLES, table_of, table_problem, tabled
 
 _NORM_TAIL = (
     "*, str norm, float eps, float weight_offset=0., float scale_offset=1., {more}ScalarType out_dtype, int roundings=0"
@@ -62,24 +64,36 @@ _SECOND = "Tensor? scale2, Tensor? shift2"
 _BIAS = "Tensor? branch_bias=None"
 _PICK = "Tensor? pick=None"
 
+
+def _tables(*names: str) -> str:
+    return ", ".join(f"Tensor? {table_of(name)}=None" for name in names)
+
+
+_TABLES = _tables("scale", "shift")
+_SECOND_TABLES = _tables("scale2", "shift2")
+_GATE_TABLE = _tables("gate")
+
 SCHEMAS: dict[str, str] = {
-    "norm_modulate": f"(Tensor x, {_MODULATION}, {_PICK}, {_NORM_TAIL.format(more='')}) -> Tensor",
+    "norm_modulate": f"(Tensor x, {_MODULATION}, {_PICK}, {_TABLES}, {_NORM_TAIL.format(more='')}) -> Tensor",
     "residual_norm_modulate": (
-        f"({_RESIDUAL}, {_MODULATION}, {_BIAS}, {_PICK}, {_RESIDUAL_TAIL}) -> (Tensor sum, Tensor out)"
+        f"({_RESIDUAL}, {_MODULATION}, {_BIAS}, {_PICK}, {_GATE_TABLE}, {_TABLES}, {_RESIDUAL_TAIL})"
+        " -> (Tensor sum, Tensor out)"
     ),
     "norm_modulate_dual": (
-        f"(Tensor x, {_MODULATION}, {_SECOND}, {_PICK}, {_NORM_TAIL.format(more='')}) -> (Tensor out, Tensor out2)"
+        f"(Tensor x, {_MODULATION}, {_SECOND}, {_PICK}, {_TABLES}, {_SECOND_TABLES}, {_NORM_TAIL.format(more='')})"
+        " -> (Tensor out, Tensor out2)"
     ),
     "residual_norm_modulate_dual": (
-        f"({_RESIDUAL}, {_MODULATION}, {_SECOND}, {_BIAS}, {_PICK}, {_RESIDUAL_TAIL})"
+        f"({_RESIDUAL}, {_MODULATION}, {_SECOND}, {_BIAS}, {_PICK}, {_GATE_TABLE}, {_TABLES}, {_SECOND_TABLES}, "
+        f"{_RESIDUAL_TAIL})"
         " -> (Tensor sum, Tensor out, Tensor out2)"
     ),
     "gated_residual": (
-        f"(Tensor x, Tensor residual, Tensor? gate, {_BIAS}, {_PICK}, *, ScalarType out_dtype, int roundings=0)"
-        " -> Tensor"
+        f"(Tensor x, Tensor residual, Tensor? gate, {_BIAS}, {_PICK}, {_GATE_TABLE}, *, ScalarType out_dtype, "
+        "int roundings=0) -> Tensor"
     ),
     "scale_shift": (
-        f"(Tensor x, Tensor? scale, Tensor? shift, {_PICK}, *, float scale_offset=1., ScalarType out_dtype, "
+        f"(Tensor x, Tensor? scale, Tensor? shift, {_PICK}, {_TABLES}, *, float scale_offset=1., ScalarType out_dtype, "
         "int roundings=0) -> Tensor"
     ),
 }
@@ -91,12 +105,13 @@ def check(op: str, arguments: dict[str, Any]) -> None:
     if op == "norm_rope":
         rope_support.check(arguments)
         return
-    if (reason := branch_problem(arguments) or pick_problem(arguments, known=False)) is not None:
+    reason = branch_problem(arguments) or pick_problem(arguments, known=False) or table_problem(arguments)
+    if reason is not None:
         raise ValueError(f"dkfuse::{op}: {reason.message}")
     arguments = dict(first_rows(arguments))
     full, broadcast, _ = OPERANDS[op]
     x = arguments["x"]
-    for name in (*full, *broadcast):
+    for name in (*full, *broadcast, *TABLES):
         tensor = arguments.get(name)
         if tensor is not None and tensor.dtype not in ACTIVATIONS:
             raise ValueError(
@@ -117,7 +132,7 @@ def check(op: str, arguments: dict[str, Any]) -> None:
         shape = tuple(arguments[name].shape)
         if len(shape) != x.dim() or any(_differ(a, b) for a, b in zip(shape, x.shape, strict=True)):
             raise ValueError(f"dkfuse::{op}: {name} has shape {shape} but x {tuple(x.shape)}; they must be equal.")
-    for name in (*broadcast, "pick"):
+    for name in (*broadcast, "pick", *TABLES):
         if arguments.get(name) is None:
             continue
         shape = tuple(arguments[name].shape)
@@ -155,7 +170,7 @@ def reference_outputs(op: str, arguments: dict[str, Any], compute: torch.dtype =
     """The outputs of `op` in plain torch, still in `compute`."""
     if op == "norm_rope":
         return {"out": rope_reference.norm_rope(arguments, compute)}
-    arguments = picked(arguments)
+    arguments = tabled(picked(arguments), compute)
     x, roundings = arguments["x"], arguments["roundings"]
     if op == "gated_residual":
         y = reference.biased(x.to(compute), arguments.get("branch_bias"), roundings, x.dtype)

@@ -18,10 +18,11 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .axes import contiguous_strides
 from .registry import Constraint
+from .tables import TABLES
 
 MAX_WIDTH = 16384
 PIECE = 2**31 - 1  # elements that one launch may address; some of these kernels count in 32 bits
-OTHERS = ("bias", "gate", "scale", "shift", "pick", "branch_bias", "branch_weight")
+OTHERS = ("bias", "gate", "scale", "shift", "pick", *TABLES, "branch_bias", "branch_weight")
 
 Norm = Callable[[Any, Any, float, Any], None]  # input, weight, eps, out
 AddNorm = Callable[[Any, Any, Any, float], None]  # input, residual, weight, eps; both in place
@@ -89,7 +90,7 @@ RMS_CONSTRAINTS = (
     Constraint("dtype", "fp16 or bf16, one dtype for all operands and results", dtypes_problem),
     Constraint("rows", f"contiguous rows, D % 8 == 0, D <= {MAX_WIDTH}", rows_problem),
     Constraint("weight", "weight [D], weight_offset 0", _weight),
-    Constraint("nothing_else", "no bias, gate, scale, shift, pick, branch norm or rounding", _nothing_else),
+    Constraint("nothing_else", "no bias, gate, scale, shift, pick, table, branch norm or rounding", _nothing_else),
 )
 
 

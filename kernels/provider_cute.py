@@ -13,6 +13,7 @@ from .cute_rope_key import NAMES, row_axes
 from .registry import Constraint, Implementation
 from .rope_support import supports_rope, with_defaults
 from .support import ACTIVATIONS, supports
+from .tables import TABLES
 from .unsupported import Unsupported
 
 Arguments = Mapping[str, Any]
@@ -94,6 +95,7 @@ _CALL = "fp16, bf16 or fp32, one device, rows with inner stride 1, at most three
 _PLAIN = Constraint("roundings", "roundings == 0", _is("roundings", 0, 0))
 _NORM = (
     Constraint("pick", "no pick", _absent("pick")),
+    Constraint("table", "no table", _absent(*TABLES)),
     _PLAIN,
     Constraint("norm", 'norm "layer" or "rms"', _is("norm", None, "layer", "rms")),
     Constraint("width", f"D % {STEP} == 0, D <= {WIDEST}, D static", _width),

@@ -28,6 +28,7 @@ _COMMON = {
 _ADALN = {
     "pick": "pick is bool [..., 1], and chooses between two rows",
     "branch_norm": "a branch norm by its name, with its weight",
+    "table": "a table only with what it is added to",
 }
 _ROPE = {
     "norm": "norm none, rms or layer",

@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .axes import collapse, contiguous_strides
 from .picks import first_rows, pick_problem
+from .tables import TABLES, table_problem
 from .unsupported import Unsupported
 
 MAX_ROW = 16384
@@ -47,8 +48,9 @@ def present(op: str, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name in (*full, *broadcast):
         if arguments.get(name) is not None:
             yield name, arguments[name]
-    if arguments.get("pick") is not None:
-        yield "pick", arguments["pick"]
+    for name in ("pick", *TABLES):
+        if arguments.get(name) is not None:
+            yield name, arguments[name]
 
 
 def broadcasts(shape: tuple[Any, ...], to: tuple[Any, ...]) -> bool:
@@ -63,7 +65,7 @@ def supports(op: str, arguments: Mapping[str, Any]) -> Unsupported | None:
     """None if the Triton kernels take this call, else the first reason why not.
 
     Codes: "op", "dtype", "device", "rank", "row_too_long", "symbolic_row", "empty", "shape", "broadcast",
-    "inner_stride", "outer_dims", "branch_norm", "pick".
+    "inner_stride", "outer_dims", "branch_norm", "pick", "table".
     `arguments` maps the op's argument names to tensor-likes (shape, dtype, device, stride()) or values.
     """
     if op not in OPERANDS:
@@ -72,7 +74,7 @@ def supports(op: str, arguments: Mapping[str, Any]) -> Unsupported | None:
         from .rope_support import supports_rope
 
         return supports_rope(arguments)
-    if (reason := pick_problem(arguments)) is not None:
+    if (reason := pick_problem(arguments) or table_problem(arguments)) is not None:
         return reason
     arguments = first_rows(arguments)
     x = arguments["x"]

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .triton_rows import (
+    added,
     biased,
     gated,
     indices,
@@ -32,6 +33,9 @@ def row_pointwise(
     scale,
     shift,
     pick,
+    gate_table,
+    scale_table,
+    shift_table,
     out,
     n0,
     n1,
@@ -64,6 +68,18 @@ def row_pointwise(
     pick_s1,
     pick_s2,
     pick_si,
+    gate_table_s0,
+    gate_table_s1,
+    gate_table_s2,
+    gate_table_si,
+    scale_table_s0,
+    scale_table_s1,
+    scale_table_s2,
+    scale_table_si,
+    shift_table_s0,
+    shift_table_s1,
+    shift_table_s2,
+    shift_table_si,
     out_offset,
     out_s0,
     out_s1,
@@ -75,7 +91,10 @@ def row_pointwise(
     SCALE_OFFSET: tl.constexpr,
     ROUNDINGS: tl.constexpr,
 ):
-    """out = (residual + gate*(x + branch_bias))*(SCALE_OFFSET+scale) + shift, every operand but x optional."""
+    """out = (residual + gate*(x + branch_bias))*(SCALE_OFFSET+scale) + shift, every operand but x optional.
+
+    gate, scale and shift each have their table added.
+    """
     DTYPE: tl.constexpr = x.dtype.element_ty
     i0, i1, i2 = indices(n0, n1, AXES)
     second = second_row(pick, place(i0, i1, i2, pick_s0, pick_s1, pick_s2))
@@ -85,6 +104,9 @@ def row_pointwise(
     branch_bias_at = place(i0, i1, i2, branch_bias_s0, branch_bias_s1, branch_bias_s2)
     scale_at = picked(place(i0, i1, i2, scale_s0, scale_s1, scale_s2), second, scale_sp)
     shift_at = picked(place(i0, i1, i2, shift_s0, shift_s1, shift_s2), second, shift_sp)
+    gate_table_at = place(i0, i1, i2, gate_table_s0, gate_table_s1, gate_table_s2)
+    scale_table_at = place(i0, i1, i2, scale_table_s0, scale_table_s1, scale_table_s2)
+    shift_table_at = place(i0, i1, i2, shift_table_s0, shift_table_s1, shift_table_s2)
     out_at = shifted(place(i0, i1, i2, out_s0, out_s1, out_s2), out_offset)
 
     xs = load_row(x, x_at, D, CHUNK, CHUNKS)
@@ -93,7 +115,13 @@ def row_pointwise(
     branch_biases = load_operand(branch_bias, branch_bias_at, branch_bias_si, D, CHUNK, CHUNKS)
     scales = load_operand(scale, scale_at, scale_si, D, CHUNK, CHUNKS)
     shifts = load_operand(shift, shift_at, shift_si, D, CHUNK, CHUNKS)
+    gate_rows = load_operand(gate_table, gate_table_at, gate_table_si, D, CHUNK, CHUNKS)
+    scale_rows = load_operand(scale_table, scale_table_at, scale_table_si, D, CHUNK, CHUNKS)
+    shift_rows = load_operand(shift_table, shift_table_at, shift_table_si, D, CHUNK, CHUNKS)
 
+    gates = added(gates, gate_rows, CHUNKS)
+    scales = added(scales, scale_rows, CHUNKS)
+    shifts = added(shifts, shift_rows, CHUNKS)
     xs = biased(xs, branch_biases, D, CHUNK, CHUNKS, DTYPE, ROUNDINGS)
     for i in tl.static_range(CHUNKS):
         z = gated(xs, i, residuals, gates, DTYPE, ROUNDINGS)

@@ -110,6 +110,17 @@ def load_operand(pointer, offset, inner, D: tl.constexpr, CHUNK: tl.constexpr, C
 
 
 @triton.jit
+def added(row, table, CHUNKS: tl.constexpr):
+    """row + table in fp32, the table optional (None)."""
+    if table is not None:
+        total = ()
+        for i in tl.static_range(CHUNKS):
+            total = total + (row[i].to(tl.float32) + table[i].to(tl.float32),)
+        row = total
+    return row
+
+
+@triton.jit
 def store_chunk(pointer, offset, i: tl.constexpr, value, D: tl.constexpr, CHUNK: tl.constexpr):
     """Chunk `i` of a dense row, rounded to the output's dtype."""
     columns = i * CHUNK + tl.arange(0, CHUNK)

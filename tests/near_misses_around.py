@@ -237,6 +237,15 @@ def bias_written_afterwards(h: T, y: T, b: T, g: T, s: T, t: T, w: T) -> tuple[T
     return h, out
 
 
+@near_miss("norm_modulate", "x:BLD table:6D e:BLP w:DD")
+def table_written_afterwards(x: T, table: T, e: T, w: T) -> T:
+    """The sum with a row of it is computed before the write."""
+    shift, scale, *_ = (table + e.unflatten(2, (6, -1))).split(1, dim=2)
+    out = (ln(x) * (1 + scale.squeeze(2)) + shift.squeeze(2)) @ w
+    table.mul_(2)
+    return out
+
+
 @near_miss("gated_residual left:pointwise_producer", "h:BLD y:BLD g:B1D s:B1D t:B1D w:DD")
 def stream_made_for_the_sum(h: T, y: T, g: T, s: T, t: T, w: T) -> T:
     """The stream is pointwise and only the site reads it; so is the sum, which only the norm reads."""

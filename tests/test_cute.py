@@ -68,6 +68,7 @@ def test_what_it_serves() -> None:
     ("code", "more"),
     [
         ("pick", {"pick": meta(2, 5, 1, dtype=torch.bool)}),
+        ("table", {"scale_table": meta(512)}),
         ("roundings", {"roundings": 1}),
         ("norm", {"norm": "none"}),
         ("width", {"x": meta(2, 5, 516)}),
@@ -95,6 +96,7 @@ def test_what_norms_are_refused(code: str, more: dict[str, Any]) -> None:
         ("branch_norm", {"branch_norm": "rms"}),
         ("branch_weight", {"branch_weight": meta(512)}),
         ("pick", {"pick": meta(2, 5, 1, dtype=torch.bool)}),
+        ("table", {"gate_table": meta(512)}),
         ("roundings", {"roundings": 2}),
         ("operands", {"gate": meta(2, 5, 1)}),
         ("alignment", {"residual": meta(2, 5, 516)[..., :512]}),

@@ -15,6 +15,7 @@ from .norm_plans import branch_call, meta, norm_call, planned
 pytest.importorskip("triton")
 
 BF16 = torch.bfloat16
+OP = "residual_norm_modulate"
 
 
 @pytest.mark.parametrize("branch_norm", ["none", "layer", "rms"])
@@ -24,6 +25,9 @@ def test_inductor_sees_that_only_outputs_are_written(sm90: Any, branch_norm: str
     arguments = norm_call(x, residual=x, gate=row, scale=row, shift=row, weight=row, bias=row, sum_dtype=BF16)
     arguments.update(branch_norm=branch_norm, branch_weight=row if branch_norm != "none" else None)
     arguments.update(branch_bias=row[0, 0], scale=torch.stack([row, row]), pick=row[..., :1] > 0)
+    launch = planned(arguments, "residual_norm_modulate")
+    assert written(launch, {**arguments, "out": x, "sum": x}) == {"sum", "out"}
+    arguments.update(gate_table=row, scale_table=row, shift_table=row[0, 0])
     launch = planned(arguments, "residual_norm_modulate")
     assert written(launch, {**arguments, "out": x, "sum": x}) == {"sum", "out"}
 
@@ -48,6 +52,19 @@ def test_a_picked_row_costs_one_byte_more(sm90: Any) -> None:
     assert sum("ld.global" in line and ".v4." in line for line in ptx.splitlines()) == 3 * chunks
     assert ptx.count("ld.global") == 3 * chunks + 1
     assert ".local" not in ptx
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_a_table_is_read_with_wide_accesses_and_without_spills(sm90: Any, dtype: torch.dtype) -> None:
+    """Wan2.2-5B: every token has its gate, scale and shift in bf16."""
+    x, table = meta(1, 4096, 3072), torch.empty(6, 3072, dtype=dtype, device="meta")
+    parts = dict(zip(("gate", "scale", "shift"), meta(1, 4096, 6, 3072).unbind(2), strict=False))
+    rows = {f"{name}_table": table[i] for i, name in enumerate(parts)}
+    launch = planned(norm_call(x, residual=x, sum_dtype=BF16, branch_weight=None, **parts, **rows), OP)
+    ptx = ptx_of(launch, sm90, dict.fromkeys(rows, "*bf16" if dtype == BF16 else "*fp32"))
+    wide = sum("ld.global" in line and ".v4." in line for line in ptx.splitlines())
+    assert wide == launch.constants["CHUNKS"] * (5 + 3 * dtype.itemsize // 2)
+    assert ptx.count("ld.global") == wide and ".local" not in ptx
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -32,6 +32,7 @@ else:
     from dkfuse.kernels.picks import PICKED
     from dkfuse.kernels.rounding import ALL_ROUNDINGS, Rounding
     from dkfuse.kernels.support import OPERANDS, supports
+    from dkfuse.kernels.tables import TABLED, table_of
 
     DTYPES = (torch.bfloat16, torch.float16, torch.float32)
     TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-9, torch.float32: 3e-6}
@@ -92,6 +93,17 @@ else:
                 pairs[name] = strided(draw, padded, operand.dtype, False)
         return pairs
 
+    def tables(draw: Any, shape: tuple[int, ...], arguments: dict[str, Any]) -> dict[str, Any]:
+        """Rows added to some gates, scales and shifts."""
+        rows = {}
+        for name in TABLED:
+            if arguments.get(name) is not None and draw(st.booleans()):
+                kept = shape[draw(st.integers(0, len(shape))) :]
+                sizes = tuple(size if draw(st.booleans()) else 1 for size in kept)
+                dtype = draw(st.sampled_from(DTYPES))
+                rows[table_of(name)] = strided(draw, sizes, dtype, False) if sizes else torch.randn(()).to(dtype)
+        return rows
+
     @st.composite
     def calls(draw: Any) -> tuple[str, dict[str, Any], Config | None]:
         op = draw(st.sampled_from(sorted(ops.OPS)))
@@ -112,6 +124,8 @@ else:
                 sizes = (*sizes[:-1], 1)
             dtype = draw(st.sampled_from(DTYPES))
             arguments[name] = strided(draw, sizes, dtype, False) if sizes else torch.randn(()).to(dtype)
+        if draw(st.integers(0, 3)) == 0:
+            arguments.update(tables(draw, shape, arguments))
         if draw(st.integers(0, 3)) == 0:
             arguments.update(picks(draw, shape, arguments))
         if "weight" in broadcast:

@@ -65,6 +65,7 @@ X, W = random(2, 5, 64), random(64)
         ("nothing_else", {"scale": W}),
         ("nothing_else", {"shift": W}),
         ("nothing_else", {"pick": torch.ones(2, 5, 1, dtype=torch.bool)}),
+        ("nothing_else", {"shift_table": W}),
         ("nothing_else", {"roundings": int(Rounding.NORM)}),
     ],
 )

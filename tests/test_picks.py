@@ -43,7 +43,7 @@ def test_a_pick_is_a_where(op: str, mask: torch.Tensor) -> None:
 def test_opcheck(op: str) -> None:
     arguments = {**arguments_of(op), **pairs_of(op), "pick": MASK}
     schema = getattr(torch.ops.dkfuse, op).default._schema
-    args = tuple(arguments[a.name] for a in schema.arguments if not a.kwarg_only)
+    args = tuple(arguments.get(a.name) for a in schema.arguments if not a.kwarg_only)
     kwargs = {a.name: arguments[a.name] for a in schema.arguments if a.kwarg_only}
     torch.library.opcheck(getattr(torch.ops.dkfuse, op).default, args, kwargs)
 

@@ -13,6 +13,7 @@ from . import (
     spellings_norms,
     spellings_picks,
     spellings_streams,
+    spellings_tables,
 )
 from .harness import Spelling, check_numerics, counts, run, spell
 
@@ -20,6 +21,7 @@ TABLES = (
     spellings,
     spellings_norms,
     spellings_streams,
+    spellings_tables,
     spellings_biases,
     spellings_picks,
     spellings_by_hand,

@@ -207,7 +207,25 @@ def test_a_batch_is_fused_as_one_sample_is(name: str) -> None:
     assert fused[1] == fused[0], "\n" + str(coverage)
 
 
-@pytest.mark.parametrize(("name", "batch"), [("dit-xl-2", 1), ("wan21-14b", 1), ("z-image", 1), ("sd35-large", 2)])
+@pytest.mark.parametrize("name", ["wan22-5b", "ltx", "ltx2"])
+def test_a_timestep_for_each_token(name: str) -> None:
+    """As image to video has it: every norm is fused as with one timestep."""
+    module, kwargs = zoo.build(name)
+    if name != "wan22-5b":  # which has one in any case
+        kwargs["timestep"] = torch.full(kwargs["hidden_states"].shape[:2], 700.0)
+    if name == "ltx2":
+        kwargs["audio_timestep"] = torch.full(kwargs["audio_hidden_states"].shape[:2], 700.0)
+    coverage = dkfuse.coverage(module, **kwargs)
+    fused = Counter(s.family for s in coverage.fused())
+    # a gate that is no slice of a bigger tensor is not told from a product of two branches
+    gates = {"ltx2": 8}.get(name, PINNED[name]["gated_residual"])
+    assert dict(fused) == {**PINNED[name], "gated_residual": gates}, str(coverage)
+    assert len(coverage.fused()) == len(coverage.sites)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch"), [("dit-xl-2", 1), ("wan21-14b", 1), ("wan22-5b", 1), ("z-image", 1), ("sd35-large", 2)]
+)
 def test_eager_roundings_are_eager_bit_for_bit(name: str, batch: int) -> None:
     """Bf16 and fp32 modulation, sandwich norms: with ``roundings=eager`` fused ops give eager's very bits on CPU."""
     module, kwargs = zoo.build(name, batch=batch)

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import picks
+from . import picks, tables
 from .escapes import check_escapes, collect_interior
 from .gain import PICKING
 from .operands import base_node, computed, fake, text_shape
 from .pattern import Binding
 from .rules import Candidate, Code, Reject, Replaceable, Rule, Stage
-from .terms import FLOATS, Term, TermView, broadcast_shape, same_shape, same_size, short_dtype
+from .terms import FLOATS, Term, TermView, bare, broadcast_shape, same_shape, same_size, short_dtype
 from .views import is_view_of_input
 
 FULL = ("x", "residual")
@@ -62,6 +62,8 @@ def _checked(site: Candidate, roundings: str) -> Candidate:
     rule = site.rule
     if rule.check is not None:
         rule.check(site)
+    _check_bias(site)
+    tables.resolve(site, exact=roundings == "eager")
     picks.resolve(site)
     _check_operands(site)
     collect_interior(site)
@@ -70,6 +72,17 @@ def _checked(site: Candidate, roundings: str) -> Candidate:
     check_layout(site)
     _set_attributes(site, roundings)
     return site
+
+
+def _check_bias(site: Candidate) -> None:
+    """A row that is added to conditioning is no bias of a branch, but a table of the gate."""
+    terms = site.binding.terms
+    if "branch_bias" not in terms:
+        return
+    one_of_many = any(tables.has_other_parts(walked, site.shape) for walked in site.binding.interior)
+    gate = terms.get("gate")
+    if one_of_many or (gate is not None and is_cut(terms["x"], site.shape) and same_shape(gate.shape, site.shape)):
+        raise Reject(Code.BROADCAST, "branch_bias is added to a part of a bigger tensor: that is a gate and its table")
 
 
 def _check_operands(site: Candidate) -> None:
@@ -97,9 +110,10 @@ def _check_operands(site: Candidate) -> None:
             if statistic is not None:
                 check_eps(site.view, statistic)
     elif site.rule.op == "gated_residual":
-        if not (is_row_parameter(operands["gate"], shape) or is_cut(operands["gate"], shape)):
+        gate = operands["gate"]
+        if not (is_row_parameter(gate, shape) or is_cut(gate, shape) or "gate" in site.sums):
             raise Reject(Code.BROADCAST, "no factor is broadcast over the tokens: not a gate")
-    elif not all(is_row_parameter(operands[name], shape) for name in ("scale", "shift")):
+    elif not all(is_row_parameter(operands[name], shape) or name in site.sums for name in ("scale", "shift")):
         raise Reject(Code.BROADCAST, "scale and shift are not broadcast over the tokens: not a modulation")
 
 
@@ -114,10 +128,13 @@ def is_cut(term: Term, shape: tuple) -> bool:
     """A full tensor that is made of conditioning: a per-token gate.
 
     One slice of a bigger tensor across a dim that is not the last, rows picked per token by `where` or by an index, or
-    rows that were repeated for the tokens.
+    rows that were repeated for the tokens. Also with a row added that is the same for all tokens.
     """
     if not same_shape(term.shape, shape):
         return False
+    if (total := bare(term)).op == "add":
+        pairs = (total.args, total.args[::-1])
+        return any(is_row_parameter(row, shape) and is_cut(own, shape) for own, row in pairs)
     last = len(term.shape)
     while term.op == "view":
         if term.attrs[0] == "slice" and term.attrs[1] < last - 1 + (len(term.shape) > last):

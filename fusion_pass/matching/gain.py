@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from dkfuse.kernels.tables import table_of
+
 from .operands import base_node, fake
 from .rules import Candidate, Code, Reject, Replaceable, Stage
 from .terms import getitem_source, same_shape
@@ -79,6 +81,8 @@ def check(site: Candidate, claimed: Collection[fx.Node] = ()) -> None:
         raise _left(Code.FEEDS_POINTWISE, text)
     _check_rows(site)
     inside = site.interior | {n for name in site.outputs for n in site.output_nodes(name)}
+    for apart in site.sums.values():
+        inside |= _of_this_site(base_node(site.view, apart), inside)
     if (total := site.binding.terms.get("sum")) is not None:
         inside |= set(site.view.nodes(total))  # no part of the interior, also where nobody else reads it
     for name, term in site.operands.items():
@@ -92,6 +96,18 @@ def check(site: Candidate, claimed: Collection[fx.Node] = ()) -> None:
         if computed and node.target is not aten.clone.default and only_read_in(node, inside):
             text = f"{name} is the result of {node.target}, which Inductor computes inside the norm's kernel"
             raise _left(Code.POINTWISE_PRODUCER, text + " and which would have to be written to memory here")
+
+
+def _of_this_site(node: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
+    """A sum that the op computes itself, and the casts above it, where nobody else reads them."""
+    found: set[fx.Node] = set()
+    node = through_views(node)
+    while only_read_in(node, inside | found):
+        found.add(node)
+        if node.target not in CASTS:
+            break
+        node = through_views(node.args[0])  # type: ignore[arg-type]
+    return found
 
 
 def _check_rows(site: Candidate) -> None:
@@ -160,6 +176,9 @@ def traffic(site: Replaceable) -> tuple[int | None, int | None]:
         values = [n.meta.get("val") for n in (*node.all_input_nodes, node)]
         flat = [v for value in values for v in (value if isinstance(value, (tuple, list)) else (value,))]
         before = _add(before, *(footprint(v) for v in flat if isinstance(v, torch.Tensor)))
+    for name, apart in site.sums.items() if isinstance(site, Candidate) else ():
+        addends = (site.operands[name], site.operands[table_of(name)])
+        before = _add(before, *(footprint(fake(site.view, t)) for t in (apart, *addends)))
     after = _add(0, *(footprint(fake(site.view, t)) for t in site.operands.values()))
     after = _add(after, *(footprint(site.output_nodes(name)[0].meta["val"]) for name in site.outputs))
     return before, after

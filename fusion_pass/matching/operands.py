@@ -12,11 +12,23 @@ from .terms import Term, TermView
 RESHAPES = ("reshape", "unsqueeze", "squeeze")  # views that keep the order of the elements
 
 
+def own_node(view: TermView, term: Term) -> fx.Node | None:
+    """The node that computes `term`; None where it is read as a view of another one.
+
+    So are views of a cast that only widened: the same view of what was cast has the same values in fewer bytes.
+    """
+    nodes = view.nodes(term)
+    if not nodes or term.op != "view" or nodes[0].meta["val"].dtype == term.precision:
+        return nodes[0] if nodes else None
+    narrow = view.realizable(term.args[0]) and base_node(view, term.args[0]).meta["val"].dtype == term.precision
+    return None if narrow else nodes[0]
+
+
 def base_node(view: TermView, term: Term) -> fx.Node:
     """The node under the views of an operand."""
-    while not view.nodes(term):
+    while (node := own_node(view, term)) is None:
         term = term.args[0]
-    return view.nodes(term)[0]
+    return node
 
 
 def computed(view: TermView, term: Term) -> Term:
@@ -29,8 +41,8 @@ def computed(view: TermView, term: Term) -> Term:
 
 def fake(view: TermView, term: Term) -> torch.Tensor:
     """The fake value of an operand, its views applied."""
-    if nodes := view.nodes(term):
-        return nodes[0].meta["val"]
+    if (node := own_node(view, term)) is not None:
+        return node.meta["val"]
     from .views import apply
 
     return apply(term, fake(view, term.args[0]))

@@ -140,6 +140,7 @@ class Candidate:
     interior: set[fx.Node] = field(default_factory=set)  # nodes whose work the op does, roots excluded
     outputs: dict[str, Term] = field(default_factory=dict)  # "out", "sum": what the op returns and somebody reads
     attributes: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the op
+    sums: dict[str, Term] = field(default_factory=dict)  # operands that were taken apart, by name, see `tables`
     dual: bool = False  # a second modulation of the same norm is a result too ("out2")
     kernel: Any = None  # the provider of the implementation, once chosen
     passed_over: tuple[Reason, ...] = ()  # why the providers before it, and those not measured, were not

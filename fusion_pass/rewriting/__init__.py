@@ -3,6 +3,7 @@
     layouts, strides                    a copy where a stream's rows are strided; new strides carried on
     replace, replace_heads, calls       a site becomes one ``dkfuse::`` call a result
     joins, groups                       calls that write their part of a joint tensor, or share a launch
+    parts                               parts of pointwise results get dense memory
     lower, opaque, inline               a call becomes a Triton launch, a provider's op, or the ops of its definition
     symbols, origin                     symbolic sizes as nodes, the model's source lines
     drift                               roundings of eager's that are kept

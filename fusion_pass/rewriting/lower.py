@@ -20,7 +20,8 @@ from . import joins
 from .calls import bound_arguments, op_name, replace_results, result_names
 from .groups import grouped, in_place
 from .inline import inline
-from .opaque import lower_opaque
+from .opaque import is_opaque, lower_opaque
+from .parts import close_gaps
 from .replace import copy_origin, fake_arguments
 from .strides import RESHAPES
 from .symbols import arguments as with_symbols
@@ -37,10 +38,11 @@ def lower(graph: fx.Graph, calls: list[fx.Node]) -> None:
     """Turn each op call into its implementation, by the device that it is on."""
     if not calls:
         return
+    close_gaps(graph, [c for c in calls if is_opaque(c) or _by_triton(c)])
     calls = lower_opaque(graph, calls)
     order = {node: i for i, node in enumerate(graph.nodes)}
     calls = sorted(calls, key=lambda call: order[call])  # parts of a joint tensor are written in graph order
-    kernels = [c for c in calls if c.meta["dkfuse_kernel"] == "triton" and _device(c).type != "cpu"]
+    kernels = [c for c in calls if _by_triton(c)]
     parts = joins.find(graph, kernels)
     groups = {group[-1]: group for group in grouped(graph, [c for c in kernels if op_name(c) == "norm_rope"])}
     together = {call for group in groups.values() for call in group}
@@ -56,6 +58,10 @@ def lower(graph: fx.Graph, calls: list[fx.Node]) -> None:
     compat.stable_topological_sort(graph)
     graph.eliminate_dead_code()
     graph.lint()
+
+
+def _by_triton(call: fx.Node) -> bool:
+    return call.meta["dkfuse_kernel"] == "triton" and _device(call).type != "cpu"
 
 
 def _device(call: fx.Node) -> torch.device:

@@ -14,6 +14,7 @@ from torch import fx
 
 from .. import compat
 from ..matching.head_site import HeadSite
+from ..matching.operands import own_node
 from ..matching.rules import Candidate
 from ..matching.terms import Term, TermView, same_shape
 from ..matching.views import replay
@@ -126,6 +127,14 @@ def emit(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
     return node
 
 
+def emit_copy(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """A copy of `node` in contiguous memory."""
+    copy = graph.call_function(torch.ops.aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
+    copy.meta["val"] = torch.ops.aten.clone.default(node.meta["val"], memory_format=torch.contiguous_format)
+    copy_origin(node, copy)
+    return copy
+
+
 def copy_origin(source: fx.Node, target: fx.Node) -> None:
     for key in ("stack_trace", "nn_module_stack"):
         if key in source.meta:
@@ -140,9 +149,8 @@ def realize(
     inserted: dict[Term, fx.Node] | None = None,
 ) -> fx.Node:
     """The node that computes `term`, its views inserted where no node has them, or taken from `inserted`."""
-    nodes = view.nodes(term)
-    if nodes:
-        return renamed.get(nodes[0], nodes[0])
+    if (node := own_node(view, term)) is not None:
+        return renamed.get(node, node)
     if inserted is not None and term in inserted:
         return inserted[term]
     node = replay(graph, realize(graph, view, term.args[0], renamed, inserted), term)

@@ -111,6 +111,26 @@ def test_branch_norms(width: int, dtype: torch.dtype, branch_norm: str) -> None:
 
 
 @pytest.mark.parametrize("branch_norm", ["none", "rms"])
+@pytest.mark.parametrize("table", [BF16, FP32])
+@pytest.mark.parametrize("width", [1536, 3072])
+def test_tables(branch_norm: str, table: torch.dtype, width: int) -> None:
+    """Gate, scale and shift of each token as parts of one tensor, and a row that is added to each."""
+    names = ("gate", "scale", "shift", "scale2", "shift2")
+    tokens = dict(zip(names, random(2, 33, 6, width).unbind(2), strict=False))
+    rows = {f"{name}_table": random(width, dtype=table, seed=i) for i, name in enumerate(names)}
+    arguments = norm_arguments((2, 33, width), BF16, FP32, residual=random(2, 33, width, seed=7), sum_dtype=BF16)
+    arguments.update(branch_weight=None, branch_norm=branch_norm, branch_eps=1e-5, **tokens, **rows)
+    compare("residual_norm_modulate_dual", arguments)
+    pointwise = {name: arguments[name] for name in ("x", "out_dtype")}
+    gate = {name: arguments[name] for name in ("residual", "gate", "gate_table")}
+    compare("gated_residual", {**pointwise, **gate})
+    modulation = {name: arguments[name] for name in ("scale", "shift", "scale_table", "shift_table")}
+    compare("scale_shift", {**pointwise, **modulation})
+    norm = {name: arguments[name] for name in ("weight", "bias", "norm", "eps")}
+    compare("norm_modulate", {**pointwise, **modulation, **norm})
+
+
+@pytest.mark.parametrize("branch_norm", ["none", "rms"])
 @pytest.mark.parametrize("parameters", [BF16, FP32])
 def test_rows_picked_per_token(branch_norm: str, parameters: torch.dtype) -> None:
     """Gate, scale and shift as two rows of each sample, and a mask of the tokens that take the first."""
