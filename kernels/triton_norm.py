@@ -200,7 +200,8 @@ def row_norm(
     scale2_rows = load_operand(scale2_table, scale2_table_at, scale2_table_si, D, CHUNK, CHUNKS)
     shift2_rows = load_operand(shift2_table, shift2_table_at, shift2_table_si, D, CHUNK, CHUNKS)
 
-    gates = added(gates, gate_rows, CHUNKS)
+    if gate_table is not None:
+        gates = added(gates, gate_rows, CHUNKS)
     ys = biased(xs, branch_biases, D, CHUNK, CHUNKS, DTYPE, ROUNDINGS)
     if BRANCH_NORM:
         if BRANCH_CENTER:
@@ -224,10 +225,14 @@ def row_norm(
         zs = centred(zs, D, CHUNK, CHUNKS)
     factor = root_factor(zs, EPS, D, CHUNKS)
 
-    scales = added(scales, scale_rows, CHUNKS)
-    shifts = added(shifts, shift_rows, CHUNKS)
-    scales2 = added(scales2, scale2_rows, CHUNKS)
-    shifts2 = added(shifts2, shift2_rows, CHUNKS)
+    if scale_table is not None:
+        scales = added(scales, scale_rows, CHUNKS)
+    if shift_table is not None:
+        shifts = added(shifts, shift_rows, CHUNKS)
+    if scale2_table is not None:
+        scales2 = added(scales2, scale2_rows, CHUNKS)
+    if shift2_table is not None:
+        shifts2 = added(shifts2, shift2_rows, CHUNKS)
     for i in tl.static_range(CHUNKS):
         a = weighted(zs[i] * factor, i, weights, biases, WEIGHT_OFFSET, DTYPE, ROUNDINGS)
         value = modulated(a, i, scales, shifts, SCALE_OFFSET, DTYPE, ROUNDINGS)

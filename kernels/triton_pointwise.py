@@ -119,9 +119,12 @@ def row_pointwise(
     scale_rows = load_operand(scale_table, scale_table_at, scale_table_si, D, CHUNK, CHUNKS)
     shift_rows = load_operand(shift_table, shift_table_at, shift_table_si, D, CHUNK, CHUNKS)
 
-    gates = added(gates, gate_rows, CHUNKS)
-    scales = added(scales, scale_rows, CHUNKS)
-    shifts = added(shifts, shift_rows, CHUNKS)
+    if gate_table is not None:
+        gates = added(gates, gate_rows, CHUNKS)
+    if scale_table is not None:
+        scales = added(scales, scale_rows, CHUNKS)
+    if shift_table is not None:
+        shifts = added(shifts, shift_rows, CHUNKS)
     xs = biased(xs, branch_biases, D, CHUNK, CHUNKS, DTYPE, ROUNDINGS)
     for i in tl.static_range(CHUNKS):
         z = gated(xs, i, residuals, gates, DTYPE, ROUNDINGS)
