@@ -8,6 +8,8 @@ as short as a call: all are bound by calls there.
 `lengths` are speeds where a mask says how many of the first keys take part, with `DENSE` for torch's choice given that
 mask as a `[B, 1, 1, Sk]` bias, and others by the numbers of keys; all keys count, also those that do not take part. By
 `python -m dkfuse.bench.attention 1x24x25440+256x128 1x24x67320+256x128 --valid 0.997`; empty where it was not measured.
+The four last rows are of an H200, with `--valid 0.9`: 1x24x4096+512x128 2x38x4096+333x64 1x24x4096+256x96
+1x16x49290+1985x128.
 """
 
 from __future__ import annotations
@@ -47,6 +49,10 @@ TABLE = (
     Row(90, 96, 24, 4352, 4352, {"cudnn": 479, "flash": 281, "efficient": 132, "fa4": 544}),
     Row(90, 128, 24, 25696, 25696, {}, {"dense": 412, "cudnn": 580, "flash": 368, "fa4": 705}),
     Row(90, 128, 24, 67576, 67576, {}, {"dense": 401, "cudnn": 584, "flash": 354, "fa4": 690}),
+    Row(90, 128, 24, 4608, 4608, {}, {"dense": 407, "cudnn": 460, "flash": 372, "fa4": 741}),
+    Row(90, 64, 76, 4429, 4429, {}, {"dense": 141, "cudnn": 340, "flash": 321, "fa4": 582}),
+    Row(90, 96, 24, 4352, 4352, {}, {"dense": 289, "cudnn": 398, "flash": 322, "fa4": 596}),
+    Row(90, 128, 16, 51275, 51275, {}, {"dense": 404, "cudnn": 568, "flash": 400, "fa4": 740}),
 )
 DENSE = "dense"
 # Microseconds of CPU that a call costs more than torch's own attention (19), measured on that host; with numbers of
