@@ -122,3 +122,12 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> t
 def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pretend that launches cost the CPU nothing, for graphs so small that they would be all there is."""
     monkeypatch.setattr(cpu_bound.Load, "too_slow", lambda *_: None)
+
+
+def in_fp64(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of a model, floating tensors in fp64."""
+
+    def real(value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+    return {name: value.double() if real(value) else value for name, value in inputs.items()}

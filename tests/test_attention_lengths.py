@@ -19,7 +19,7 @@ from dkfuse.kernels.attention_kernels import KERNELS
 from dkfuse.seams import attention_choice, attention_measure
 from dkfuse.seams.attention_table import DENSE, Row
 
-from .attentions import BF16, install, on_cpu, rewritten, sdpa, targets, unhurried, use_rows
+from .attentions import BF16, in_fp64, install, on_cpu, rewritten, sdpa, targets, unhurried, use_rows
 
 aten = torch.ops.aten
 OP = torch.ops.dkfuse.attention.default
@@ -392,16 +392,12 @@ def test_hunyuan_video_is_rewritten_whole():
     with torch.no_grad(), dkfuse.record() as coverage:
         out = torch.compile(model, backend="dkfuse", options=options, dynamic=False)(**inputs)[0]
         eager = model(**inputs)[0]
-        exact = model.double()(**{k: v.double() if _real(v) else v for k, v in inputs.items()})[0]
+        exact = model.double()(**in_fp64(inputs))[0]
     found = [s for s in coverage.seams if s.family == "attention"]
     assert [s.kernel for s in found] == [None, None, "fa4", "fa4"]
     assert all("select_scatter" in s.attempts[-1].message for s in found[:2])
     ours, theirs = ((t.double() - exact).square().mean().sqrt().item() for t in (out, eager))
     assert ours <= 1.1 * theirs
-
-
-def _real(value) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 # -- the bench ---------------------------------------------------------------------------------------------------------

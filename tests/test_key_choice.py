@@ -18,7 +18,7 @@ from dkfuse.seams.key_choice import KeyChoice, choice
 from dkfuse.seams.key_lengths import Unproved
 from dkfuse.seams.key_order import order_of_keys, zero_where_nobody_asks
 
-from .attentions import BF16, install, on_cpu, rewritten, sdpa, targets, unhurried, use_rows
+from .attentions import BF16, in_fp64, install, on_cpu, rewritten, sdpa, targets, unhurried, use_rows
 from .masks import INF, KEYS, SPELLINGS, arange, bias, mask_of, traced
 
 aten = torch.ops.aten
@@ -303,15 +303,11 @@ def test_hunyuan_video_15_is_rewritten_whole():
     with torch.no_grad(), dkfuse.record() as coverage:
         out = torch.compile(model, backend="dkfuse", options=options, dynamic=False)(**inputs)[0]
         eager = model(**inputs)[0]
-        exact = model.double()(**{k: v.double() if _real(v) else v for k, v in inputs.items()})[0]
+        exact = model.double()(**in_fp64(inputs))[0]
     found = [s for s in coverage.seams if s.family == "attention"]
     assert found and [s.kernel for s in found] == ["fa4"] * len(found)
     ours, theirs = ((t.double() - exact).square().mean().sqrt().item() for t in (out, eager))
     assert ours <= 1.1 * theirs
-
-
-def _real(value) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 # -- the choice of a kernel --------------------------------------------------------------------------------------------
