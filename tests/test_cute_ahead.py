@@ -191,7 +191,8 @@ def attention(
         ({"tokens": 1536}, {}, False),  # cuDNN is as fast
         ({"causal": True}, {}, False),
         ({"tokens": 25696, "masked": True}, {}, True),
-        ({"masked": True}, {}, False),
+        ({"masked": True}, {}, True),
+        ({"tokens": 1536, "masked": True}, {}, False),
     ],
 )
 def test_started_for_attention(
