@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from dkfuse import patterns
-from dkfuse.kernels import cute_ahead, disk_cache, failures, registry
+from dkfuse.kernels import disk_cache, failures, registry
 from dkfuse.kernels.failures import Failure
 from dkfuse.kernels.provider_ops import define_all
 from dkfuse.kernels.providers import PROVIDERS
@@ -259,6 +259,6 @@ def _set_log_level(settings: Settings) -> None:
 
 
 # torch.compile(backend="dkfuse") imports this module, and Dynamo traces for seconds before it calls the backend
-cute_ahead.start_if_new()
+early.start_by_environment()
 
 __all__ = ["dkfuse", "planning_backend"]

@@ -129,6 +129,27 @@ def test_started_by_torch_compile_before_the_first_call(tmp_path: Path) -> None:
     ], done.stderr
 
 
+@pytest.mark.parametrize(
+    ("asked", "started"),
+    [
+        ({}, True),
+        ({"DKFUSE_GEMM": "cublas"}, True),  # for attention
+        ({"DKFUSE_GEMM": "cublas", "DKFUSE_ATTENTION": "torch"}, False),
+        ({"DKFUSE_DISABLE": "1"}, False),
+        ({"DKFUSE_REMAINDER": "eager"}, False),
+        ({"DKFUSE_GEMM": "no such"}, False),  # which the first call says
+    ],
+)
+def test_what_the_environment_asks_for(
+    pool: Recorder, monkeypatch: pytest.MonkeyPatch, asked: dict[str, str], started: bool
+) -> None:
+    with_a_gpu(monkeypatch)
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    early.start_by_environment()
+    assert pool.started == int(started)
+
+
 IN_THE_HELPER = """
     import inspect, sys
     import dkfuse.kernels.cute_helper

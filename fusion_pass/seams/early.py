@@ -19,6 +19,7 @@ from dkfuse.kernels import attention_kept, compile_ahead, cute_ahead, gemm_ahead
 
 from .. import compat
 from ..choosing.choose import resolve_target
+from ..errors import SettingsError
 from ..matching.rules import Reject
 from ..reporting.report import Graph
 from ..settings import Settings
@@ -47,6 +48,16 @@ def start_if_new(settings: Settings) -> None:
     """Start the helper where nothing was compiled yet and such kernels may be used."""
     if settings.gemm != gemm_kernels.CUBLAS or settings.attention in ATTENTION:
         cute_ahead.start_if_new()
+
+
+def start_by_environment() -> None:
+    """The same before any call, for what the environment asks for; a wrong variable is the first call's error."""
+    try:
+        settings, *_ = Settings.parse()
+    except SettingsError:
+        return
+    if not settings.disable and settings.remainder != "eager":
+        start_if_new(settings)
 
 
 # -- linears -----------------------------------------------------------------------------------------------------------
