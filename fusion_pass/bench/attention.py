@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from dkfuse.kernels import attention_kernels, attention_run
 
 from ..errors import first_line
-from ..seams import attention_table
+from ..seams import attention_measure, attention_table
 from .kernels import NO_GPU
 from .timing import cpu_microseconds
 
@@ -116,11 +116,8 @@ def masked_calls(
     order = torch.arange(k.shape[2], device=k.device)
     order = torch.cat([order[:sure], order[sure:].flip(0)])
 
-    def reordered() -> list[torch.Tensor]:
-        return [t.transpose(1, 2).index_select(1, order).transpose(1, 2) for t in (k, v)]
-
     def attention(name: str) -> torch.Tensor:
-        keys, values = reordered() if reorders else (k, v)
+        keys, values = attention_measure.reordered(k, v, order) if reorders else (k, v)
         return torch.ops.dkfuse.attention(q, keys, values, None, lengths, using=name, sure=sure, bounded=True)
 
     capability = 10 * torch.cuda.get_device_capability()[0]
@@ -132,7 +129,7 @@ def masked_calls(
         "unmasked": lambda: F.scaled_dot_product_attention(q, k, v),
         attention_table.DENSE: lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=bias),
         "bool": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=taken),
-        **({"reorder": reordered} if reorders else {}),
+        **({"reorder": lambda: attention_measure.reordered(k, v, order)} if reorders else {}),
         **{
             name: functools.partial(attention, name)
             for name, kernel in attention_kernels.KERNELS.items()

@@ -132,9 +132,7 @@ def _factors(
 
     outside: for a bias, what it is where it is not 0; () for a mask.
     """
-    base, axes = viewed(node)
-    dims = tuple(axes[d] if d is not None else None for d in dims)
-    given = bound_arguments(base) if isinstance(base.target, torch._ops.OpOverload) else {}
+    base, given, dims = _based(node, dims)
     if outside:
         _factors(*_condition(base, given, dims, outside), (), parts)
         return
@@ -199,6 +197,7 @@ def _condition(
 
 
 def _based(node: fx.Node, dims: Dims) -> tuple[fx.Node, dict[str, Any], Dims]:
+    """(the tensor under the views that end in `node`, its operands by name, dims of `node` as dims of it)."""
     base, axes = viewed(node)
     given = bound_arguments(base) if isinstance(base.target, torch._ops.OpOverload) else {}
     return base, given, tuple(axes[d] if d is not None else None for d in dims)
@@ -226,11 +225,9 @@ def _constant(node: Any) -> Any:
 
 def _cut(flags: Flags) -> Flags:
     """The same flags, without the places at both ends that a pad or a cat made true."""
-    node, dims = viewed(flags.node)
-    place, sample = dims[flags.place], None if flags.sample is None else dims[flags.sample]
+    node, given, (place, sample) = _based(flags.node, (flags.place, flags.sample))
     if place is None or (flags.sample is not None and sample is None):
         return flags
-    given = bound_arguments(node) if isinstance(node.target, torch._ops.OpOverload) else {}
     truth = not flags.negated
     inner, before, after = None, 0, 0
     if node.target in CASTS:
