@@ -108,26 +108,34 @@ def numbers_of_keys(graph: fx.Graph, lengths: KeyLengths, q: fx.Node, keys: Any,
     key = lengths, batch if isinstance(batch, int) else batch.node.expr, most
     if key not in known:
         add, node = lengths.add, lengths.node
-        node = _call(graph, prims.convert_element_type.default, node, torch.int64)
-        node = _call(graph, aten.clamp_min.default, node, max(lengths.low, 1 - add))
-        node = _call(graph, aten.clamp_max.default, node, most - add)
-        node = _call(graph, aten.add.Tensor, node, add) if add else node
-        node = _call(graph, prims.convert_element_type.default, node, torch.int32)
-        node = _call(graph, aten.reshape.default, node, [-1])
+        node = call(graph, prims.convert_element_type.default, node, torch.int64)
+        node = call(graph, aten.clamp_min.default, node, max(lengths.low, 1 - add))
+        node = call(graph, aten.clamp_max.default, node, most - add)
+        node = call(graph, aten.add.Tensor, node, add) if add else node
+        node = call(graph, prims.convert_element_type.default, node, torch.int32)
+        node = call(graph, aten.reshape.default, node, [-1])
         if not same_size(node.meta["val"].shape[0], batch):
             sizes = with_symbols(graph, [batch], [q])
-            node = _call(graph, aten.expand.default, node, sizes)
+            node = call(graph, aten.expand.default, node, sizes)
         known[key] = node
     return known[key]
 
 
-def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
-    node = graph.call_function(target, args)
+def call(graph: fx.Graph, target: Any, first: Any, *args: Any, operands: bool = True, **kwargs: Any) -> fx.Node:
+    """`target` of `first` and the rest; without operands it is made on the device (and, if floating, of the dtype) of
+    `first`, which only says so."""
+    like = first[0] if isinstance(first, list) else first
+    if operands:
+        args = (first, *args)
+    else:
+        value = like.meta["val"]
+        kwargs = {"dtype": value.dtype, **kwargs, "device": value.device}
+    node = graph.call_function(target, args, kwargs)
     values = fx.map_arg(args, lambda n: n.meta["val"])
-    with args[0].meta["val"].fake_mode:
-        node.meta["val"] = target(*values)
-    copy_origin(args[0], node)
+    with like.meta["val"].fake_mode:
+        node.meta["val"] = target(*values, **kwargs)
+    copy_origin(like, node)
     return node
 
 
-__all__ = ["KeyLengths", "Numbers", "Unproved", "numbers_of_keys", "prove", "sure"]
+__all__ = ["KeyLengths", "Numbers", "Unproved", "call", "numbers_of_keys", "prove", "sure"]

@@ -23,6 +23,7 @@ from ..matching.terms import same_size
 from ..rewriting.replace import copy_origin
 from ..rewriting.symbols import arguments as with_symbols
 from .key_choice import Flags, KeyChoice
+from .key_lengths import call
 
 aten, prims = torch.ops.aten, torch.ops.prims
 Known = dict[Any, Any]
@@ -40,22 +41,22 @@ def order_of_keys(graph: fx.Graph, choice: KeyChoice, q: fx.Node, known: Known) 
         before, after = choice.before, choice.after
         taken = _all(graph, choice.keys, before, after)
         if not same_size(taken.meta["val"].shape[0], batch):
-            taken = _call(graph, aten.expand.default, taken, with_symbols(graph, [batch, -1], [q]))
-        count = _call(graph, aten.sum.dim_IntList, taken, [1])
-        count = _call(graph, aten.add.Tensor, count, choice.sure) if choice.sure else count
-        count = _call(graph, aten.clamp_min.default, count, 1)
-        ranks = _call(graph, prims.convert_element_type.default, taken, torch.uint8)
-        both = _call(graph, aten.sort.stable, ranks, stable=True, dim=1, descending=True)
+            taken = call(graph, aten.expand.default, taken, with_symbols(graph, [batch, -1], [q]))
+        count = call(graph, aten.sum.dim_IntList, taken, [1])
+        count = call(graph, aten.add.Tensor, count, choice.sure) if choice.sure else count
+        count = call(graph, aten.clamp_min.default, count, 1)
+        ranks = call(graph, prims.convert_element_type.default, taken, torch.uint8)
+        both = call(graph, aten.sort.stable, ranks, stable=True, dim=1, descending=True)
         order = graph.call_function(operator.getitem, (both, 1))
         order.meta["val"] = both.meta["val"][1]
         copy_origin(both, order)
         if choice.sure:
-            order = _call(graph, aten.add.Tensor, order, before) if before else order
+            order = call(graph, aten.add.Tensor, order, before) if before else order
             end = before + taken.meta["val"].shape[1]
             sure = [(0, before), (end, end + after)]
             parts = [_range(graph, order, *ends) for ends in sure if ends[0] < ends[1]]
-            order = _call(graph, aten.cat.default, [*parts, order], 1)
-        known[key] = order, _call(graph, prims.convert_element_type.default, count, torch.int32)
+            order = call(graph, aten.cat.default, [*parts, order], 1)
+        known[key] = order, call(graph, prims.convert_element_type.default, count, torch.int32)
     return known[key]
 
 
@@ -64,9 +65,9 @@ def in_order(graph: fx.Graph, keys: fx.Node, order: fx.Node, known: Known) -> fx
     if order not in known:
         batch = order.meta["val"].shape[0]
         known[order] = _column(graph, order, batch)
-    tokens = _call(graph, aten.permute.default, keys, TOKENS_FIRST)
-    tokens = _call(graph, aten.index.Tensor, tokens, [known[order], order])
-    return _call(graph, aten.permute.default, tokens, TOKENS_FIRST)
+    tokens = call(graph, aten.permute.default, keys, TOKENS_FIRST)
+    tokens = call(graph, aten.index.Tensor, tokens, [known[order], order])
+    return call(graph, aten.permute.default, tokens, TOKENS_FIRST)
 
 
 def zero_where_nobody_asks(graph: fx.Graph, choice: KeyChoice, out: fx.Node, known: Known) -> fx.Node:
@@ -77,10 +78,10 @@ def zero_where_nobody_asks(graph: fx.Graph, choice: KeyChoice, out: fx.Node, kno
     if key not in known:
         rows = _all(graph, choice.queries, 0, 0)
         for dim in (1, 3):
-            rows = _call(graph, aten.unsqueeze.default, rows, dim)
+            rows = call(graph, aten.unsqueeze.default, rows, dim)
         known[key] = rows
-    zero = _call(graph, aten.full.default, out, [], 0.0, operands=False)
-    return _call(graph, aten.where.self, known[key], out, zero)
+    zero = call(graph, aten.full.default, out, [], 0.0, operands=False)
+    return call(graph, aten.where.self, known[key], out, zero)
 
 
 def _all(graph: fx.Graph, flags: Iterable[Flags], before: int, after: int) -> fx.Node:
@@ -90,50 +91,33 @@ def _all(graph: fx.Graph, flags: Iterable[Flags], before: int, after: int) -> fx
     for each in flags:
         node, value = each.node, each.node.meta["val"]
         if each.sample is not None and each.sample > each.place:
-            node = _call(graph, aten.transpose.int, node, each.sample, each.place)
+            node = call(graph, aten.transpose.int, node, each.sample, each.place)
         samples = 1 if each.sample is None else value.shape[each.sample]
         sizes = with_symbols(graph, [samples, value.shape[each.place]], [each.node])
-        node = _call(graph, aten.reshape.default, node, sizes)
+        node = call(graph, aten.reshape.default, node, sizes)
         if value.dtype != torch.bool:
-            node = _call(graph, aten.ne.Scalar, node, 0)
-        node = _call(graph, aten.logical_not.default, node) if each.negated else node
+            node = call(graph, aten.ne.Scalar, node, 0)
+        node = call(graph, aten.logical_not.default, node) if each.negated else node
         pad = [each.before - before, each.after - after]
-        node = _call(graph, aten.constant_pad_nd.default, node, pad, True) if any(pad) else node
-        found = node if found is None else _call(graph, aten.logical_and.default, found, node)
+        node = call(graph, aten.constant_pad_nd.default, node, pad, True) if any(pad) else node
+        found = node if found is None else call(graph, aten.logical_and.default, found, node)
     assert found is not None
     return found
 
 
 def _range(graph: fx.Graph, order: fx.Node, start: int, end: int) -> fx.Node:
     """start..end for each sample of `order`."""
-    numbers = _call(graph, aten.unsqueeze.default, _counted(graph, order, end - start, start), 0)
+    numbers = call(graph, aten.unsqueeze.default, _counted(graph, order, end - start, start), 0)
     sizes = with_symbols(graph, [order.meta["val"].shape[0], end - start], [order])
-    return _call(graph, aten.expand.default, numbers, sizes)
+    return call(graph, aten.expand.default, numbers, sizes)
 
 
 def _column(graph: fx.Graph, order: fx.Node, samples: Any) -> fx.Node:
     """The numbers of the samples, `[B, 1]`."""
     (count,) = with_symbols(graph, [samples], [order])
-    return _call(graph, aten.unsqueeze.default, _counted(graph, order, count), 1)
+    return call(graph, aten.unsqueeze.default, _counted(graph, order, count), 1)
 
 
 def _counted(graph: fx.Graph, like: fx.Node, count: Any, start: int = 0) -> fx.Node:
     how = {"start": start, "step": 1, "dtype": torch.int64, "requires_grad": False}
-    return _call(graph, prims.iota.default, like, count, operands=False, **how)
-
-
-def _call(graph: fx.Graph, target: Any, first: Any, *args: Any, operands: bool = True, **kwargs: Any) -> fx.Node:
-    """`target` of `first` and the rest; without operands it is made on the device (and, if floating, of the dtype) of
-    `first`, which only says so."""
-    like = first[0] if isinstance(first, list) else first
-    if operands:
-        args = (first, *args)
-    else:
-        value = like.meta["val"]
-        kwargs = {"dtype": value.dtype, **kwargs, "device": value.device}
-    node = graph.call_function(target, args, kwargs)
-    values = fx.map_arg(args, lambda n: n.meta["val"])
-    with like.meta["val"].fake_mode:
-        node.meta["val"] = target(*values, **kwargs)
-    copy_origin(like, node)
-    return node
+    return call(graph, prims.iota.default, like, count, operands=False, **how)
