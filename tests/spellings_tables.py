@@ -154,15 +154,30 @@ def written_by_nobody(x: T, s: T, t: T, e: T, w: T) -> T:
     return modulated(x, scale, shift) @ w + torch.sin(scale).sum(-1, keepdim=True)
 
 
-# -- not taken apart ---------------------------------------------------------------------------------------------------
-
-
 @spelling("norm_modulate", "x:BLD table:6D e:BP w:DD")
-@apart()
+@apart("scale", "shift")
 def one_row_for_each_sample(x: T, table: T, e: T, w: T) -> T:
-    """The sum is small."""
+    """Nothing of each token (PixArt, Sana): the sums would take a launch each."""
     shift, scale, *_ = (table + e.unflatten(1, (6, -1))).chunk(6, dim=1)
     return modulated(x, scale, shift) @ w
+
+
+@spelling(WIDE, "h:BLD table:16D:f e:BP y:BLD w:DD")
+@apart("gate", "scale", "shift")
+def wan_by_samples(h: T, table: T, e: T, y: T, w: T) -> tuple[T, T]:
+    """Wan2.1: a fp32 table and rows of each sample in bf16."""
+    shift, scale, gate, *_ = (table + e.unflatten(1, (6, -1)).float()).chunk(6, dim=1)
+    return in_fp32(h, y, shift, scale, gate, w)
+
+
+@spelling("norm_modulate", "x:BLD s:D t:D e:D w:DD")
+@apart("scale", "shift")
+def rows_of_all(x: T, s: T, t: T, e: T, w: T) -> T:
+    """Both addends are the same for all tokens and samples."""
+    return modulated(x, s + e, t + e) @ w
+
+
+# -- not taken apart ---------------------------------------------------------------------------------------------------
 
 
 @spelling("norm_modulate", "x:BLD table:L6D e:BLP w:DD")

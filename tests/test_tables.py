@@ -165,3 +165,25 @@ def test_traffic_has_the_sum_and_the_addends() -> None:
     (without, with_table) = (norm_site(run(function, args)[1]) for function in (shifted, tabled))
     assert with_table.bytes_before - without.bytes_before == 2 * (TOKENS + 36 + TOKENS)
     assert with_table.bytes_after - without.bytes_after == 2 * 36
+
+
+@pytest.mark.parametrize("name", ["wan21-14b", "ltx", "pixart-sigma", "sana"])
+def test_no_sum_of_a_table_is_left_in_a_model(name: str) -> None:
+    """Each would be a launch of its own."""
+    pytest.importorskip("diffusers")
+    from dkfuse import zoo
+
+    module, kwargs = zoo.build(name)
+
+    def model(*values: Any) -> Any:
+        return module(**dict(zip(kwargs, values, strict=True)))
+
+    calls = [node for node in fused(model, list(kwargs.values())).nodes if str(node.target).startswith("dkfuse.")]
+    given = [bound_arguments(node).get(table) for node in calls for table in TABLES]
+    assert sum(table is not None for table in given) >= 3 * 2 * 2  # a shift and a scale, or a gate, of two blocks
+    for node in calls:
+        for argument in TABLED:
+            operand = bound_arguments(node).get(argument)
+            while operand is not None and not is_elementwise(operand) and len(operand.all_input_nodes) == 1:
+                (operand,) = operand.all_input_nodes
+            assert operand is None or operand.target is not torch.ops.aten.add.Tensor, (node, argument)

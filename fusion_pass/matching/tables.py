@@ -1,13 +1,14 @@
-"""Gates, scales and shifts that are a value of each token plus a row that is the same for all tokens.
+"""Gates, scales and shifts that are a value of each token or sample plus a row that is the same for all of them.
 
-    mod = scale_shift_table[None, None] + temb.unflatten(2, (6, -1))            [1, 1, 6, D] + [B, N, 6, D]
+    mod = scale_shift_table[None, None] + temb.unflatten(2, (6, -1))            [1, 1, 6, D] + [B, N or 1, 6, D]
     shift, scale, gate, ... = mod.unbind(2)
 
-The op takes both addends, so that the sums, one row for every token and part, need not be written to memory, and the
-tokens' values are read as they were before a cast that only widened them. Views of the sum are moved down to the
-addends: one add for all parts, or one for each. The sum's own rounding is dropped like those inside of a site; asked to
-keep it (``roundings=eager``), a sum that is rounded stays outside, and so does one that must be written all the same,
-for a reader that Inductor does not compute it in.
+The op takes both addends, so that the sums need not be written to memory: one row for every token and part, or, of
+samples, one launch for every part, where Inductor has none, as it adds inside of the norm's kernel. Values are read as
+they were before a cast that only widened them. Views of the sum are moved down to the addends: one add for all parts,
+or one for each. The sum's own rounding is dropped like those inside of a site; asked to keep it (``roundings=eager``),
+a sum that is rounded stays outside, and so does one that must be written all the same, for a reader that Inductor does
+not compute it in.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ def parts(view: TermView, terms: dict[str, Term], shape: tuple) -> Iterator[Term
 
 
 def addends(view: TermView, term: Term, shape: tuple, exact: bool) -> tuple[Term, Term] | None:
-    """``(value of each token, row)`` where `term` is their sum and has a row for each token of `shape`, or None."""
-    if not _per_token(term, shape):
+    """``(value of each token or sample, row)`` where `term` is their sum and broadcasts to `shape`, or None."""
+    if not (_per_token(term, shape) or _is_row(term, shape)):
         return None
     total = view.expose(term)
     if total.op == "round" and not exact:
@@ -60,7 +61,7 @@ def addends(view: TermView, term: Term, shape: tuple, exact: bool) -> tuple[Term
         return None
     first, second = total.args
     for own, row in ((first, second), (second, first)):
-        if _is_row(row, shape) and _extent(own) > _extent(row) and _readable(view, own) and _readable(view, row):
+        if _is_row(row, shape) and _extent(own) >= _extent(row) and _readable(view, own) and _readable(view, row):
             return None if _written_anyway(_origin(base_node(view, term))) else (own, row)
     return None
 
