@@ -183,7 +183,7 @@ class Planner:
             if inner_state is not None and (inner_state.site is not None or inner_state.anchor.node in self.claimed):
                 continue
             try:
-                self.take(state, self._candidate(rule, term, binding, state, shaped.shape))
+                self._take(rule, term, binding, state, shaped.shape)
                 if inner_state is not None:
                     inner_state.absorbed_by = state
                 return True
@@ -196,14 +196,26 @@ class Planner:
             best[0].attempts.append((best[1], rule))
         return False
 
-    def _candidate(self, rule: Rule, term: Term, binding: Binding, state: State, shape: tuple) -> Candidate:
+    def _take(self, rule: Rule, term: Term, binding: Binding, state: State, shape: tuple) -> None:
+        """Take the site, its sums whole where no kernel in use adds their rows; or Reject."""
+        site = self._candidate(rule, term, binding, state, shape)
+        try:
+            self.take(state, site)
+        except Reject as reject:
+            if reject.stage is not Stage.KERNEL or reject.left or not tables.may_stay_whole(site):
+                raise
+            self.take(state, self._candidate(rule, term, binding, state, shape, apart=False))
+
+    def _candidate(
+        self, rule: Rule, term: Term, binding: Binding, state: State, shape: tuple, apart: bool = True
+    ) -> Candidate:
         if not self.settings.allows(rule.name):
             raise Reject(Code.DISABLED, f"rule {rule.name} is switched off by dkfuse.rules", Stage.KERNEL)
         norm = binding.terms.get("norm")
         if state.anchor.node in self.queries and norm is not None and heads.is_head(norm):
             raise Reject(Code.QK_NORM, QK_NORM, Stage.KERNEL, left=True)
         try:
-            return build(rule, self.view, term, binding, self.settings.roundings, shape)
+            return build(rule, self.view, term, binding, self.settings.roundings, shape, apart)
         except Reject as reject:
             if reject.code != Code.ESCAPES.value or "norm" not in binding.terms:
                 raise
@@ -211,7 +223,7 @@ class Planner:
             half = self.halves.setdefault(key, (term, binding))
             if half[0] is term:
                 raise
-            return build_dual(half, (term, binding), rule, self.view, self.settings.roundings)
+            return build_dual(half, (term, binding), rule, self.view, self.settings.roundings, apart)
 
     def take(self, state: State, site: Candidate | HeadSite) -> None:
         """Claim the site's nodes for `state`, or Reject."""

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import dkfuse
 from dkfuse.kernels import ops
 from dkfuse.kernels.support import OPERANDS, supports
 from dkfuse.kernels.tables import TABLED, TABLES, table_of
@@ -165,6 +166,31 @@ def test_traffic_has_the_sum_and_the_addends() -> None:
     (without, with_table) = (norm_site(run(function, args)[1]) for function in (shifted, tabled))
     assert with_table.bytes_before - without.bytes_before == 2 * (TOKENS + 36 + TOKENS)
     assert with_table.bytes_after - without.bytes_after == 2 * 36
+
+
+@pytest.mark.parametrize(
+    ("kind", "kernels", "expected"),
+    [
+        ("BP", ("cute",), {"norm_modulate": 1}),
+        ("BP", ("triton",), {"norm_modulate": 1}),
+        ("BLP", ("triton",), {"norm_modulate": 1}),
+        ("BLP", ("cute",), {"left:feeds_pointwise": 1}),  # a row for each token would have to be written
+    ],
+)
+def test_a_kernel_that_adds_no_rows_is_given_the_sum(kind: str, kernels: tuple[str], expected: dict[str, int]) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor, table: torch.Tensor, e: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            parts = table + e.unflatten(-1, (6, -1))
+            shift, scale, *_ = parts.chunk(6, 1) if kind == "BP" else parts.unbind(-2)
+            return (ln(x) * (1 + scale) + shift) @ w
+
+    wide = {"D": 64, "P": 6 * 64, "B": 2, "L": 64, "6": 6}
+    shapes = ("BLD", "6D", kind, "DD")
+    inputs = [torch.empty([wide[c] for c in shape], device="meta", dtype=BF16) for shape in shapes]
+    settings = dkfuse.Settings(target="sm90", kernels=kernels)
+    coverage = dkfuse.coverage(Model(), *inputs, settings=settings)
+    assert counts(coverage) == expected, str(coverage)
+    assert norm_site(coverage).kernel == (kernels[0] if "norm_modulate" in expected else None)
 
 
 @pytest.mark.parametrize("name", ["wan21-14b", "ltx", "pixart-sigma", "sana"])

@@ -26,19 +26,20 @@ FULL = ("x", "residual")
 
 
 def build(
-    rule: Rule, view: TermView, root: Term, binding: Binding, roundings: str = "fused", shape: tuple | None = None
+    rule: Rule, view: TermView, root: Term, binding: Binding, roundings: str, shape: tuple, apart: bool
 ) -> Candidate:
-    """The candidate for `binding`, or Reject. `shape` is what the op sees `root` in, where that is not its own."""
+    """The candidate for `binding`, or Reject. shape: what the op sees `root` in; apart: sums are, see `tables`."""
     value = view.nodes(root)[0].meta["val"]
     if (total := binding.terms.get("sum")) is not None:
         binding = binding.rebind("sum", computed(view, total))
-    shape = tuple(value.shape) if shape is None else shape
     site = Candidate(rule, view, root, binding, shape, value.device, family=rule.family)
     site.outputs["out"] = root
-    return _checked(site, roundings)
+    return _checked(site, roundings, apart)
 
 
-def build_dual(first: tuple[Term, Binding], second: tuple[Term, Binding], rule: Rule, view: TermView, roundings: str):
+def build_dual(
+    first: tuple[Term, Binding], second: tuple[Term, Binding], rule: Rule, view: TermView, roundings: str, apart: bool
+) -> Candidate:
     """The candidate for two modulations of one norm (SD3.5's dual attention, LTX-2's cross-modal norms), or Reject."""
     (root, one), (other_root, two) = first, second
     one, two = (b.rebind("sum", computed(view, b.terms["sum"])) if "sum" in b.terms else b for b in (one, two))
@@ -55,15 +56,16 @@ def build_dual(first: tuple[Term, Binding], second: tuple[Term, Binding], rule: 
     )
     site = Candidate(rule, view, root, binding, tuple(nodes[0].shape), nodes[0].device, family=rule.family, dual=True)
     site.outputs.update(out=root, out2=other_root)
-    return _checked(site, roundings)
+    return _checked(site, roundings, apart)
 
 
-def _checked(site: Candidate, roundings: str) -> Candidate:
+def _checked(site: Candidate, roundings: str, apart: bool) -> Candidate:
     rule = site.rule
     if rule.check is not None:
         rule.check(site)
     _check_bias(site)
-    tables.resolve(site, exact=roundings == "eager")
+    if apart:
+        tables.resolve(site, exact=roundings == "eager")
     picks.resolve(site)
     _check_operands(site)
     collect_interior(site)

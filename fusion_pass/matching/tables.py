@@ -43,6 +43,11 @@ def resolve(site: Candidate, exact: bool) -> None:
         site.binding = Binding({**terms, **found}, binding.numbers, binding.roundings, binding.interior)
 
 
+def may_stay_whole(site: Candidate) -> bool:
+    """Whether a kernel that adds no rows may read the site's sums from memory: not those that have a row per token."""
+    return bool(site.sums) and not any(_per_token(total, site.shape) for total in site.sums.values())
+
+
 def parts(view: TermView, terms: dict[str, Term], shape: tuple) -> Iterator[Term]:
     """The operands of a site, sums taken apart where that is possible."""
     for name, term in terms.items():
