@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true as _statically_known_true
 
-from .compat_triton import analysed_once, workers_told
+from .compat_triton import workers_told, writes_known
 
 
 def statically_known_true(condition: Any) -> bool:
@@ -58,7 +58,7 @@ def inductor(gm: fx.GraphModule, inputs: Any, options: dict[str, Any]) -> Any:
     """Compile with Inductor."""
     import torch._inductor
 
-    with analysed_once(), workers_told():
+    with writes_known(), workers_told():
         return torch._inductor.compile(gm, inputs, options=options)
 
 

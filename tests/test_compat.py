@@ -100,23 +100,32 @@ def test_statically_known_true_on_plain_booleans(condition):
     assert compat.statically_known_true(condition) is condition
 
 
-def test_torch_analyses_a_kernel_of_ours_once(monkeypatch):
+def test_torch_is_told_what_a_kernel_of_ours_writes(monkeypatch):
     from torch._higher_order_ops import triton_kernel_wrap
+    from torch._inductor import config
 
     name = next(n for n in compat_triton.ANALYSES if hasattr(triton_kernel_wrap, n))  # StopIteration: torch renamed it
-    seen = []
-    monkeypatch.setattr(triton_kernel_wrap, name, lambda kernel, kwargs, metadata: seen.append(kernel) or [len(seen)])
-    ours, foreign = type("Kernel", (), {})(), type("Kernel", (), {})()
-    compat_triton.register_triton_kernel(ours, {})
-    x, y = torch.empty(2), torch.empty(2, dtype=torch.int32)
-    with compat_triton.analysed_once():
-        analyse = getattr(triton_kernel_wrap, name)
-        assert analyse(ours, {"x": x, "n": 3}, {}) == [1]
-        assert analyse(ours, {"x": x + 1, "n": 3}, {}) == [1]  # the same kinds of arguments
-        assert analyse(ours, {"x": x, "n": 4}, {}) == [2]
-        assert analyse(ours, {"x": y, "n": 3}, {}) == [3]
-        assert analyse(foreign, {"x": x}, {}) == [4] and analyse(foreign, {"x": x}, {}) == [5]
-    assert getattr(triton_kernel_wrap, name)(ours, {"x": x, "n": 3}, {}) == [6]
+    monkeypatch.setattr(triton_kernel_wrap, name, lambda kernel, kwargs, metadata: "analysed")
+
+    def kernel():
+        return type("Kernel", (), {"arg_names": ["x", "out", "n", "sum"], "fn": lambda: None})()
+
+    def asked(kernel):
+        found = getattr(triton_kernel_wrap, name)(kernel, {"x": x, "out": x, "n": 3, "sum": x}, {})
+        return found if isinstance(found, (list, str)) else [dep.name for dep in found.read_writes.writes]
+
+    x, ours, twice, foreign = torch.empty(2), kernel(), kernel(), kernel()
+    tuned = type("Autotuner", (), {"arg_names": ours.arg_names, "fn": ours})()
+    compat_triton.register_triton_kernel(tuned, {}, ["sum", "out"])
+    for written in (["out"], ["sum"]):
+        compat_triton.register_triton_kernel(twice, {}, written)
+    with compat_triton.writes_known():
+        assert asked(ours) == asked(tuned) == ["out", "sum"]
+        assert asked(foreign) == asked(twice) == "analysed"
+        if hasattr(config, "epilogue_fusion_user_defined_triton_kernel"):
+            with config.patch(epilogue_fusion_user_defined_triton_kernel=True):
+                assert asked(ours) == "analysed", "which says more than what is written"
+    assert asked(ours) == "analysed"
 
 
 def test_torchs_worker_processes_are_told_how_kernels_are_launched(monkeypatch):

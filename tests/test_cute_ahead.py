@@ -222,13 +222,24 @@ def test_started_for_attention(
     module = attention(**shape)
     with_a_gpu(monkeypatch)
     chosen = Settings(**{"target": "sm90", "gemm": "cublas", **settings})
+    kind = attention_kept.Kind("bfloat16", 128, 1, False, bool(shape.get("masked")))
     early.start(module, chosen, None)
-    assert pool.started == int(started)
+    assert bool(pool.started) == started and list(pool.jobs) == [attention_kept.job(kind)] * started
     if started:
-        kind = attention_kept.Kind("bfloat16", 128, 1, False, bool(shape.get("masked")))
+        before = pool.started
         disk_cache.put(attention_kept._mark(kind), b"kept")
         early.start(module, chosen, None)
-        assert pool.started == 1, "its kernel is on disk"
+        assert pool.started == before, "its kernel is on disk"
+
+
+def test_no_kernel_is_compiled_for_a_mask_that_may_be_any_bias(pool: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = attention(masked=True)
+    for node in module.graph.nodes:
+        if node.name == "mask":
+            node.meta["example_value"] = node.meta["example_value"].to(BF16)
+    with_a_gpu(monkeypatch)
+    early.start(module, Settings(target="sm90", gemm="cublas"), None)
+    assert pool.started == 1 and not pool.jobs
 
 
 def test_without_a_gpu_nothing_is_begun(pool: Recorder) -> None:

@@ -166,7 +166,10 @@ def test_started_for_linears_that_quack_is_faster_at(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gemm_measure, "times", lambda *_: pytest.fail("nothing is timed that early"))
     early.start(module, Settings(**{"target": "sm90", **settings}), None)
-    assert pool.started == int(started)
+    assert bool(pool.started) == started
+    assert ("gelu", True) in [job[2:4] for job in pool.jobs] or not started
+    assert settings.get("gemm") != "quack" or ("none", False) in [job[2:4] for job in pool.jobs]
+    assert bool(pool.jobs) == started
 
 
 def test_not_started_where_their_kernels_are_on_disk(
@@ -194,11 +197,24 @@ def test_odd_linears(pool: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for each, started in modules:
         early.start(each, Settings(target="sm90"), None)
-        assert pool.started == started
+        assert bool(pool.started) == started
+    before = pool.started
     for node in module.graph.nodes:
         node.meta.clear()
     early.start(module, Settings(target="sm90"), None)
-    assert pool.started == 1
+    assert pool.started == before
+
+
+def test_what_may_be_packed_is_not_compiled_yet(pool: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which tiles the product of all of them takes is not known; that the helper will be needed is."""
+
+    def projections(x: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return F.linear(x, w), F.linear(x, v)
+
+    module = traced((4096, 3072), (9216, 3072), (9216, 3072), function=projections)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    early.start(module, Settings(target="sm90"), None)
+    assert pool.started == 1 and not pool.jobs
 
 
 def test_without_a_gpu_nothing_is_started(pool: Recorder) -> None:

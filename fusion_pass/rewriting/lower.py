@@ -165,8 +165,9 @@ def _launch(
     tensors = list(inputs.values())
     scalars = {k: v for k, v in launch.scalars.items() if isinstance(v, torch.SymInt)}
     constants = {**launch.constants, **{k: v for k, v in launch.scalars.items() if k not in scalars}}
+    written = [p for p, n in launch.tensors.items() if n in buffers]
     kernel_idx, constants_idx = compat_triton.register_triton_kernel(
-        _configured(launch.kernel, launch.num_warps, launch.num_stages), constants
+        _configured(launch.kernel, launch.num_warps, launch.num_stages), constants, written
     )
     pointers = {p: buffers.get(n) or memory_of(inputs[n]) for p, n in launch.tensors.items()}
     kwargs = {
@@ -175,7 +176,7 @@ def _launch(
         "grid": [with_symbols(graph, tuple(launch.grid), tensors)],
         "tma_descriptor_metadata": {},
         "kwargs": {**pointers, **{k: with_symbols(graph, v, tensors) for k, v in scalars.items()}},
-        "tensors_to_clone": [p for p, n in launch.tensors.items() if n in buffers],
+        "tensors_to_clone": written,
     }
     node = graph.call_function(compat_triton.triton_call_target(), (), kwargs)
     parameter = {n: p for p, n in launch.tensors.items()}

@@ -2,20 +2,23 @@
 
 Dynamo's graph has the linears and attentions, not yet which kernels compute them: those that the tables give to quack
 and to FlashAttention 4 as they stand are looked at. Where a kernel of one is not on disk the helper is started that can
-compile it; where the graph comes from the cache and calls such kernels, this process begins to import them. Which
-kernels there are to be the pass decides.
+compile it, and told to, if nothing that the pass may do changes the call: a kernel takes as long as all that Inductor
+does for a few blocks. Where the graph comes from the cache and calls such kernels, this process begins to import them.
+Which kernels there are to be the pass decides.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
-from dkfuse.kernels import attention_kept, compile_ahead, cute_ahead, gemm_ahead, gemm_kernels
+from dkfuse.kernels import attention_kept, attention_kernels, compile_ahead, cute_ahead, gemm_ahead, gemm_kernels
 
 from .. import compat
 from ..choosing.choose import resolve_target
@@ -27,7 +30,17 @@ from . import attention_choice, attention_table, gemm_choice
 from .gemm import FAMILY
 
 CUTE, ATTENTION = (gemm_kernels.QUACK, "fa4"), ("auto", "fa4")
-Call = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None", str]  # x, weight, bias and what follows
+
+
+@dataclass(frozen=True)
+class Call:
+    """A linear of Dynamo's graph: the node that it reads, examples of its operands, and `act` of what follows."""
+
+    read: fx.Node
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    act: str
 
 
 def start(gm: fx.GraphModule, settings: Settings, stored: list[Graph] | None) -> None:
@@ -40,8 +53,14 @@ def start(gm: fx.GraphModule, settings: Settings, stored: list[Graph] | None) ->
     if stored is not None:
         if any(site.kernel in CUTE for graph in stored for site in graph.seams):
             cute_ahead.import_meanwhile()
-    elif compile_ahead.allowed() and (_linears_need_it(gm.graph, settings) or _attention_needs_it(gm.graph, settings)):
-        cute_ahead.start()
+    elif compile_ahead.allowed():
+        attentions, linears = _attentions(gm.graph, settings), _linears(gm.graph, settings)
+        if attentions or linears:
+            cute_ahead.start()
+        for attention in (kind for kind, sure in attentions.items() if sure):
+            attention_kept.submit(attention, gemm_kernels.CAPABILITY)
+        for linear in (kind for kind, sure in linears.items() if sure):
+            gemm_ahead.submit(linear)
 
 
 def start_if_new(settings: Settings) -> None:
@@ -63,19 +82,26 @@ def start_by_environment() -> None:
 # -- linears -----------------------------------------------------------------------------------------------------------
 
 
-def _linears_need_it(graph: fx.Graph, settings: Settings) -> bool:
-    """Whether a linear is likely to take a kernel of quack's that is not on disk."""
+def _linears(graph: fx.Graph, settings: Settings) -> dict[gemm_ahead.Kind, bool]:
+    """The kernels of quack's that linears are likely to take and that are not on disk.
+
+    Whether that is all but sure: a linear of what no other reads is not packed with others.
+    """
     if settings.gemm == gemm_kernels.CUBLAS or not gemm_ahead.usable():
-        return False
-    known: set[tuple[object, ...]] = set()
-    for x, weight, bias, act in _calls(graph):
-        key = (x.shape, x.dtype, x.device, weight.shape, bias is not None, act)
-        if key in known:
-            continue
-        known.add(key)
-        if (kind := _kind(x, weight, bias, act, settings)) is not None and not gemm_ahead.on_disk(kind):
-            return True
-    return False
+        return {}
+    calls = list(_calls(graph))
+    readers = Counter(call.read for call in calls)
+    found: dict[gemm_ahead.Kind, bool] = {}
+    known: dict[tuple[object, ...], gemm_ahead.Kind | None] = {}
+    for call in calls:
+        x, weight = call.x, call.weight
+        key = (x.shape, x.dtype, x.device, weight.shape, call.bias is not None, call.act)
+        if key not in known:
+            kind = _kind(call, settings)
+            known[key] = kind if kind is not None and not gemm_ahead.on_disk(kind) else None
+        if (kind := known[key]) is not None:
+            found[kind] = found.get(kind, False) or readers[call.read] == 1
+    return found
 
 
 def _calls(graph: fx.Graph) -> Iterator[Call]:
@@ -88,7 +114,7 @@ def _calls(graph: fx.Graph) -> Iterator[Call]:
         if x is None or weight is None or (bias is None and given.get("bias") is not None):
             continue
         if x.dim() > 1 and weight.dim() == 2:
-            yield x, weight, bias, "gelu" if _is_gelu(node) else "none"
+            yield Call(given["input"], x, weight, bias, "gelu" if _is_gelu(node) else "none")
 
 
 def _value(node: object) -> torch.Tensor | None:
@@ -103,44 +129,56 @@ def _is_gelu(linear: fx.Node) -> bool:
     return any(u.target is F.gelu and u.kwargs.get("approximate") == "tanh" for u in linear.users)
 
 
-def _kind(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, act: str, settings: Settings
-) -> gemm_ahead.Kind | None:
-    values = {"x": x.new_empty((math.prod(x.shape[:-1]), x.shape[-1])), "weight": weight, "bias": bias}
+def _kind(call: Call, settings: Settings) -> gemm_ahead.Kind | None:
+    x = call.x
+    values = {"x": x.new_empty((math.prod(x.shape[:-1]), x.shape[-1])), "weight": call.weight, "bias": call.bias}
     try:
-        tiles = gemm_choice.choose(values, act, FAMILY, settings, build=False, measure=False)
+        tiles = gemm_choice.choose(values, call.act, FAMILY, settings, build=False, measure=False)
     except Reject:
         return None
-    return gemm_ahead.Kind.of(x.dtype, act, bias is not None, tiles)
+    return gemm_ahead.Kind.of(x.dtype, call.act, call.bias is not None, tiles)
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 
-def _attention_needs_it(graph: fx.Graph, settings: Settings) -> bool:
-    """Whether an attention is likely to take FlashAttention 4 and its kernel is not on disk."""
+def _attentions(graph: fx.Graph, settings: Settings) -> dict[attention_kept.Kind, bool]:
+    """The kernels of FlashAttention 4's that attentions are likely to take and that are not on disk.
+
+    Whether that is all but sure: where there is no mask, or a boolean one, which mostly says how many keys take part.
+    """
+    found: dict[attention_kept.Kind, bool] = {}
     if settings.attention not in ATTENTION or not settings.allows(attention_choice.RULE):
-        return False
+        return found
+    if attention_kernels.version_of("fa4") not in attention_kept.VERSIONS:
+        return found
     for node in graph.nodes:
         if node.op == "call_function" and node.target is F.scaled_dot_product_attention:
             names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
             given = dict(zip(names, node.args, strict=False)) | node.kwargs
-            q, k = _value(given.get("query")), _value(given.get("key"))
+            q, k, mask = (_value(given.get(name)) for name in ("query", "key", "attn_mask"))
             masked, causal = given.get("attn_mask") is not None, bool(given.get("is_causal"))
-            if q is not None and k is not None and _is_fa4s(q, k, masked, causal, settings):
-                return True
-    return False
+            if q is None or k is None:
+                continue
+            if (kind := _fa4s(q, k, masked, causal, settings)) is not None and not attention_kept.on_disk(kind):
+                sure = not masked or (mask is not None and mask.dtype == torch.bool)
+                found[kind] = found.get(kind, False) or sure
+    return found
 
 
-def _is_fa4s(q: torch.Tensor, k: torch.Tensor, masked: bool, causal: bool, settings: Settings) -> bool:
+def _fa4s(
+    q: torch.Tensor, k: torch.Tensor, masked: bool, causal: bool, settings: Settings
+) -> attention_kept.Kind | None:
     if resolve_target(settings.target, q.device) != f"sm{gemm_kernels.CAPABILITY}" or q.dim() != 4 or k.dim() != 4:
-        return False
+        return None
     batch, heads, queries, width = q.shape
     speeds = attention_table.nearest(gemm_kernels.CAPABILITY, width, batch * heads, queries, k.shape[2], masked)
     if settings.attention == "auto":
         rival = attention_table.DENSE if masked else "cudnn"
         if speeds is None or causal or speeds.get("fa4", 0.0) < attention_choice.MARGIN * speeds[rival]:
-            return False
+            return None
+        taken = attention_table.microseconds(width, batch * heads, queries, k.shape[2], speeds["fa4"])
+        if taken < attention_choice.LAUNCH_BOUND:
+            return None
     groups = heads // (k.shape[1] or 1)
-    kind = attention_kept.Kind(str(q.dtype).removeprefix("torch."), width, groups, causal, masked)
-    return not attention_kept.on_disk(kind)
+    return attention_kept.Kind(str(q.dtype).removeprefix("torch."), width, groups, causal, masked)
