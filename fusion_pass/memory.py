@@ -77,7 +77,7 @@ class Inputs:
         return cls(list(own.values()), [*own.values(), *arguments], names, static)
 
     def runs(self) -> list[tuple[int, ...]]:
-        """The longest runs of parameters that lie side by side."""
+        """The longest runs of parameters that lie side by side, in an order that every process finds."""
         indices = [i for i, v in enumerate(self.values) if self.static[i] and isinstance(v, torch.Tensor)]
         places = {i: p for i in indices if (p := place(self.values[i])) is not None}
         found: list[list[int]] = []
@@ -86,7 +86,7 @@ class Inputs:
                 found[-1].append(i)
             else:
                 found.append([i])
-        return [tuple(run) for run in found if len(run) > 1]
+        return sorted(tuple(run) for run in found if len(run) > 1)
 
     def annotate(self, graph: fx.Graph) -> None:
         """Tell the placeholders of the functional graph which input they are, if they are what Dynamo gave."""

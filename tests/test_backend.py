@@ -161,9 +161,30 @@ SCRIPT = """
 """
 
 
-def start(folder: pathlib.Path, **environment: str) -> dict:
+PACKED = """
+    import os
+
+    class Model(torch.nn.Module):
+        def __init__(self, buffers):
+            super().__init__()
+            for i, half in enumerate(half for buffer in buffers for half in buffer.split(32)):
+                self.register_parameter(f"w{i}", torch.nn.Parameter(half, requires_grad=False))
+
+        def forward(self, x, s, w):
+            return [f(x, s, w), *(F.linear(x, weight) for weight in (self.w0, self.w1, self.w2, self.w3))]
+
+    buffers = [torch.randn(64, 32).bfloat16() for _ in range(8)]
+    buffers.sort(key=lambda buffer: buffer.untyped_storage()._cdata, reverse=os.environ["ORDER"] == "down")
+    model = Model(buffers[:2])
+"""
+
+
+def start(folder: pathlib.Path, packed: bool = False, **environment: str) -> dict:
     script = folder / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT))
+    text = textwrap.dedent(SCRIPT)
+    if packed:
+        text = text.replace("\nwith ", textwrap.dedent(PACKED) + "\nwith ", 1).replace("compile(f,", "compile(model,")
+    script.write_text(text)
     variables = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), **environment}
     done = subprocess.run([sys.executable, str(script)], env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -178,6 +199,12 @@ def test_a_warm_start_reports_what_the_cold_one_did(tmp_path):
         record.unlink()
     again = start(tmp_path)
     assert again["fused"] == 1 and not again["cached"], "a graph without its record must be compiled anew"
+
+
+def test_a_warm_start_of_packed_weights(tmp_path):
+    """Which of two storages has the lower address is another thing in each process."""
+    cold, warm = (start(tmp_path, packed=True, ORDER=order) for order in ("up", "down"))
+    assert (cold["cached"], warm["cached"]) == (False, True)
 
 
 def test_an_option_is_part_of_the_cache_key(tmp_path):

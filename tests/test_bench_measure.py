@@ -96,7 +96,7 @@ def on_fake_device(options: Options, device: FakeDevice, made: list[str] | None 
 def test_the_measuring_loop() -> None:
     device = FakeDevice()
     result = on_fake_device(Options(rounds=5, profiles=3), device)
-    assert device.order == [OURS, "inductor"] * 5
+    assert device.order == [OURS, "inductor"] * measure.CALLS
     assert device.before == {OURS: min(100, measure.MOST_BEFORE), "inductor": min(75, measure.MOST_BEFORE)}
     ours, theirs = result.sides[OURS], result.sides["inductor"]
     assert (ours.wall, theirs.wall, ours.cpu) == (3.0, 4.0, 0.5)
@@ -109,6 +109,17 @@ def test_the_measuring_loop() -> None:
     assert result.note is None
     assert 0 < ours.error < 0.01  # type: ignore[operator]
     assert result.gain("inductor")["glue"] == pytest.approx(1 / 6)
+
+
+@pytest.mark.parametrize(("enough", "rounds"), [(30.0, 5), (7.0 * (9 + 8), 10)])
+def test_calls_that_take_long_are_timed_as_often_as_asked(
+    monkeypatch: pytest.MonkeyPatch, enough: float, rounds: int
+) -> None:
+    """A round of both sides takes 7 milliseconds, the second nine times as long."""
+    monkeypatch.setattr(measure, "ENOUGH", enough)
+    device = FakeDevice()
+    on_fake_device(Options(rounds=5, profiles=1), device)
+    assert device.order == [OURS, "inductor"] * rounds
 
 
 def test_without_the_warm_compile_each_side_is_compiled_once() -> None:
