@@ -207,6 +207,35 @@ def test_a_warm_start_of_packed_weights(tmp_path):
     assert (cold["cached"], warm["cached"]) == (False, True)
 
 
+OPS = """
+    import importlib, json, pkgutil, torch, dkfuse, dkfuse.kernels
+    from dkfuse.kernels.provider_ops import define_all
+
+    def known():
+        return {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("dkfuse")}
+
+    torch._dynamo.lookup_backend("dkfuse")
+    define_all()  # as each compilation does
+    before = known()
+    for module in pkgutil.iter_modules(dkfuse.kernels.__path__):
+        try:
+            importlib.import_module(f"dkfuse.kernels.{module.name}")
+        except ImportError:
+            print(module.name, "needs what is not installed")
+    print(json.dumps([sorted(before), sorted(known() - before)]))
+"""
+
+
+def test_compiled_code_from_a_cache_finds_every_op(tmp_path):
+    """No pass runs there that would import the module of an op."""
+    script = tmp_path / "ops.py"
+    script.write_text(textwrap.dedent(OPS))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    before, later = json.loads(done.stdout.splitlines()[-1])
+    assert {"dkfuse::attention", "dkfuse::linear", "dkfuse::norm_rope"} <= set(before) and later == []
+
+
 def test_an_option_is_part_of_the_cache_key(tmp_path):
     assert start(tmp_path)["fused"] == 1
     other = start(tmp_path, DKFUSE_FUEL="0")

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import fx
 
+import dkfuse.kernels.attention  # noqa: F401  (registers the op, also for compiled code that comes from a cache)
+
 from ..choosing.choose import resolve_target
 from ..matching.rules import Code
 from ..reporting.report import Status
@@ -73,8 +75,6 @@ class _Rewrite:
         self.graph, self.call, self.kernel, self.numbers, self.orders = graph, call, kernel, numbers, orders
 
     def __call__(self) -> None:
-        import dkfuse.kernels.attention  # noqa: F401  (registers torch.ops.dkfuse.attention)
-
         given = bound_arguments(self.call.node)  # which may be the results of seams applied since it was found
         call = self.call = dataclasses.replace(self.call, q=given["query"], k=given["key"], v=given["value"])
         native = _native(call, self.kernel)
