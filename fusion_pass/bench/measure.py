@@ -9,12 +9,13 @@ times end when the first forward has ended. What compilers of kernels outside of
 memory stays there: for their share of a cold compile measure one model per process. Without the warm compile
 (`--no-warm`) what was compiled cold is what runs.
 
-Times. All sides run alternately, call by call, so that clocks drift for all of them; results are medians. More single
-calls are timed than were asked for where they are short (CALLS): the CPU's time of a call differs twofold from one to
-the next. GPU time is the sum of the kernels in a profile of one call, right after others of that side (STEADY): at the
-clocks of a long run, which are lower than those of a single forward on an idle GPU where GEMMs reach the power limit.
-The time in a loop is taken at those clocks too, and has in it what the GPU waits for between kernels. Packing
-(`--pack`) is done before anything is compiled: all sides see the same weights, which are contiguous for each of them.
+Times. All sides run alternately, so that clocks drift for all of them; results are medians. A single call is timed
+right after another one of its side, and more of them than were asked for where they are short (CALLS): the CPU's time
+of a call differs twofold from one to the next. GPU time is the sum of the kernels in a profile of one call, right after
+others of that side (STEADY): at the clocks of a long run, which are lower than those of a single forward on an idle GPU
+where GEMMs reach the power limit. The time in a loop is taken at those clocks too, and has in it what the GPU waits for
+between kernels. Packing (`--pack`) is done before anything is compiled: all sides see the same weights, which are
+contiguous for each of them.
 """
 
 from __future__ import annotations
@@ -186,6 +187,7 @@ def _times(
         if i >= options.rounds and sum(t.wall for found in timed.values() for t in found) > ENOUGH:
             break
         for name, run in runs.items():
+            run()  # as in denoising, where a model comes after itself: its code is in the CPU's caches
             timed[name].append(device.timed(run))
     before = {n: max(1, min(MOST_BEFORE, round(STEADY / median(t.wall for t in found)))) for n, found in timed.items()}
     for _ in range(LOOPS):
