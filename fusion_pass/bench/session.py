@@ -17,7 +17,8 @@ from .. import compat
 from ..cli.exits import ENVIRONMENT, Failure, say
 from ..errors import ModelError, SettingsError, first_line
 from . import kernels as work
-from . import measure, show_kernels, show_models
+from . import measure, show_kernels, show_models, show_starts
+from . import starts as work_starts
 from .device import Device
 from .results import ModelResult, report
 from .sides import Options
@@ -67,6 +68,28 @@ def models(
             _save(json_, json.dumps(report(results, device.name), indent=1))
             _save(picture, show_models.picture(results, device.name))
     return results, failed
+
+
+def starts(
+    found: Sequence[Target], options: Options, device: Device, json_: Path | None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The same of the times that processes take to their first result."""
+    out = console()
+    rows: list[dict[str, Any]] = []
+    failed: list[str] = []
+    with steps(Console(stderr=True)) as step:
+        for i, target in enumerate(found):
+            at = f"{i + 1} of {len(found)}, " if len(found) > 1 else ""
+            try:
+                rows.append(work_starts.measure(target, options, device.kind, lambda text, at=at: step(at + text)))  # type: ignore[misc]
+            except work_starts.StartError as error:
+                failed.append(str(error))
+                say(failed[-1])
+                continue
+            _save(json_, json.dumps(work_starts.report(rows, device.name), indent=1))
+    if rows:
+        show_starts.print_rows(rows, out, f"{device.name}, torch {torch.__version__}")
+    return rows, failed
 
 
 def _print_top(result: ModelResult, console: Console, top: int) -> None:

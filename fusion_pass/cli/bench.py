@@ -20,6 +20,16 @@ bench = typer.Typer(
 )
 
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every number here.")]
+Layers = Annotated[int | None, typer.Option(min=1, metavar="N", help="Blocks per stack.  [default: 8 for the zoo]")]
+Widths = Annotated[Size, typer.Option(help="Widths and token counts.")]
+Weights = Annotated[Dtype, typer.Option(help="Of weights and activations, of models that have a name.")]
+Mode = Annotated[
+    str | None, typer.Option("--mode", metavar="MODE", help="Mode of torch.compile for dkfuse and inductor.")
+]
+Pack = Annotated[bool, typer.Option("--pack", help="Pack the weights of parallel projections first.")]
+Attention = Annotated[
+    str | None, typer.Option(metavar="KERNEL", help="The option dkfuse.attention of the side dkfuse.")
+]
 Picture = Annotated[Path | None, typer.Option("--picture", metavar="FILE.svg", help="Write a picture here.")]
 
 
@@ -48,20 +58,13 @@ def model(
             "kernels of attention and GEMMs), eager; main one first.",
         ),
     ] = "inductor",
-    layers: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Blocks per stack.  [default: 8 for the zoo]")
-    ] = None,
-    size: Annotated[Size, typer.Option(help="Widths and token counts.")] = Size.full,
-    dtype: Annotated[Dtype, typer.Option(help="Of weights and activations, of models that have a name.")] = Dtype.bf16,
+    layers: Layers = None,
+    size: Widths = Size.full,
+    dtype: Weights = Dtype.bf16,
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Timed calls of each side, alternating.")] = 15,
-    mode: Annotated[
-        str | None,
-        typer.Option("--mode", metavar="MODE", help="Mode of torch.compile for dkfuse and inductor."),
-    ] = None,
-    pack: Annotated[bool, typer.Option("--pack", help="Pack the weights of parallel projections first.")] = False,
-    attention: Annotated[
-        str | None, typer.Option(metavar="KERNEL", help="The option dkfuse.attention of the side dkfuse.")
-    ] = None,
+    mode: Mode = None,
+    pack: Pack = False,
+    attention: Attention = None,
     fp32: Annotated[bool, typer.Option(help="Take errors against fp32 where it fits, else against eager.")] = True,
     warm: Annotated[
         bool, typer.Option(help="Measure the warm compile too; without, each side is compiled once.")
@@ -75,11 +78,10 @@ def model(
     Sides run alternately in this process, dynamic=False; results are medians, ratios are dkfuse / other.
     """
     from ..bench import targets
-    from ..bench.sides import MODES, PROFILES, RIVALS, Options
+    from ..bench.sides import PROFILES, RIVALS, Options
 
     names = _listed("--against", against, RIVALS)
-    if mode is not None and mode not in MODES:
-        raise Failure(USAGE, f"--mode {mode} is not allowed: give one of {', '.join(MODES)}")
+    _check_mode(mode)
     found = list(dict.fromkeys(target for name in models for target in targets.find(name)))
     options = Options(
         names,
@@ -103,6 +105,56 @@ def model(
     if failed:
         done = f"{len(results)} of {len(found)} models were measured"
         raise Failure(NOT_TRACED, f"{done}; {'; '.join(failed)}")
+
+
+@bench.command()
+def start(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL[@BATCH]...", help="As `bench model` takes them.")],
+    against: Annotated[
+        str, typer.Option(metavar="SIDE,...", help="inductor, max-autotune, plain; main one first.")
+    ] = "inductor",
+    layers: Layers = None,
+    size: Widths = Size.full,
+    dtype: Weights = Dtype.bf16,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Pairs of processes of each side.")] = 1,
+    mode: Mode = None,
+    pack: Pack = False,
+    attention: Attention = None,
+    json_: JsonFile = None,
+) -> None:
+    """Compare compile times: seconds to the first result in a new process, with empty caches and with full ones."""
+    from ..bench import targets
+    from ..bench.sides import RIVALS, Options
+
+    names = _listed("--against", against, [name for name in RIVALS if name != "eager"])
+    _check_mode(mode)
+    found = list(dict.fromkeys(target for name in models for target in targets.find(name)))
+    options = Options(
+        names,
+        layers,
+        rounds,
+        mode=mode,
+        pack=pack,
+        attention=attention,
+        size=size.value,
+        dtype=dtype.value,
+    )
+    _check_extras(options)
+    _prepare((json_,))
+    device = _device()
+    from ..bench import session
+
+    rows, failed = session.starts(found, options, device, json_)
+    if failed:
+        done = f"{len(rows)} of {len(found)} models were measured"
+        raise Failure(NOT_TRACED, f"{done}; {'; '.join(failed)}")
+
+
+def _check_mode(mode: str | None) -> None:
+    from ..bench.sides import MODES
+
+    if mode is not None and mode not in MODES:
+        raise Failure(USAGE, f"--mode {mode} is not allowed: give one of {', '.join(MODES)}")
 
 
 def _check_extras(options: Any) -> None:
