@@ -34,7 +34,7 @@ from .matching.rules import Candidate, Code, NotThisRule, Reject, Rule, Stage
 from .matching.terms import Term, TermView
 from .reporting import records
 from .reporting.report import Graph, Status
-from .rewriting import layouts
+from .rewriting import layouts, picked
 from .settings import Settings
 
 QK_NORM = (
@@ -80,6 +80,7 @@ def decided(graph: fx.Graph, settings: Settings, built: bool = False) -> Plan:
     built: build the kernels that can be built ahead; a site whose kernel cannot is planned once more without it.
     """
     started = time.perf_counter()
+    picked.functions_of_rows(graph)
     taken = seams.run(graph, settings)
     spent = sum(site.status is Status.FUSED for site in taken)
     result = settled(graph, settings, spent)
@@ -93,13 +94,13 @@ def decided(graph: fx.Graph, settings: Settings, built: bool = False) -> Plan:
 def settled(graph: fx.Graph, settings: Settings, spent: int = 0) -> Plan:
     """`plan`, and once more where a copy at the start of a stream gives sites the layout that they were refused for.
 
-    Without a site gained the copy is taken back.
+    Without sites gained the copy is taken back.
     """
     first = plan(graph, settings, spent)
     if not (copies := layouts.settle(graph, first.refused)):
         return first
     again = plan(graph, settings, spent)
-    if _fused(again) > _fused(first):
+    if _fused(again) - _fused(first) >= layouts.worth(copies):
         return again
     layouts.undo(graph, copies)
     return first

@@ -5,8 +5,9 @@
     r = residual + gate * norm_b(x)     G3, G3m, G3e        sandwich norm: two norms, one after the other
     norm(r) [* w + b] [* (1 + scale) + shift]
 
-x may be ``y + branch_bias``: a Linear on a slice of a batch is a `bmm` and then a pointwise add of its bias, which
-nothing but the site reads. A biased value that somebody else reads too is x as it is.
+x may be ``y + branch_bias``, which nothing but the site reads: a Linear on a slice of a batch is a `bmm` and then a
+pointwise add of its bias, and where attention and MLP run side by side (FLUX.3) their results are added first, two
+tensors of the stream's shape. A biased value that somebody else reads too is x as it is.
 
 The operands of `add` and `mul` come in any order: which factor is the gate is decided by shape, in the checks.
 """
@@ -39,9 +40,14 @@ def total(branch: Pattern, gated: bool) -> Pattern:
     return R("SUM", Add(Var("residual", is_stream), product), name="sum")
 
 
+def is_addend(term: Term) -> bool:
+    """A bias, or another branch: the checks see that it has the stream's shape."""
+    return is_vector(term) or (len(term.shape) > 1 and is_plain(term))
+
+
 def biased(x: Pattern) -> Pattern:
     """``x + branch_bias`` or ``x``."""
-    return alt(R("BRANCH_BIAS", Add(x, Var("branch_bias", is_vector))), x)
+    return alt(R("BRANCH_BIAS", Add(x, Var("branch_bias", is_addend))), x)
 
 
 X = biased(Var("x", is_plain))

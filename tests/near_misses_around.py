@@ -182,13 +182,6 @@ def stream_updated_in_place(h: T, y: T, g: T, s: T, t: T, w: T) -> T:
 # -- what is added to a branch -----------------------------------------------------------------------------------------
 
 
-@near_miss("gated_residual norm_modulate", "h:BLD y:BLD z:BLD g:B1D s:B1D t:B1D w:DD")
-def a_second_branch(h: T, y: T, z: T, g: T, s: T, t: T, w: T) -> tuple[T, T]:
-    """Not a bias: of full shape."""
-    h = h + g * (y @ w + z @ w)
-    return h, (ln(h) * (1 + s) + t) @ w
-
-
 @near_miss("gated_residual norm_modulate", "h:BLD y:BLD b:B1D g:B1D s:B1D t:B1D w:DD")
 def bias_per_sample(h: T, y: T, b: T, g: T, s: T, t: T, w: T) -> tuple[T, T]:
     """Right, but no projection's bias: left to Inductor with the gate."""

@@ -139,3 +139,44 @@ def bias_of_a_branch_that_is_read_elsewhere(h: T, y: T, g: T, s: T, t: T, v: T, 
     y = F.linear(y[:, 4:], v, b)
     h = h + g * y
     return h, modulated(h, s, t) @ w, torch.cat([y, h], dim=1)
+
+
+# -- two branches side by side -----------------------------------------------------------------------------------------
+
+PARALLEL = "h:BLD y:BLD z:BLD g:B1D s:B1D t:B1D v:DD w:DD"
+
+
+@spelling(WIDE, PARALLEL)
+def two_branches(h: T, y: T, z: T, g: T, s: T, t: T, v: T, w: T) -> tuple[T, T]:
+    """FLUX.3: attention and MLP of one norm; the second takes the place of a bias."""
+    h = h + g * (y @ v + z @ w)
+    return h, modulated(h, s, t) @ w
+
+
+@spelling(WIDE, PARALLEL, FP16)
+def two_branches_fp16(h: T, y: T, z: T, g: T, s: T, t: T, v: T, w: T) -> tuple[T, T]:
+    h = h + (z @ w + y @ v) * g
+    return h, modulated(h, s, t) @ w
+
+
+@spelling(WIDE, PARALLEL)
+def two_branches_read_elsewhere(h: T, y: T, z: T, g: T, s: T, t: T, v: T, w: T) -> tuple[T, T, T]:
+    """Their sum is in memory anyway: it is the branch."""
+    both = y @ v + z @ w
+    h = h + g * both
+    return h, modulated(h, s, t) @ w, both @ w
+
+
+@spelling("residual_gate_norm_modulate", "h:BLD y:BLD z:BLD e:BLP v:DD w:DD")
+def two_branches_of_conditioned_tokens(h: T, y: T, z: T, e: T, v: T, w: T) -> tuple[T, T]:
+    """FLUX.3 with a row of conditioning for each token: the gate is as large as what it is multiplied with."""
+    shift, scale, gate = e.chunk(6, dim=-1)[:3]
+    h = h + gate * (y @ v + z @ w)
+    return h, modulated(h, scale, shift) @ w
+
+
+@spelling("residual_norm", "h:BLD y:BLD z:BLD r:D v:DD w:DD")
+def two_branches_without_a_gate(h: T, y: T, z: T, r: T, v: T, w: T) -> tuple[T, T]:
+    """Parallel blocks of language models."""
+    h = h + (y @ v + z @ w)
+    return h, rms0(h) * r @ w

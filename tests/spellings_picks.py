@@ -144,3 +144,21 @@ def picked_by_two_masks(x: T, e: T, f: T, m: T, w: T) -> T:
     scale = torch.where(m > 0, e[0][:, None], e[1][:, None])
     shift = torch.where(m > 1, f[0][:, None], f[1][:, None])
     return modulated(x, scale, shift) @ w
+
+
+def of_one_sample(rows: T, m: T) -> T:
+    """Qwen-Image 2.1: of one sample the two rows are views of one shape, by dims added in another order."""
+    return torch.where((m == 0).view(1, -1, 1), rows[:-1].unsqueeze(1), rows[-1:].unsqueeze(0))
+
+
+@spelling(WIDE, "h:1LD y:1LD e:2P m:L w:DD")
+def picked_then_tanh(h: T, y: T, e: T, m: T, w: T) -> tuple[T, T]:
+    gate, shift, scale, *_ = (of_one_sample(rows, m) for rows in e.chunk(6, dim=-1))
+    h = h + gate.tanh() * y
+    return h, modulated(h, scale, shift) @ w
+
+
+@spelling("norm_modulate gated_residual", "h:BLD y:BLD e:BD f:BD m:BL s:B1D t:B1D w:DD")
+def picked_of_two_tensors_then_tanh(h: T, y: T, e: T, f: T, m: T, s: T, t: T, w: T) -> tuple[T, T]:
+    h = h + torch.where(mask(m), e[:, None], f[:, None]).tanh() * y
+    return h, modulated(h, s, t) @ w

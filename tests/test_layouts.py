@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
@@ -41,9 +42,10 @@ def inputs() -> tuple[Tensor, ...]:
     return tuple(torch.randn(*size, generator=generator) for size in sizes)
 
 
-def graph_of(function: Any, decide: Any) -> tuple[fx.Graph, Any, int]:
-    """The graph, the decision, and how many copies it added."""
+def graph_of(function: Any, decide: Any, *args: Tensor) -> tuple[fx.Graph, Any, int]:
+    """The graph, the decision, and how many copies it added. args: in the place of `inputs`."""
     seen: list[tuple[fx.Graph, Any, int]] = []
+    args = args or inputs()
 
     def backend(gm: Any, example_inputs: Any) -> Any:
         def inner(graph_module: fx.GraphModule, _: Any) -> Any:
@@ -57,8 +59,11 @@ def graph_of(function: Any, decide: Any) -> tuple[fx.Graph, Any, int]:
 
     torch.compiler.reset()
     with torch.no_grad():
-        results = torch.compile(function, backend=backend, dynamic=False)(*inputs())
-        torch.testing.assert_close(results, function(*inputs()), rtol=1e-4, atol=1e-4 * results.abs().max().item())
+        given, expected = ([a.clone(memory_format=torch.preserve_format) for a in args] for _ in range(2))
+        results = torch.compile(function, backend=backend, dynamic=False)(*given)
+        right = function(*expected)
+        torch.testing.assert_close(results, right, rtol=1e-4, atol=1e-4 * right.abs().max().item())
+        torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-4)
     return seen[0]
 
 
@@ -92,3 +97,50 @@ def test_no_copy_where_no_kernel_asks_for_one() -> None:
     _, record, added = graph_of(blocks, lambda g: run(g, Settings(target="cpu"), lowered=False))
     assert added <= 0
     assert all(site.status is Status.FUSED for site in record.sites), str(record)
+
+
+# -- streams that begin as an input ------------------------------------------------------------------------------------
+
+
+def rms(h: Tensor) -> Tensor:
+    """As models write it; `F.layer_norm` would be given a dense copy each time."""
+    return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+def block(h: Tensor, e: Tensor, w: Tensor) -> Tensor:
+    """One of those that are compiled one by one."""
+    shift, scale, gate = e.chunk(3, dim=-1)
+    h = h + gate * ((rms(h) * (1 + scale) + shift) @ w)
+    return h + gate * ((rms(h) * (1 + scale) + shift) @ w)
+
+
+def norm_alone(h: Tensor, e: Tensor, w: Tensor) -> Tensor:
+    return (rms(h) * (1 + e[..., :D])) @ w
+
+
+def written(h: Tensor, e: Tensor, w: Tensor) -> Tensor:
+    out = block(h, e, w)
+    h.add_(1)
+    return out
+
+
+def given() -> tuple[Tensor, Tensor, Tensor]:
+    image, kernel, e, w = inputs()
+    return stream(image, kernel), e, w
+
+
+def test_an_input_is_copied_once_for_all_that_reads_it() -> None:
+    graph, decided, added = graph_of(block, lambda g: settled(g, Settings(target="sm90")), *given())
+    assert added == 1
+    reasons = [site.reason for site in decided.record.sites if site.status is not Status.FUSED]
+    assert [reason.code for reason in reasons] == ["pointwise"], str(decided.record)  # the last residual
+    before = [node.op for node in graph.nodes]
+    assert before[: before.count("placeholder")] == ["placeholder"] * before.count("placeholder")
+
+
+@pytest.mark.parametrize("function", [norm_alone, written])
+def test_no_copy_of_an_input(function: Any) -> None:
+    """It would cost more than one norm gains; a copy would not see what is written."""
+    _, decided, added = graph_of(function, lambda g: settled(g, Settings(target="sm90")), *given())
+    assert added <= 0
+    assert {"inner_stride", "mutated"} & {site.reason.code for site in decided.record.sites if site.reason}

@@ -18,7 +18,7 @@ from .escapes import check_escapes, collect_interior
 from .gain import PICKING
 from .operands import base_node, computed, fake, text_shape
 from .pattern import Binding
-from .rules import Candidate, Code, Reject, Replaceable, Rule, Stage
+from .rules import Candidate, Code, NotThisRule, Reject, Replaceable, Rule, Stage
 from .terms import FLOATS, Term, TermView, bare, broadcast_shape, same_shape, same_size, short_dtype
 from .views import is_view_of_input
 
@@ -81,6 +81,9 @@ def _check_bias(site: Candidate) -> None:
     terms = site.binding.terms
     if "branch_bias" not in terms:
         return
+    shape = terms["branch_bias"].shape
+    if not (same_shape(shape, site.shape) or all(same_size(size, 1) for size in shape[:-1])):
+        raise NotThisRule("what is added is neither a bias nor another branch")
     one_of_many = any(tables.has_other_parts(walked, site.shape) for walked in site.binding.interior)
     gate = terms.get("gate")
     if one_of_many or (gate is not None and is_cut(terms["x"], site.shape) and same_shape(gate.shape, site.shape)):

@@ -28,7 +28,7 @@ from dkfuse.kernels.tables import table_of
 
 from .operands import base_node, fake
 from .rules import Candidate, Code, Reject, Replaceable, Stage
-from .terms import getitem_source, same_shape
+from .terms import getitem_source, same_shape, same_size
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -86,7 +86,7 @@ def check(site: Candidate, claimed: Collection[fx.Node] = ()) -> None:
     if (total := site.binding.terms.get("sum")) is not None:
         inside |= set(site.view.nodes(total))  # no part of the interior, also where nobody else reads it
     for name, term in site.operands.items():
-        if not same_shape(term.shape, site.shape):
+        if not same_shape(_without_ones(term.shape), _without_ones(site.shape)):  # [L, D] beside [1, L, D]
             continue
         node = through_views(base_node(site.view, term))
         produced = site.view.term(node)
@@ -96,6 +96,12 @@ def check(site: Candidate, claimed: Collection[fx.Node] = ()) -> None:
         if computed and node.target is not aten.clone.default and only_read_in(node, inside):
             text = f"{name} is the result of {node.target}, which Inductor computes inside the norm's kernel"
             raise _left(Code.POINTWISE_PRODUCER, text + " and which would have to be written to memory here")
+
+
+def _without_ones(shape: tuple) -> tuple:
+    """`shape` from its first size on that is not 1."""
+    first = next((i for i, size in enumerate(shape) if not same_size(size, 1)), len(shape))
+    return shape[first:]
 
 
 def _of_this_site(node: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:

@@ -71,7 +71,7 @@ def _together(view: TermView, first: Term, second: Term) -> Term | None:
     """``stack([first, second])`` as a view, where both are made alike of two slices that lie side by side."""
     above: list[tuple[tuple, tuple]] = []
     while first.op == second.op == "view" and first.args[0] is not second.args[0]:
-        if first.attrs != second.attrs or first.attrs[0] not in ("slice", "squeeze", "unsqueeze", "permute"):
+        if first.attrs[0] not in ("slice", "squeeze", "unsqueeze", "permute") or not _alike(first, second):
             return None
         above.append((first.attrs, first.shape))
         first, second = first.args[0], second.args[0]
@@ -89,6 +89,15 @@ def _together(view: TermView, first: Term, second: Term) -> Term | None:
     for attrs, shape in reversed(above):
         both = view.view(both, _behind_one_more_dim(attrs), (2, *shape))
     return both
+
+
+def _alike(first: Term, second: Term) -> bool:
+    """The same view of both; a dim of size 1 may have come before or behind another one."""
+    if first.attrs == second.attrs:
+        return True
+    pairs = (first, second), (first.args[0], second.args[0])
+    both = first.attrs[0] == second.attrs[0] == "unsqueeze"
+    return both and all(same_shape(one.shape, other.shape) for one, other in pairs)
 
 
 def _behind_one_more_dim(attrs: tuple) -> tuple:

@@ -136,8 +136,8 @@ def read_sum(view: TermView, node: fx.Node) -> Term | None:
 def read_bmm(view: TermView, node: fx.Node) -> Term | None:
     """A product of 2x2 matrices and pairs, written out: what a rotation by matrices is made of."""
     a, b = (view.operand(factor) for factor in node.args)
-    if a is None or b is None or not same_size(a.shape[2], 2):
-        return None
+    if a is None or b is None or not len(a.shape) == len(b.shape) == 3 or not same_size(a.shape[2], 2):
+        return None  # of a constant, which has no shape, too
     if not any(same_size(m.shape[1], 2) and same_size(m.shape[2], 2) for m in (a, b)):
         return None
     products = [view.make("mul", slice_term(view, a, 2, k, k + 1), slice_term(view, b, 1, k, k + 1)) for k in (0, 1)]
