@@ -92,11 +92,17 @@ def decided(graph: fx.Graph, settings: Settings, built: bool = False) -> Plan:
 
 
 def settled(graph: fx.Graph, settings: Settings, spent: int = 0) -> Plan:
-    """`plan`, and once more where a copy at the start of a stream gives sites the layout that they were refused for.
+    """`plan`, and once more where a copy brings rows together, or gives sites the layout that they were refused for.
 
     Without sites gained the copy is taken back.
     """
     first = plan(graph, settings, spent)
+    if picks := picked.side_by_side(graph):
+        again = plan(graph, settings, spent)
+        if _fused(again) > _fused(first):
+            first = again
+        else:
+            picked.undo(graph, picks)
     if not (copies := layouts.settle(graph, first.refused)):
         return first
     again = plan(graph, settings, spent)

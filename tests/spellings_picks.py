@@ -158,7 +158,42 @@ def picked_then_tanh(h: T, y: T, e: T, m: T, w: T) -> tuple[T, T]:
     return h, modulated(h, scale, shift) @ w
 
 
-@spelling("norm_modulate gated_residual", "h:BLD y:BLD e:BD f:BD m:BL s:B1D t:B1D w:DD")
-def picked_of_two_tensors_then_tanh(h: T, y: T, e: T, f: T, m: T, s: T, t: T, w: T) -> tuple[T, T]:
-    h = h + torch.where(mask(m), e[:, None], f[:, None]).tanh() * y
-    return h, modulated(h, s, t) @ w
+# -- rows of two tensors -----------------------------------------------------------------------------------------------
+
+TWO = "h:BLD y:BLD e:BP f:BP m:BL w:DD"
+
+
+def selected(m: T, noisy: T, clean: T) -> T:
+    """FIBO 2, Z-Image with clean and noisy tokens: modulations from two projections."""
+    tokens = m.shape[1]
+    noisy, clean = (rows.unsqueeze(1).expand(-1, tokens, -1) for rows in (noisy, clean))
+    return torch.where(mask(m), noisy, clean)
+
+
+@spelling(WIDE, TWO)
+def picked_of_two_projections(h: T, y: T, e: T, f: T, m: T, w: T) -> tuple[T, T]:
+    (g0, s0, *_), (g1, s1, *_) = e.chunk(6, dim=1), f.chunk(6, dim=1)
+    h = h + selected(m, g0.tanh(), g1.tanh()) * y
+    return h, (ln(h) * selected(m, 1.0 + s0, 1.0 + s1)) @ w
+
+
+@spelling(WIDE, TWO, FP16)
+def picked_of_two_projections_then_tanh(h: T, y: T, e: T, f: T, m: T, w: T) -> tuple[T, T]:
+    (g0, s0, t0, *_), (g1, s1, t1, *_) = e.chunk(6, dim=1), f.chunk(6, dim=1)
+    h = h + selected(m, g0, g1).tanh() * y
+    return h, modulated(h, selected(m, s0, s1), selected(m, t0, t1)) @ w
+
+
+@spelling(WIDE, "h:BLD y:BLD e:BD f:BP m:BL w:DD")
+def picked_of_rows_made_in_two_ways(h: T, y: T, e: T, f: T, m: T, w: T) -> tuple[T, T]:
+    h = h + torch.where(mask(m), e[:, None], (f * f).chunk(6, dim=1)[2][:, None]).sigmoid() * y
+    return h, modulated(h, selected(m, e, f.chunk(6, dim=1)[0]), selected(m, e, f.chunk(6, dim=1)[1])) @ w
+
+
+@spelling(WIDE, TWO)
+def picked_of_the_batchs_halves(h: T, y: T, e: T, f: T, m: T, w: T) -> tuple[T, T]:
+    """What is cut across samples is not brought together as if each had its own."""
+    gates = [rows.unsqueeze(0).transpose(0, 1).chunk(6, dim=-1)[0] for rows in (e, f)]
+    h = h + torch.where(mask(m), *gates) * y
+    scales = [rows.flip(0).chunk(6, dim=-1)[1][:, None] for rows in (e, f)]
+    return h, modulated(h, torch.where(mask(m), *scales), torch.where(mask(m), *gates)) @ w

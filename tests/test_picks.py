@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, fx
 
 from dkfuse import compat
 from dkfuse.kernels import ops
@@ -14,9 +15,9 @@ from dkfuse.kernels.picks import PICKED
 from dkfuse.kernels.support import OPERANDS, supports
 from dkfuse.rewriting.lower import bound_arguments
 
-from .harness import check_numerics, counts, run, spell
+from .harness import check_numerics, counts, fused, run, spell
 from .norm_calls import SHAPE, arguments_of
-from .spellings_picks import picked
+from .spellings_picks import picked, selected
 from .spellings_streams import modulated
 from .tensors import random
 from .test_kernels_ops import call
@@ -130,3 +131,59 @@ def test_masks_are_shared_and_pairs_are_views(rows: int) -> None:
     assert "aten.where.self" not in targets
     assert targets.count("aten.eq.Scalar") == 1
     assert not any(name in target for target in targets for name in ("cat", "stack", "clone"))
+
+
+# -- rows of two tensors -----------------------------------------------------------------------------------------------
+
+aten = torch.ops.aten
+TWO = "h:BLD y:BLD e:BP f:BP m:BL w:DD"
+
+
+def count(graph: fx.Graph, target: Any) -> int:
+    return len(list(graph.find_nodes(op="call_function", target=target)))
+
+
+def two_blocks(h: Tensor, y: Tensor, e: Tensor, f: Tensor, m: Tensor, w: Tensor) -> Tensor:
+    for _ in range(2):
+        (g0, s0, t0, *_), (g1, s1, t1, *_) = e.chunk(6, dim=1), f.chunk(6, dim=1)
+        h = h + selected(m, g0.tanh(), g1.tanh()) * y
+        y = modulated(h, selected(m, 1.0 + s0, 1.0 + s1), selected(m, t0, t1)) @ w
+    return h + y
+
+
+def test_rows_of_two_projections_are_brought_together_by_one_copy() -> None:
+    graph = fused(two_blocks, spell(TWO))
+    assert count(graph, aten.cat.default) == 1
+    for node in graph.find_nodes(op="call_function", target=torch.ops.dkfuse.residual_norm_modulate.default):
+        given = bound_arguments(node)
+        assert given["pick"] is not None
+        assert [given[name].meta["val"].shape[0] for name in ("gate", "scale", "shift")] == [2, 2, 2]
+
+
+def picked_without_a_norm(h: Tensor, y: Tensor, e: Tensor, f: Tensor, m: Tensor, w: Tensor) -> Tensor:
+    return (h * selected(m, e[:, :36], f[:, :36]).tanh()) @ w
+
+
+def picked_by_columns(h: Tensor, y: Tensor, e: Tensor, f: Tensor, m: Tensor, w: Tensor) -> Tensor:
+    scale = torch.where(h > 0, e[:, None, :36], f[:, None, :36])
+    return modulated(h, scale, y[:, :1]) @ w
+
+
+def test_rows_of_two_projections_for_any_number_of_tokens() -> None:
+    args = spell(TWO)
+    for tensor in (args[0], args[1], args[4]):
+        torch._dynamo.mark_dynamic(tensor, 1)
+    results, coverage = run(two_blocks, args, dynamic=None)
+    assert counts(coverage)["residual_gate_norm_modulate"] == 2, str(coverage)
+    check_numerics(two_blocks, args, results)
+    exact, _ = run(two_blocks, spell(TWO), roundings="eager")
+    assert torch.equal(exact[0], two_blocks(*spell(TWO)))
+
+
+@pytest.mark.parametrize("function", [picked_without_a_norm, picked_by_columns])
+def test_what_gains_no_site_is_left(function: Any) -> None:
+    inputs = spell(TWO)
+    graph = fused(function, inputs)
+    assert count(graph, aten.cat.default) == 0
+    assert count(graph, aten.where.self) == 1
+    check_numerics(function, inputs, run(function, inputs)[0])

@@ -148,7 +148,7 @@ def is_cut(term: Term, shape: tuple) -> bool:
             return all(same_size(t.shape[-1], shape[-1]) for t in (term, term.args[0]))
         term = term.args[0]
     if term.op == "leaf" and term.attrs[0].target is torch.ops.aten.where.self:
-        rows = [a.meta["val"] for a in term.attrs[0].args[1:] if isinstance(a, fx.Node)]
+        rows = [picks.unexpanded(a).meta["val"] for a in term.attrs[0].args[1:] if isinstance(a, fx.Node)]
         return all(not same_shape(row.shape, shape) for row in rows)
     return term.op == "leaf" and term.attrs[0].target in PICKING
 

@@ -60,6 +60,13 @@ def _choice(view: TermView, term: Term, shape: tuple) -> tuple[fx.Node, Term] | 
     return (masks(view)[_meaning(mask)], rows) if rows is not None else None
 
 
+def unexpanded(node: Any) -> fx.Node:
+    """What `node` was expanded from."""
+    while node.target is aten.expand.default and node.meta["val"].dim() == node.args[0].meta["val"].dim():
+        node = node.args[0]
+    return node
+
+
 def _unexpanded(term: Term | None) -> Term:
     assert term is not None
     while term.op == "view" and term.attrs[0] == "expand" and len(term.shape) == len(term.args[0].shape):
