@@ -23,7 +23,7 @@ from dkfuse.kernels.provider_ops import define_all
 from dkfuse.kernels.providers import PROVIDERS
 from dkfuse.kernels.support import OPERANDS
 
-from . import compat, compat_triton, fuse, memory, seams
+from . import compat, compat_triton, epsilons, fuse, memory, seams
 from .choosing import building, watch
 from .choosing.choose import check_installed, resolve_target
 from .reporting.recording import publish, withdraw
@@ -58,6 +58,7 @@ def dkfuse(gm: fx.GraphModule, example_inputs: Any, *, mode: str | None = None, 
     if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs):
         note = "training: inputs require grad, and the fused ops have no backward (use torch.no_grad())"
         return _plain(gm, example_inputs, inductor_options, settings, note)
+    epsilons.make_constants(gm)
     if settings.remainder == "eager":
         return _eager(gm, example_inputs, settings)
     early.start_if_new(settings)

@@ -170,3 +170,10 @@ def test_the_cpus_vectors_are_not_tried_where_a_bench_says_so(monkeypatch):
     with config.patch({"cpp.vec_isa_ok": True}):
         compat.skip_vector_trial()
         assert config.cpp.vec_isa_ok is True
+
+
+def test_torch_can_be_asked_to_trace_again_with_a_float_as_a_constant():
+    from torch._dynamo import exc, symbolic_convert
+
+    assert issubclass(exc.TensorifyScalarRestartAnalysis, exc.RestartAnalysis)
+    assert callable(symbolic_convert.TensorifyState.specialize)

@@ -1,4 +1,4 @@
-"""Graphs with operands that few models have: tensors of one value, sizes that data decide. Compiled as any others."""
+"""Graphs with operands that few models have: tensors of one value, sizes that data decide, an eps that is an input."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import dkfuse
 
@@ -121,3 +121,56 @@ def test_a_number_of_tokens_that_data_decide(function: Function, fused: dict[str
     torch.testing.assert_close(found, program(x, n), rtol=2e-2, atol=4e-2)
     if fused is not None:
         assert counts(coverage) == fused, str(coverage)
+
+
+# -- floats that Dynamo makes inputs -----------------------------------------------------------------------------------
+
+
+class Normed(nn.Module):
+    """A norm by hand, as diffusers writes it, beside a number that is no eps."""
+
+    def __init__(self, root: str = "rsqrt") -> None:
+        super().__init__()
+        self.eps, self.strength, self.root = 1e-6, 0.5, root
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 64).to(BF16), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance = x.float().pow(2).mean(-1, keepdim=True)
+        factor = torch.rsqrt(variance + self.eps) if self.root == "rsqrt" else (variance + self.eps).pow(-0.5)
+        return (self.strength * x) @ W + ((x * factor).to(BF16) * self.weight) @ W
+
+
+@pytest.mark.parametrize("root", ["rsqrt", "pow"])
+def test_an_eps_is_a_constant_with_dynamic_shapes_too(root: str) -> None:
+    torch.manual_seed(0)
+    module = Normed(root)
+    function = torch.compile(module, backend="dkfuse", dynamic=True, options={"dkfuse.remainder": "eager"})
+    torch.compiler.reset()
+
+    def check(tokens: int) -> None:
+        x = torch.randn(2, tokens, 64).to(BF16)
+        torch.testing.assert_close(function(x), module(x), rtol=2e-2, atol=4e-2)
+
+    with torch.no_grad(), dkfuse.record() as coverage:
+        for tokens in (8, 12, 20):
+            check(tokens)
+        assert [counts(coverage), len(coverage.graphs)] == [{"norm": 1}, 1], str(coverage)
+        module.strength = 0.25
+        check(8)
+        assert len(coverage.graphs) == 1, "a number that is no eps is still an input"
+        module.eps = 0.5
+        check(8)
+        assert [counts(coverage), len(coverage.graphs)] == [{"norm": 2}, 2], "guarded"
+
+
+def test_an_eps_that_is_an_argument_stays_one() -> None:
+    def function(x: Tensor, eps: float) -> Tensor:
+        return x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps).to(BF16) @ W
+
+    torch.compiler.reset()
+    call = compiled(function, dynamic=True)
+    x = torch.randn(2, 8, 64).to(BF16)
+    with torch.no_grad(), dkfuse.record() as coverage:
+        for eps in (1e-6, 0.1, 0.5):
+            torch.testing.assert_close(call(x, eps), function(x, eps), rtol=2e-2, atol=4e-2)
+    assert len(coverage.graphs) == 1
