@@ -1,6 +1,7 @@
 """Seams: what touches a GEMM or an attention, rewritten before the fused sites are looked for.
 
     attention     which kernel computes an attention
+    repeated      linears of a row that was repeated for all tokens, of the row
     swiglu        silu(linear) * linear in one GEMM
     projections   linears of one input whose weights lie side by side, as one GEMM
     split         linear(cat([a, b])) as two GEMMs that add up
@@ -26,13 +27,14 @@ from ..choosing.choose import resolve_target
 from ..matching.rules import Code, Stage
 from ..reporting.report import SEAMS, Reason, Site, Status
 from ..settings import Settings
-from . import attention, epilogue, gemm, joint, patches, projections, split, swiglu
+from . import attention, epilogue, gemm, joint, patches, projections, repeated, split, swiglu
 from .seam import Seam
 
 __all__ = ["FINDERS", "NAMES", "Seam", "run"]
 # in this order; each yields what it finds in the graph as the finders before it left it
 FINDERS: tuple[Callable[[fx.Graph, Settings], Iterator[Seam]], ...] = (
     attention.find,
+    repeated.find,
     swiglu.find,
     projections.find,
     split.find,
