@@ -149,6 +149,13 @@ def added_modulated() -> tuple[dict[str, Any], dict[str, Tensor]]:
     return added(x, residual=residual, gate=gate, scale=scale, shift=shift), outputs
 
 
+def added_branches() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The second branch in the place of a bias: rows with gaps, in another order than the first's."""
+    gate, scale, shift = (row.expand(2, 3, 1003) for row in vectors(3, 2, 1003))
+    second = random(3, 2, 1010).transpose(0, 1)[..., :1003]
+    return added(at_end(2, 3, 1003, pad=3), gate=gate, scale=scale, shift=shift, branch_bias=second), {}
+
+
 def sandwich() -> tuple[dict[str, Any], dict[str, Tensor]]:
     branch = {"branch_norm": "rms", "branch_eps": 1e-5, "branch_weight": random(1003), "branch_bias": random(1003)}
     (gate,) = vectors(1, 2, 1003, FP32)
@@ -242,7 +249,7 @@ def in_place() -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 _MAKERS = {
     "norm_modulate": (rms_rows, rms_shifted, modulated, odd_width, longest_rows, narrowest_rows, picked_rows),
-    "residual_norm_modulate": (added_rms, added_shifted, added_modulated, sandwich),
+    "residual_norm_modulate": (added_rms, added_shifted, added_modulated, added_branches, sandwich),
     "norm_modulate_dual": (dual,),
     "residual_norm_modulate_dual": (added_dual,),
     "gated_residual": (gated, gated_picked),

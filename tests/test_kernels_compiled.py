@@ -54,6 +54,20 @@ def test_a_picked_row_costs_one_byte_more(sm90: Any) -> None:
     assert ".local" not in ptx
 
 
+def test_a_second_branch_is_read_with_wide_accesses(sm90: Any) -> None:
+    """FLUX.3's attention and MLP; rows of conditioning that were repeated for all tokens are rows."""
+    x, rows = meta(1, 4096, 3072), [meta(1, 1, 3072).expand(1, 4096, 3072) for _ in range(3)]
+    arguments = norm_call(x, residual=x, branch_bias=x, sum_dtype=BF16)
+    arguments.update(zip(("gate", "scale", "shift"), rows, strict=True))
+    launch = planned(arguments, OP)
+    assert "gate_s0" not in launch.scalars and launch.constants.get("gate_s0", 0) == 0
+    ptx = ptx_of(launch, sm90)
+    chunks = launch.constants["CHUNKS"]
+    assert sum("ld.global" in line and ".v4." in line for line in ptx.splitlines()) == 6 * chunks
+    assert ptx.count("st.global") == 2 * chunks
+    assert ".local" not in ptx
+
+
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
 def test_a_table_is_read_with_wide_accesses_and_without_spills(sm90: Any, dtype: torch.dtype) -> None:
     """Wan2.2-5B: every token has its gate, scale and shift in bf16."""
