@@ -144,8 +144,8 @@ def is_cut(term: Term, shape: tuple) -> bool:
     while term.op == "view":
         if term.attrs[0] == "slice" and term.attrs[1] < last - 1 + (len(term.shape) > last):
             return len(term.args[0].shape) > last
-        if term.attrs[0] == "expand":  # not of columns, as in a rotary table with one column for each pair
-            return bool(term.args[0].shape) and same_size(term.shape[-1], term.args[0].shape[-1])
+        if term.attrs[0] == "expand":  # of columns: a rotary table, one column for each pair
+            return all(same_size(t.shape[-1], shape[-1]) for t in (term, term.args[0]))
         term = term.args[0]
     if term.op == "leaf" and term.attrs[0].target is torch.ops.aten.where.self:
         rows = [picks.unexpanded(a).meta["val"] for a in term.attrs[0].args[1:] if isinstance(a, fx.Node)]
