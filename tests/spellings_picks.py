@@ -119,11 +119,6 @@ def picked_gate_alone(h: T, y: T, e: T, m: T, w: T) -> T:
 # -- left to Inductor: a row for every token would have to be written to memory ----------------------------------------
 
 
-@spelling("left:pointwise_producer", "x:BLD s:B1D u:B1D t:B1D m:BL1 w:DD")
-def picked_from_two_tensors(x: T, s: T, u: T, t: T, m: T, w: T) -> T:
-    return modulated(x, torch.where(m > 0, s, u), t) @ w
-
-
 @spelling("left:pointwise_producer", "x:BLD e:2BD t:B1D m:BL1 w:DD")
 def picked_second_row_first(x: T, e: T, t: T, m: T, w: T) -> T:
     return modulated(x, torch.where(m > 0, e[1][:, None], e[0][:, None]), t) @ w
@@ -158,9 +153,22 @@ def picked_then_tanh(h: T, y: T, e: T, m: T, w: T) -> tuple[T, T]:
     return h, modulated(h, scale, shift) @ w
 
 
+@spelling(WIDE, "h:BLD y:BLD e:3P m:L w:DD")
+def picked_beside_a_row_of_all_samples(h: T, y: T, e: T, m: T, w: T) -> tuple[T, T]:
+    """Two samples with a row of their own each, and one row for both."""
+    gate, shift, scale, *_ = (of_one_sample(rows, m) for rows in e.chunk(6, dim=-1))
+    h = h + gate.tanh() * y
+    return h, modulated(h, scale, shift) @ w
+
+
 # -- rows of two tensors -----------------------------------------------------------------------------------------------
 
 TWO = "h:BLD y:BLD e:BP f:BP m:BL w:DD"
+
+
+@spelling("norm_modulate", "x:BLD s:B1D u:B1D t:B1D m:BL1 w:DD")
+def picked_from_two_tensors(x: T, s: T, u: T, t: T, m: T, w: T) -> T:
+    return modulated(x, torch.where(m > 0, s, u), t) @ w
 
 
 def selected(m: T, noisy: T, clean: T) -> T:

@@ -54,7 +54,7 @@ def _choice(view: TermView, term: Term, shape: tuple) -> tuple[fx.Node, Term] | 
     first, second = (_unexpanded(view.term(p)) for p in parts)
     if same_shape(first.shape, shape) or not first.shape or not same_size(first.shape[-1], shape[-1]):
         return None
-    rows = _together(view, first, second)
+    rows = _halves(view, *parts) or _together(view, first, second)
     while rows is not None and len(rows.shape) <= len(shape):
         rows = view.view(rows, ("unsqueeze", 1), (2, 1, *rows.shape[1:]))
     return (masks(view)[_meaning(mask)], rows) if rows is not None else None
@@ -72,6 +72,18 @@ def _unexpanded(term: Term | None) -> Term:
     while term.op == "view" and term.attrs[0] == "expand" and len(term.shape) == len(term.args[0].shape):
         term = term.args[0]
     return term
+
+
+def _halves(view: TermView, first: fx.Node, second: fx.Node) -> Term | None:
+    """The two halves of one node in dim 0, as `rewriting.picked` cuts them, with a dim of 2 in front."""
+    if not (first.target is second.target is aten.slice.Tensor and first.args[0] is second.args[0]):
+        return None
+    value, count = first.args[0].meta["val"], first.meta["val"].shape[0]  # type: ignore[union-attr]
+    cuts = first.args[1:], second.args[1:]
+    if cuts != ((0, 0, count), (0, count, 2 * count)) or not same_size(value.shape[0], 2 * count):
+        return None
+    whole = view.term(first.args[0])  # type: ignore[arg-type]
+    return None if whole is None else view.view(whole, ("reshape",), (2, count, *value.shape[1:]))
 
 
 def _together(view: TermView, first: Term, second: Term) -> Term | None:

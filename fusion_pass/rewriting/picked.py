@@ -80,19 +80,24 @@ def side_by_side(graph: fx.Graph) -> Picks:
     """Bring the rows together that are picked of two tensors; the picks that were replaced, which stay, unread."""
     found: Picks = []
     merged: dict[Pair, fx.Node] = {}
+    shared: dict[fx.Node, fx.Node] = {}
     for node in list(graph.find_nodes(op="call_function", target=aten.where.self)):
         if not node.users or not _picks_rows(node):
             continue
         mask, *rows = node.args
         first, second = map(unexpanded, rows)
-        value = first.meta["val"]
-        if value.shape != second.meta["val"].shape or value.dim() < 2 or set(_views(first)) & set(_views(second)):
+        values = [row.meta["val"] for row in (first, second)]
+        if values[0].dim() != values[1].dim() or values[0].dim() < 2 or values[0].shape[1:] != values[1].shape[1:]:
             continue
-        shape = broadcast_shape([tuple(mask.meta["val"].shape), tuple(value.shape)])  # type: ignore[union-attr]
+        counts = [value.shape[0] for value in values]
+        count = max(counts)
+        if min(counts) not in (1, count) or (counts[0] == counts[1] and set(_views(first)) & set(_views(second))):
+            continue
+        shape = broadcast_shape([tuple(mask.meta["val"].shape), (count, *values[0].shape[1:])])  # type: ignore[union-attr]
         if not same_shape(shape, node.meta["val"].shape):
             continue
-        count = value.shape[0]
         with graph.inserting_before(node):  # which comes before the next pick that reads the same
+            first, second = (_for_samples(graph, row, count, shared) for row in (first, second))
             both = _merged(graph, (first, second), merged)
             halves = [_call(graph, node, aten.slice.Tensor, (both, 0, start, start + count)) for start in (0, count)]
             again = _call(graph, node, aten.where.self, (mask, *halves))
@@ -112,6 +117,15 @@ def undo(graph: fx.Graph, picks: Picks) -> None:
                 inputs = node.all_input_nodes
                 graph.erase_node(node)
                 pending += [i for i in inputs if not i.users and i not in pending]
+
+
+def _for_samples(graph: fx.Graph, row: fx.Node, count: int, known: dict[fx.Node, fx.Node]) -> fx.Node:
+    """`row`, which may be the same for all samples (Qwen-Image 2.1's of timestep 0), for each of `count` samples."""
+    if row.meta["val"].shape[0] == count:
+        return row
+    if row not in known:
+        known[row] = _call(graph, row, aten.expand.default, (row, [count, *row.meta["val"].shape[1:]]))
+    return known[row]
 
 
 def _merged(graph: fx.Graph, pair: Pair, known: dict[Pair, fx.Node]) -> fx.Node:
