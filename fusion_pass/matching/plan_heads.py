@@ -25,7 +25,7 @@ from .rules import Code, Reject, Rule, Stage
 from .terms import Term, getitem_source
 
 if TYPE_CHECKING:
-    from ..fuse import Planner, State
+    from ..planner import Planner, State
 
 
 aten = torch.ops.aten

@@ -17,7 +17,7 @@ from ..rewriting import origin
 from .report import Reason, Site, Status
 
 if TYPE_CHECKING:
-    from ..fuse import State
+    from ..planner import State
 
 
 def sites(states: dict[object, State], view: TermView) -> list[Site]:
