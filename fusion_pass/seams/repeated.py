@@ -43,7 +43,9 @@ def find(graph: fx.Graph, settings: Settings) -> Iterator[Seam]:
             repeated[node] = outer
         if node not in found or found[node].x not in repeated:
             continue
-        linear = found[node]
+        linear, shape = found[node], node.meta["val"].shape
+        if len(shape) != 2 and not same_shape(shape[:-1], repeated[linear.x]):  # its bias is added in another shape
+            continue
         reject: Reject | None = None
         try:
             check_allowed(FAMILY, linear, settings)
