@@ -44,7 +44,7 @@ _written: dict[Any, set[frozenset[str]]] = {}  # by our kernels, made once per p
 def writes_known() -> Iterator[None]:
     """Tell Inductor which tensors a kernel of ours writes.
 
-    It finds out from the kernel's TTIR, which it generates for each launch: 0.1 to 0.3 s, in this process. A kernel
+    It finds out from the kernel's TTIR, which it generates for each launch: about 0.1 s, in this process. A kernel
     that was registered with several sets it analyses as before, and so it does where it wants to know more, to fuse
     what comes after a kernel.
     """

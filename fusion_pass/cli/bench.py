@@ -101,10 +101,7 @@ def model(
     device = _device()
     from ..bench import session
 
-    results, failed = session.models(found, options, device, top, json_, picture)
-    if failed:
-        done = f"{len(results)} of {len(found)} models were measured"
-        raise Failure(NOT_TRACED, f"{done}; {'; '.join(failed)}")
+    _check_all(found, *session.models(found, options, device, top, json_, picture))
 
 
 @bench.command()
@@ -144,9 +141,13 @@ def start(
     device = _device()
     from ..bench import session
 
-    rows, failed = session.starts(found, options, device, json_)
+    _check_all(found, *session.starts(found, options, device, json_))
+
+
+def _check_all(found: Sequence[Any], measured: Sequence[Any], failed: Sequence[str]) -> None:
+    """Fail at the end where a model could not be measured."""
     if failed:
-        done = f"{len(rows)} of {len(found)} models were measured"
+        done = f"{len(measured)} of {len(found)} models were measured"
         raise Failure(NOT_TRACED, f"{done}; {'; '.join(failed)}")
 
 

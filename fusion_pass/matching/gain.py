@@ -181,14 +181,15 @@ def traffic(site: Replaceable) -> tuple[int | None, int | None]:
             continue
         values = [n.meta.get("val") for n in (*node.all_input_nodes, node)]
         flat = [v for value in values for v in (value if isinstance(value, (tuple, list)) else (value,))]
-        before = _add(before, *(footprint(v) for v in flat if isinstance(v, torch.Tensor)))
+        before = total_bytes(before, *(footprint(v) for v in flat if isinstance(v, torch.Tensor)))
     for name, apart in site.sums.items() if isinstance(site, Candidate) else ():
         addends = (site.operands[name], site.operands[table_of(name)])
-        before = _add(before, *(footprint(fake(site.view, t)) for t in (apart, *addends)))
-    after = _add(0, *(footprint(fake(site.view, t)) for t in site.operands.values()))
-    after = _add(after, *(footprint(site.output_nodes(name)[0].meta["val"]) for name in site.outputs))
+        before = total_bytes(before, *(footprint(fake(site.view, t)) for t in (apart, *addends)))
+    after = total_bytes(0, *(footprint(fake(site.view, t)) for t in site.operands.values()))
+    after = total_bytes(after, *(footprint(site.output_nodes(name)[0].meta["val"]) for name in site.outputs))
     return before, after
 
 
-def _add(*parts: int | None) -> int | None:
+def total_bytes(*parts: int | None) -> int | None:
+    """The sum of byte counts; None where one is not known."""
     return None if any(p is None for p in parts) else sum(p for p in parts if p is not None)

@@ -22,7 +22,7 @@ from torch import fx
 from ..matching.gain import is_elementwise, is_view
 from ..matching.picks import unexpanded
 from ..matching.terms import broadcast_shape, same_shape, same_size
-from .replace import copy_origin
+from .replace import emit, emit_like
 
 aten = torch.ops.aten
 FUNCTIONS = (aten.tanh.default, aten.sigmoid.default)
@@ -55,7 +55,7 @@ def _rewrite(graph: fx.Graph, node: fx.Node, picked: fx.Node) -> None:
     made: dict[fx.Node, fx.Node] = {}
     with graph.inserting_before(picked):
         taken = [_taken(graph, node, row, common or unexpanded(row), made) for row in rows]
-        again = _call(graph, picked, aten.where.self, (mask, *taken))
+        again = emit_like(graph, picked, mask, *taken)
     node.replace_all_uses_with(again)
     graph.erase_node(node)
     graph.erase_node(picked)
@@ -66,10 +66,10 @@ def _taken(graph: fx.Graph, node: fx.Node, row: Any, base: fx.Node, made: dict[f
     if row in made:
         return made[row]
     if row is base:
-        made[row] = _call(graph, node, node.target, (row,))
+        made[row] = emit_like(graph, node, row)
     else:
         inner = _taken(graph, node, row.args[0], base, made)
-        made[row] = _call(graph, row, row.target, (inner, *row.args[1:]), row.kwargs)
+        made[row] = emit_like(graph, row, inner, *row.args[1:])
     return made[row]
 
 
@@ -99,8 +99,8 @@ def side_by_side(graph: fx.Graph) -> Picks:
         with graph.inserting_before(node):  # which comes before the next pick that reads the same
             first, second = (_for_samples(graph, row, count, shared) for row in (first, second))
             both = _merged(graph, (first, second), merged)
-            halves = [_call(graph, node, aten.slice.Tensor, (both, 0, start, start + count)) for start in (0, count)]
-            again = _call(graph, node, aten.where.self, (mask, *halves))
+            halves = [emit(graph, aten.slice.Tensor, both, 0, start, start + count) for start in (0, count)]
+            again = emit_like(graph, node, mask, *halves)
         node.replace_all_uses_with(again)
         found.append((node, again))
     return found
@@ -124,7 +124,7 @@ def _for_samples(graph: fx.Graph, row: fx.Node, count: int, known: dict[fx.Node,
     if row.meta["val"].shape[0] == count:
         return row
     if row not in known:
-        known[row] = _call(graph, row, aten.expand.default, (row, [count, *row.meta["val"].shape[1:]]))
+        known[row] = emit(graph, aten.expand.default, row, [count, *row.meta["val"].shape[1:]])
     return known[row]
 
 
@@ -134,10 +134,10 @@ def _merged(graph: fx.Graph, pair: Pair, known: dict[Pair, fx.Node]) -> fx.Node:
         first, second = pair
         source = _made_alike(first, second)
         if source is None:
-            known[pair] = _call(graph, second, aten.cat.default, ([first, second],))
+            known[pair] = emit(graph, aten.cat.default, [first, second])
         else:
             inner = _merged(graph, source, known)
-            known[pair] = _call(graph, second, first.target, (inner, *first.args[1:]), first.kwargs)
+            known[pair] = emit_like(graph, first, inner, *first.args[1:])
     return known[pair]
 
 
@@ -201,11 +201,3 @@ def _views(node: Any) -> list[fx.Node]:
     while is_view(found[-1]):
         found.append(found[-1].args[0])
     return found
-
-
-def _call(graph: fx.Graph, origin: fx.Node, target: Any, args: tuple[Any, ...], kwargs: Any = None) -> fx.Node:
-    """A node with its value, and the origin of `origin`."""
-    made = graph.call_function(target, args, kwargs or {})
-    made.meta["val"] = target(*fx.map_arg(args, lambda node: node.meta["val"]), **(kwargs or {}))
-    copy_origin(origin, made)
-    return made

@@ -120,10 +120,18 @@ def _results(graph: fx.Graph, call: fx.Node) -> dict[str, fx.Node]:
     return results
 
 
-def emit(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+def emit(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """A call of `target` at the graph's insertion point, with the value that it has."""
-    node = graph.call_function(target, args)
-    node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+    node = graph.call_function(target, args, kwargs)
+    values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+    node.meta["val"] = target(*values, **named)
+    return node
+
+
+def emit_like(graph: fx.Graph, source: fx.Node, *args: Any) -> fx.Node:
+    """What `source` computes, of other arguments, and of its origin."""
+    node = emit(graph, source.target, *args, **source.kwargs)
+    copy_origin(source, node)
     return node
 
 

@@ -2,8 +2,8 @@
 
     linear(f(expand(row)))  =  expand(linear(f(row)))           row [B, 1, K] or [1, K], f pointwise
 
-FLUX.3 and Cosmos repeat the embedding of a timestep for each token before the projections that make shifts, scales and
-gates of it. The product has then as many equal rows as there are tokens, and everything that reads them reads a row for
+FLUX.3 repeats the embedding of a timestep for each token before the projections that make shifts, scales and gates of
+it. The product has then as many equal rows as there are tokens, and everything that reads them reads a row for
 each token; behind a repeated row kernels read one. Only for what is repeated in the graph itself: rows that a pipeline
 repeats are inputs, and may differ.
 
@@ -19,14 +19,14 @@ from typing import Any
 
 from torch import fx
 
-from ..matching.gain import footprint, is_elementwise
+from ..matching.gain import footprint, is_elementwise, total_bytes
 from ..matching.rules import Code, Reject
 from ..matching.terms import same_shape, same_size
-from ..rewriting.replace import copy_origin, emit
+from ..rewriting.replace import copy_origin, emit, emit_like
 from ..rewriting.strides import RESHAPES, spread
 from ..settings import Settings
 from .common import aten, check_allowed, is_tensor, record
-from .linear import Linear, linears, read
+from .linear import linears, read
 from .seam import Seam
 
 FAMILY = "repeated_rows"
@@ -56,14 +56,10 @@ def find(graph: fx.Graph, settings: Settings) -> Iterator[Seam]:
         else:
             repeated[node] = repeated[linear.x]
         op = "aten::mm" if linear.bias is None else "aten::addmm"
-        traffic = (_traffic(linear), footprint(linear.weight.meta["val"]))
-        site = record(FAMILY, op, "cublas", linear.product, linear, traffic, reject)
+        before, after = (linear.x, linear.weight, node), (linear.weight,)
+        traffic = [total_bytes(*(footprint(n.meta["val"]) for n in nodes)) for nodes in (before, after)]
+        site = record(FAMILY, op, "cublas", linear.product, linear, tuple(traffic), reject)
         yield Seam(site, partial(_apply, graph, linear.product) if reject is None else None)
-
-
-def _traffic(linear: Linear) -> int | None:
-    parts = [footprint(node.meta["val"]) for node in (linear.x, linear.weight, linear.node)]
-    return None if any(part is None for part in parts) else sum(part for part in parts if part is not None)
 
 
 def _is_expand(node: fx.Node) -> bool:
@@ -140,8 +136,6 @@ def _row(graph: fx.Graph, node: fx.Node, known: dict[fx.Node, tuple[fx.Node, fx.
             known[node] = _row(graph, _inputs(node)[0], known)
         else:
             rows = {i: _row(graph, i, known) for i in _inputs(node)}
-            made = graph.node_copy(node, lambda i: rows[i][0] if i in rows else i)
-            args, kwargs = fx.map_arg((made.args, made.kwargs), lambda i: i.meta["val"])
-            made.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
-            known[node] = made, next(iter(rows.values()))[1]
+            args = fx.map_arg(node.args, lambda i: rows[i][0] if i in rows else i)
+            known[node] = emit_like(graph, node, *args), next(iter(rows.values()))[1]
     return known[node]
