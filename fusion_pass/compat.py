@@ -1,4 +1,4 @@
-"""Every private torch import of dkfuse, here and in `compat_triton`; canary for upgrades: `tests/test_compat.py`."""
+"""Every private torch import of dkfuse, here and in other modules `compat_*`; canary for upgrades: `tests/test_compat.py`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true as _statically_known_true
 
+from .compat_direct import register as direct_calls
 from .compat_triton import workers_told, writes_known
 
 
@@ -58,6 +59,7 @@ def inductor(gm: fx.GraphModule, inputs: Any, options: dict[str, Any]) -> Any:
     """Compile with Inductor."""
     import torch._inductor
 
+    direct_calls()
     with writes_known(), workers_told():
         return torch._inductor.compile(gm, inputs, options=options)
 

@@ -14,6 +14,7 @@ Errors: ValueError for a kernel that does not exist, one that takes no mask or k
 of another shape or dtype or together with a mask or causal; ImportError where its package is missing.
 
 On a CPU, and by any kernel, out is `torch.nn.functional.scaled_dot_product_attention`.
+Compiled graphs call `into` past torch's dispatcher (`dkfuse.compat_direct`).
 """
 
 from __future__ import annotations
@@ -119,6 +120,28 @@ def _cuda(
             out = RUN[using](q, k, v, causal, scale)
     tokens_first = KERNELS[using].order == "tokens"
     return out if tokens_first else _laid_out(out, _empty(q, v, using, key_lengths))
+
+
+def into(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_lengths: Tensor | None = None,
+    *,
+    causal: bool,
+    scale: float | None,
+    gqa: bool,
+    bounded: bool,
+    out: Tensor,
+) -> None:
+    """The attention by FlashAttention 4 into `out`, which is `[B, H, S, d]` in the memory order `[B, S, H, d]`.
+
+    Of a call that was checked, on the current device.
+    """
+    if not out.is_cuda:
+        out.copy_(reference(q, k, v, None, key_lengths, causal=causal, scale=scale, gqa=gqa, using="fa4"))
+    elif attention_fa4.again(q, k, v, key_lengths, causal, scale, bounded, out) is None:
+        out.copy_(attention_fa4.first(q, k, v, key_lengths, causal, scale, bounded))
 
 
 def _check(q: Tensor, mask: Tensor | None, key_lengths: Tensor | None, causal: bool, kernel: str) -> None:

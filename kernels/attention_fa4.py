@@ -50,10 +50,11 @@ class Direct:
     after: tuple[Any, ...]
     shape: tuple[int, ...]  # of out, `[B, S, H, d]`
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
-        out = q.new_empty(self.shape)
-        self.into(out, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), lengths)
-        return out.transpose(1, 2)
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            out = q.new_empty(self.shape).transpose(1, 2)
+        self.into(out.transpose(1, 2), q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), lengths)
+        return out
 
     def into(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
         """The same of `[B, S, H, d]` tensors, written to `out`."""
@@ -68,17 +69,19 @@ def again(
     causal: bool,
     scale: float | None,
     bounded: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor | None:
     """The attention by a direct call; None where the key is new, is not called directly, or this call may not be.
 
-    Operands as of `dkfuse::attention`; lengths: its key_lengths.
+    Operands as of `dkfuse::attention`; lengths: its key_lengths. It is written to `out` where that is given, which is
+    `[B, H, S, d]` in the memory order `[B, S, H, d]`, and returned.
     """
     direct = _direct.get(_key(q, k, v, lengths, causal, scale))
     if direct is None or not _plain(q, k, v) or q.device.index != torch.cuda.current_device():
         return None
     if lengths is not None:
         lengths = attention_lengths.within(lengths, k.shape[2], bounded)
-    return direct(q, k, v, lengths)
+    return direct(q, k, v, lengths, out)
 
 
 def first(
@@ -133,9 +136,14 @@ def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+def known() -> bool:
+    """Whether the installed version's compiled kernels are called directly."""
+    return attention_kernels.version_of("fa4") in VERSIONS
+
+
 def _interface() -> Any:
     """The function of theirs that calls compiled kernels out of its `compile_cache`; None in versions not read."""
-    if attention_kernels.version_of("fa4") not in VERSIONS:
+    if not known():
         return None
     attention_kept.install()  # before its cache is watched
     try:

@@ -13,6 +13,8 @@ using: "cublas", what PyTorch has (SwiGLU is then a pass of its own, after a rou
 `act` before it writes (`gemm_quack`), cut into `tiles` (`gemm_kernels.TILES`).
 Errors: ValueError for shapes and dtypes that do not fit, and for an act, a kernel or tiles that do not exist;
 ImportError where quack is missing. On a CPU, and by either kernel, the result is the definition.
+
+Compiled graphs call `into` past torch's dispatcher (`dkfuse.compat_direct`).
 """
 
 from __future__ import annotations
@@ -93,14 +95,21 @@ def _cuda(
         return by_cublas(x, weight, bias, act).contiguous()
     if x.dtype not in HALF:
         raise ValueError(f"dkfuse::linear: quack takes fp16 and bf16, not {x.dtype}; give using='cublas'")
-    from .gemm_quack import run
-
     out = x.new_empty((x.shape[0], columns(weight, act)))
-    if out.numel():
-        index = x.device.index
-        with torch.cuda.device(index) if index != torch.cuda.current_device() else contextlib.nullcontext():
-            run(x, weight, bias, act, out, tiles)
+    index = x.device.index
+    with torch.cuda.device(index) if index != torch.cuda.current_device() else contextlib.nullcontext():
+        into(x, weight, bias, act=act, tiles=tiles, out=out)
     return out
+
+
+def into(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, act: str, tiles: str, out: Tensor) -> None:
+    """The linear by quack into `out`, contiguous, of a call that was checked, on the current device."""
+    if not out.is_cuda:
+        out.copy_(reference(x, weight, bias, act=act))
+    elif out.numel():
+        from .gemm_quack import run
+
+        run(x, weight, bias, act, out, tiles)
 
 
 def _fake(

@@ -65,23 +65,57 @@ def _cuda(
 ) -> Tensor:
     _check(xs, weights, biases, batch, tiles)
     out = _empty(xs, weights, batch)
-    flat, joint, start = out.view(-1, out.shape[2]), out.shape[1], 0
     index = out.device.index
     with torch.cuda.device(index) if index != torch.cuda.current_device() else contextlib.nullcontext():
-        for x, weight, bias, cut in zip(xs, weights, biases, tiles, strict=True):
-            rows = x.shape[0] // batch
-            for i in range(batch if rows else 0):
-                part, place = x.narrow(0, i * rows, rows), flat.narrow(0, i * joint + start, rows)
-                if cut:
-                    from .gemm_quack import run
-
-                    run(part, weight, bias, "none", place, cut)
-                elif bias is None:
-                    torch.mm(part, weight.t(), out=place)
-                else:
-                    torch.addmm(bias, part, weight.t(), out=place)
-            start += rows
+        _write(xs, weights, biases, batch, tiles, out)
     return out
+
+
+def into(*tensors: Tensor, biased: Sequence[bool], batch: int, tiles: Sequence[str], out: Tensor) -> None:
+    """The op into `out`, contiguous, of a call that was checked, on the current device.
+
+    tensors: every stream's x, every one's weight, the biases that there are; biased: which streams have one
+    """
+    streams, added = len(tiles), iter(tensors[2 * len(tiles) :])
+    biases = [next(added) if has else None for has in biased]
+    write = _write if out.is_cuda else _define
+    write(tensors[:streams], tensors[streams : 2 * streams], biases, batch, tiles, out)
+
+
+def _define(
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    batch: int,
+    tiles: Sequence[str],
+    out: Tensor,
+) -> None:
+    out.copy_(reference(xs, weights, biases, batch, tiles))
+
+
+def _write(
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    batch: int,
+    tiles: Sequence[str],
+    out: Tensor,
+) -> None:
+    flat, joint, start = out.view(-1, out.shape[2]), out.shape[1], 0
+    for x, weight, bias, cut in zip(xs, weights, biases, tiles, strict=True):
+        rows = x.shape[0] // batch
+        for i in range(batch if rows else 0):
+            part = x if batch == 1 else x.narrow(0, i * rows, rows)
+            place = flat.narrow(0, i * joint + start, rows)
+            if cut:
+                from .gemm_quack import run
+
+                run(part, weight, bias, "none", place, cut)
+            elif bias is None:
+                torch.mm(part, weight.t(), out=place)
+            else:
+                torch.addmm(bias, part, weight.t(), out=place)
+        start += rows
 
 
 def _fake(
