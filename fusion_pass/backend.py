@@ -207,7 +207,7 @@ def _plain(gm: fx.GraphModule, inputs: Any, options: dict[str, Any], settings: S
     log.info("dkfuse: graph passed through: %s", note)
     nodes = len(gm.graph.nodes)
     publish([Graph(index=0, nodes=nodes, seconds=0.0, note=note)], _target(settings, inputs), settings)
-    return compat.inductor(gm, inputs, options)
+    return compat.plain_inductor(gm, inputs, options)
 
 
 def _eager(gm: fx.GraphModule, inputs: Any, settings: Settings, packed: bool = True) -> Any:

@@ -1,4 +1,4 @@
-"""Every private torch import of dkfuse, here and in other modules `compat_*`; canary for upgrades: `tests/test_compat.py`."""
+"""Every private torch import of dkfuse, here and in other `compat_*`; canary for upgrades: `tests/test_compat.py`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true as _statically_known_true
 
-from .compat_direct import register as direct_calls
+from .compat_direct import direct_calls
 from .compat_triton import workers_told, writes_known
 
 
@@ -56,12 +56,16 @@ def mode_options(mode: str | None) -> dict[str, Any]:
 
 
 def inductor(gm: fx.GraphModule, inputs: Any, options: dict[str, Any]) -> Any:
-    """Compile with Inductor."""
+    """Compile with Inductor a graph that a pass of ours will see, whose `pass_uuid` keeps it apart in caches."""
+    with writes_known(), workers_told(), direct_calls():
+        return plain_inductor(gm, inputs, options)
+
+
+def plain_inductor(gm: fx.GraphModule, inputs: Any, options: dict[str, Any]) -> Any:
+    """Compile with Inductor as torch.compile would: its caches may give others the same code."""
     import torch._inductor
 
-    direct_calls()
-    with writes_known(), workers_told():
-        return torch._inductor.compile(gm, inputs, options=options)
+    return torch._inductor.compile(gm, inputs, options=options)
 
 
 def lower_with(gm: fx.GraphModule, inputs: Any, inner: Callable[[fx.GraphModule, Any], Any], options: dict) -> Any:

@@ -132,16 +132,19 @@ def into(
     scale: float | None,
     gqa: bool,
     bounded: bool,
+    key: str | None,
     out: Tensor,
 ) -> None:
-    """The attention by FlashAttention 4 into `out`, which is `[B, H, S, d]` in the memory order `[B, S, H, d]`.
+    """The attention by FlashAttention 4 of `[B, S, H, d]` views, written to `out`, which is contiguous in that order.
 
-    Of a call that was checked, on the current device.
+    Of a call that was checked, on the current device. key: see `attention_fa4.into`.
     """
-    if not out.is_cuda:
-        out.copy_(reference(q, k, v, None, key_lengths, causal=causal, scale=scale, gqa=gqa, using="fa4"))
-    elif attention_fa4.again(q, k, v, key_lengths, causal, scale, bounded, out) is None:
-        out.copy_(attention_fa4.first(q, k, v, key_lengths, causal, scale, bounded))
+    if out.is_cuda:
+        attention_fa4.into(q, k, v, key_lengths, causal, scale, bounded, key, out)
+    else:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        found = reference(q, k, v, None, key_lengths, causal=causal, scale=scale, gqa=gqa, using="fa4")
+        out.copy_(found.transpose(1, 2))
 
 
 def _check(q: Tensor, mask: Tensor | None, key_lengths: Tensor | None, causal: bool, kernel: str) -> None:

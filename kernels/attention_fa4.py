@@ -37,6 +37,7 @@ MOST = 4096  # keys that are remembered
 OUT, LENGTHS = 3, 9  # where the compiled kernel takes them; q, k and v come first
 
 _direct: dict[Hashable, Direct | None] = {}  # None: their function, each time
+_named: dict[tuple[str, int], Direct] = {}  # by what a compiled graph knows of its call, and the device
 _compared: dict[int, tuple[Any, bool]] = {}  # by id of the compiled kernel, which is kept so that the id stays its own
 _lock = threading.Lock()
 
@@ -50,11 +51,10 @@ class Direct:
     after: tuple[Any, ...]
     shape: tuple[int, ...]  # of out, `[B, S, H, d]`
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, out: Tensor | None = None) -> Tensor:
-        if out is None:
-            out = q.new_empty(self.shape).transpose(1, 2)
-        self.into(out.transpose(1, 2), q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), lengths)
-        return out
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
+        out = q.new_empty(self.shape)
+        self.into(out, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), lengths)
+        return out.transpose(1, 2)
 
     def into(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
         """The same of `[B, S, H, d]` tensors, written to `out`."""
@@ -69,19 +69,17 @@ def again(
     causal: bool,
     scale: float | None,
     bounded: bool = False,
-    out: Tensor | None = None,
 ) -> Tensor | None:
     """The attention by a direct call; None where the key is new, is not called directly, or this call may not be.
 
-    Operands as of `dkfuse::attention`; lengths: its key_lengths. It is written to `out` where that is given, which is
-    `[B, H, S, d]` in the memory order `[B, S, H, d]`, and returned.
+    Operands as of `dkfuse::attention`; lengths: its key_lengths.
     """
     direct = _direct.get(_key(q, k, v, lengths, causal, scale))
     if direct is None or not _plain(q, k, v) or q.device.index != torch.cuda.current_device():
         return None
     if lengths is not None:
         lengths = attention_lengths.within(lengths, k.shape[2], bounded)
-    return direct(q, k, v, lengths, out)
+    return direct(q, k, v, lengths)
 
 
 def first(
@@ -110,6 +108,35 @@ def first(
         _direct.clear()
     _direct[key] = direct
     return out
+
+
+def into(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    bounded: bool,
+    key: str | None,
+    out: Tensor,
+) -> None:
+    """The attention of `[B, S, H, d]` tensors, written to `out`, which is contiguous. On the current device.
+
+    key: a text of all but the addresses, which spares later calls from asking for it; None where that may change.
+    """
+    direct = _named.get((key, q.device.index)) if key is not None else None
+    if direct is None:
+        direct = _direct.get(_key(*(t.transpose(1, 2) for t in (q, k, v)), lengths, causal, scale))
+        if direct is not None and key is not None:
+            _named[key, q.device.index] = direct
+    if direct is None or not _plain(q, k, v):
+        found = first(*(t.transpose(1, 2) for t in (q, k, v)), lengths, causal, scale, bounded)
+        out.copy_(found.transpose(1, 2))
+        return
+    if lengths is not None:
+        lengths = attention_lengths.within(lengths, k.shape[1], bounded)
+    direct.into(out, q, k, v, lengths)
 
 
 def _key(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, causal: bool, scale: float | None) -> Hashable:

@@ -39,14 +39,20 @@ _lock = threading.Lock()
 
 def run(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, out: Tensor, tiles: str = DEFAULT_TILES) -> None:
     """Compute into `out` [M, N or N/2], contiguous, on the current device, which is that of all tensors; M > 0."""
-    key = (x.dtype, act, bias is not None, tiles, x.device.index)
+    row = vector(bias, act) if bias is not None else None
+    launch(batched(readable(x)), batched(readable(weight)), row, act, batched(out), tiles)
+
+
+def launch(a: Tensor, b: Tensor, row: Tensor | None, act: str, out: Tensor, tiles: str) -> None:
+    """The same of operands as the kernels take them: `batched`, and the bias as `vector` gives it."""
+    key = (a.dtype, act, row is not None, tiles, a.device.index)
     call = _calls.get(key)
     if call is None:
         with _lock:
             call = _calls.get(key)
             if call is None:
-                call = _calls[key] = _made(x.dtype, act, bias is not None, tiles, x.device)
-    call(x, weight, bias, out)
+                call = _calls[key] = _made(a.dtype, act, row is not None, tiles, a.device)
+    call(a, b, row, out)
 
 
 def readable(matrix: Tensor) -> Tensor:
@@ -85,20 +91,17 @@ def _made(dtype: torch.dtype, act: str, bias: bool, tiles: str, device: torch.de
     # values that are known when a kernel is compiled are None in its calls
     if act == "none":
 
-        def plain(x: Tensor, weight: Tensor, added: Tensor | None, out: Tensor) -> None:
-            row = vector(added, act) if added is not None else None
+        def plain(a: Tensor, b: Tensor, row: Tensor | None, out: Tensor) -> None:
             epilogue = GemmDefaultEpiMixin.EpilogueArguments(
                 mRowVecBroadcast=row, add_to_output=None, rounding_mode=None
             )
-            a, b = batched(readable(x)), batched(readable(weight))
-            kernel(a, b, batched(out), None, epilogue, schedule, None)
+            kernel(a, b, out, None, epilogue, schedule, None)
 
         return plain
 
-    def activated(x: Tensor, weight: Tensor, added: Tensor | None, out: Tensor) -> None:
-        row = vector(added, act) if added is not None else None
-        epilogue = GemmActMixin.EpilogueArguments(batched(out), None, mRowVecBroadcast=row, rounding_mode=None)
-        kernel(batched(readable(x)), batched(readable(weight)), None, None, epilogue, schedule, None)
+    def activated(a: Tensor, b: Tensor, row: Tensor | None, out: Tensor) -> None:
+        epilogue = GemmActMixin.EpilogueArguments(out, None, mRowVecBroadcast=row, rounding_mode=None)
+        kernel(a, b, None, None, epilogue, schedule, None)
 
     return activated
 

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import gemm_quack
 from .gemm_kernels import TILES
 from .linear_ops import check, widened
 
@@ -101,17 +102,20 @@ def _write(
     tiles: Sequence[str],
     out: Tensor,
 ) -> None:
-    flat, joint, start = out.view(-1, out.shape[2]), out.shape[1], 0
+    (_, joint, columns), start = out.shape, 0
     for x, weight, bias, cut in zip(xs, weights, biases, tiles, strict=True):
         rows = x.shape[0] // batch
         for i in range(batch if rows else 0):
             part = x if batch == 1 else x.narrow(0, i * rows, rows)
-            place = flat.narrow(0, i * joint + start, rows)
+            offset = out.storage_offset() + (i * joint + start) * columns
             if cut:
-                from .gemm_quack import run
-
-                run(part, weight, bias, "none", place, cut)
-            elif bias is None:
+                place = out.as_strided((rows, columns, 1), (columns, 1, rows * columns), offset)
+                row = gemm_quack.vector(bias, "none") if bias is not None else None
+                a, b = (gemm_quack.batched(gemm_quack.readable(t)) for t in (part, weight))
+                gemm_quack.launch(a, b, row, "none", place, cut)
+                continue
+            place = out.as_strided((rows, columns), (columns, 1), offset)
+            if bias is None:
                 torch.mm(part, weight.t(), out=place)
             else:
                 torch.addmm(bias, part, weight.t(), out=place)

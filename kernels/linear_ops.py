@@ -78,34 +78,23 @@ def _linear_gelu_cuda(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return aten._addmm_activation.default(bias, x, weight.t(), use_gelu=True)
 
 
-def linear_gelu_into(x: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor) -> None:
-    """The op into `out`, contiguous."""
-    if out.is_cuda:
-        aten._addmm_activation.out(bias, x, weight.t(), use_gelu=True, out=out)
-    else:
-        out.copy_(linear_gelu(x, weight, bias))
-
-
 def _split_linear_cuda(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
     out = parts[0].new_empty(parts[0].shape[0], weight.shape[0])
-    split_linear_into(*parts, weight, *(() if bias is None else (bias,)), streams=len(parts), out=out)
+    pairs = [matrix for part, columns in _pairs(parts, weight) for matrix in (part, columns.t())]
+    sum_of_products(*pairs, *([bias] if bias is not None else []), out=out)
     return out
 
 
-def split_linear_into(*tensors: Tensor, streams: int, out: Tensor) -> None:
-    """The op into `out`, contiguous. tensors: the parts, so many as `streams`, the weight, and the bias if there is one."""
-    parts, weight = tensors[:streams], tensors[streams]
-    bias = tensors[streams + 1] if len(tensors) > streams + 1 else None
-    if not out.is_cuda:
-        out.copy_(split_linear(parts, weight, bias))
-        return
-    (first, columns), *rest = _pairs(parts, weight)
-    if bias is None:
-        torch.mm(first, columns.t(), out=out)
+def sum_of_products(*tensors: Tensor, out: Tensor) -> None:
+    """a @ b + c @ d + ... + bias into `out`, contiguous. tensors: a, b, c, d, ..., and the bias where there is one."""
+    a, b, *rest = tensors
+    if len(rest) % 2:
+        torch.addmm(rest.pop(), a, b, out=out)
     else:
-        torch.addmm(bias, first, columns.t(), out=out)
-    for part, columns in rest:
-        out.addmm_(part, columns.t())
+        torch.mm(a, b, out=out)
+    while rest:
+        a, b, *rest = rest
+        out.addmm_(a, b)
 
 
 def _linear_gelu_fake(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

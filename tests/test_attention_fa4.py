@@ -78,6 +78,7 @@ def package(monkeypatch):
     monkeypatch.setattr(attention_kernels, "version_of", lambda name: "4.0.0b20")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as of tensors on a CPU
     monkeypatch.setattr(attention_fa4, "_direct", {})
+    monkeypatch.setattr(attention_fa4, "_named", {})
     monkeypatch.setattr(attention_fa4, "_compared", {})
     for function in (attention_run._fa4_function, attention_lengths._fa4_function):
         function.cache_clear()
@@ -290,3 +291,53 @@ def test_no_more_keys_are_kept_than_are_worth_it(package, monkeypatch):
     for tokens in range(16, 24):
         attention._cuda(*tensors(4, 4, 4, tokens=tokens), using="fa4")
         assert 1 <= len(attention_fa4._direct) <= 3
+
+
+# -- into memory that is there ----------------------------------------------------------------------------------------
+
+
+def written(case: str, key: str | None, seed: int, shift: int = 0) -> torch.Tensor:
+    """The result of `into`, which is compared with the definition."""
+    heads, sizes, options = CASES[case]
+    q, k, v = tensors(*heads, **sizes, seed=seed)
+    if shift:
+        q = torch.empty(q.numel() + shift, dtype=q.dtype)[shift:].view(q.shape).copy_(q)
+    expected = attention.reference(q, k, v, using="fa4", **options).transpose(1, 2)
+    out = torch.full(expected.shape, float("nan"), dtype=q.dtype)
+    given = dict.fromkeys(("causal", "scale", "bounded")) | options
+    lengths, bounded = given.get("key_lengths"), bool(given["bounded"])
+    views = [t.transpose(1, 2) for t in (q, k, v)]
+    attention_fa4.into(*views, lengths, bool(given["causal"]), given["scale"], bounded, key, out)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    return out
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("key", [None, "a call of some graph"])
+def test_into_learns_and_goes_to_the_compiled_kernel(package, monkeypatch, case, key):
+    written(case, key, 0)
+    package.calls = 0
+    written(case, key, 1)
+    assert package.calls == 0
+    if key is not None:
+        monkeypatch.setattr(attention_fa4, "_key", lambda *_: pytest.fail("sizes and strides were asked for"))
+    package.launches = []
+    out = written(case, key, 2)
+    *given, made, _, _ = package.launches[-1]
+    assert made.data_ptr() == out.data_ptr(), "written in place"
+    assert all(t.shape[1] in (40, 50, 300) for t in given), "views [B, S, H, d]"
+
+
+def test_into_with_an_address_that_is_no_vector(package):
+    written("plain", "k", 0)
+    written("plain", "k", 1)
+    package.launches = []
+    written("plain", "k", 2, shift=1)
+    assert all(t.data_ptr() % 16 == 0 for t in package.launches[-1][:3])
+
+
+def test_into_of_another_version(package, monkeypatch):
+    monkeypatch.setattr(attention_kernels, "version_of", lambda name: "4.0.0b99")
+    for seed in range(3):
+        written("plain", "k", seed)
+    assert package.calls == 3 and not attention_fa4.known()
