@@ -127,11 +127,12 @@ def into(
     """
     direct = _named.get((key, q.device.index)) if key is not None else None
     if direct is None:
-        direct = _direct.get(_key(*(t.transpose(1, 2) for t in (q, k, v)), lengths, causal, scale))
+        direct = _direct.get(_key(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), lengths, causal, scale))
         if direct is not None and key is not None:
             _named[key, q.device.index] = direct
     if direct is None or not _plain(q, k, v):
-        found = first(*(t.transpose(1, 2) for t in (q, k, v)), lengths, causal, scale, bounded)
+        heads = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        found = first(*heads, lengths, causal, scale, bounded)
         out.copy_(found.transpose(1, 2))
         return
     if lengths is not None:
