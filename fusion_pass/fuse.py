@@ -1,5 +1,6 @@
 """The pass: one pure function over an `fx.Graph` with ``meta["val"]``, usable on any ATen graph.
 
+    products as the model has them   what Inductor padded
     seams                            what touches a GEMM or an attention, rewritten at once
     TermView(graph)                  nothing mutated
     anchors                          what could be fused, found without the rules
@@ -21,7 +22,7 @@ from .choosing import building
 from .planner import Plan, plan
 from .reporting import records
 from .reporting.report import Graph, Status
-from .rewriting import layouts, picked
+from .rewriting import layouts, padded, picked
 from .settings import Settings
 
 __all__ = ["Plan", "decided", "plan", "run", "settled"]
@@ -33,13 +34,14 @@ def decided(graph: fx.Graph, settings: Settings, built: bool = False) -> Plan:
     built: build the kernels that can be built ahead; a site whose kernel cannot is planned once more without it.
     """
     started = time.perf_counter()
+    products = padded.without_padding(graph)
     picked.functions_of_rows(graph)
     taken = seams.run(graph, settings)
     spent = sum(site.status is Status.FUSED for site in taken)
     result = settled(graph, settings, spent)
     while built and building.failed(result.taken):  # remembered: the next plan chooses another kernel
         result = settled(graph, settings, spent)
-    result.record.seams = taken
+    result.record.seams, result.products = taken, products
     result.record.seconds = time.perf_counter() - started
     return result
 
@@ -78,6 +80,7 @@ def run(graph: fx.Graph, settings: Settings, lowered: bool = True) -> Graph:
     started = time.perf_counter()
     what = decided(graph, settings, built=True)
     calls = replace(graph, what.view, what.taken)
+    padded.pad_again(graph, what.products)
     if lowered:
         lower(graph, calls)
         records.add_launches(what.record.sites, what.states)

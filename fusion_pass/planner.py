@@ -23,6 +23,7 @@ from .matching.rules import Candidate, Code, NotThisRule, Reject, Rule, Stage
 from .matching.terms import Term, TermView
 from .reporting import records
 from .reporting.report import Graph
+from .rewriting.padded import Product
 from .settings import Settings
 
 QK_NORM = (
@@ -40,6 +41,7 @@ class Plan:
     record: Graph = field(default_factory=lambda: Graph(index=0, nodes=0, seconds=0.0))
     refused: list[fx.Node] = field(default_factory=list)
     states: list[State] = field(default_factory=list)  # of the record's sites, in their order
+    products: list[Product] = field(default_factory=list)  # that Inductor had padded
 
 
 @dataclass
