@@ -4,7 +4,7 @@
     start_if_new()      the same before it is known whether there are any: where nothing was compiled yet
     import_meanwhile()  this process imports them in a thread, while Inductor works
     importing()         whether it still does
-    imported()          waits until it does not
+    imported()          waits until it does not; what is imported behind it finds `cutlass` without JAX
 
 The packages take seconds to import. Nothing that torch has not loaded itself is among what they import, so that the
 thread and Inductor do not load the same modules, and a package that cannot be imported fails again where it is needed.
@@ -18,7 +18,7 @@ import threading
 
 import torch
 
-from . import attention_kernels, compile_ahead, disk_cache, gemm_kernels
+from . import attention_kernels, compile_ahead, cutlass_import, disk_cache, gemm_kernels
 from .gemm_kernels import CAPABILITY
 
 FA4_VERSIONS = ("4.0.0b20",)  # whose sources were read: their kernels are compiled ahead, and kept
@@ -76,12 +76,19 @@ def importing() -> bool:
 
 
 def imported() -> None:
-    """Wait until what was begun is imported."""
+    """Wait until what was begun is imported, or have what they are written in at least."""
     if importing() and _thread[0] is not threading.current_thread():
         _thread[0].join()
+    _without_jax()
+
+
+def _without_jax() -> None:
+    with contextlib.suppress(Exception):  # as below
+        cutlass_import.import_cutlass()
 
 
 def _import(names: tuple[str, ...]) -> None:
+    _without_jax()
     for name in names:
         with contextlib.suppress(Exception):  # whatever it raises, it raises again where it is needed
             importlib.import_module(name)
