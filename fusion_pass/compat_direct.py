@@ -43,14 +43,40 @@ def linear(
     if not all(map(_rows_of_vectors, tensors)) or (bias is not None and act in GATED):
         return Call("dkfuse_linear", tensors, keywords)
     matrices, vectors = tensors[:2], tensors[2:]
-    views = [*map(_batched, matrices), *(_viewed(t, [1, *_size(t)], [*_size(t), 1]) for t in vectors)]
+    views = [*map(_batched, matrices), *map(_row, vectors)]
     return Call("dkfuse_linear_batched", views, keywords, _batched)
 
 
 def joint_linear(xs: Any, weights: Any, biases: Any, batch: int, tiles: Sequence[str]) -> Call:
+    given = zip(xs, weights, biases, strict=True)
+    streams = [[_realized(t) if t is not None else None for t in stream] for stream in given]
+    if (call := _in_pieces(streams, batch, tiles)) is not None:
+        return call
     biased = [bias is not None for bias in biases]
-    tensors = [_realized(t) for t in (*xs, *weights, *biases) if t is not None]
+    tensors = [stream[i] for i in range(3) for stream in streams if stream[i] is not None]
     return Call("dkfuse_joint_linear", tensors, {"biased": biased, "batch": batch, "tiles": list(tiles)})
+
+
+def _in_pieces(streams: list[list[Any]], batch: int, tiles: Sequence[str]) -> Call | None:
+    """The call with a view for each operand of each product; None where sizes are symbols, or quack needs copies."""
+    tensors: list[Any] = []
+    pieces: list[tuple[int, int, bool, str]] = []
+    numbers = [n for stream in streams for t in stream if t is not None for n in (*_size(t), *t.get_layout().stride)]
+    if _symbolic(batch, *numbers):
+        return None
+    rows = [int(_size(x)[0]) // int(batch) for x, *_ in streams]
+    for sample in range(int(batch)):
+        for i, ((x, weight, bias), cut) in enumerate(zip(streams, tiles, strict=True)):
+            given = [t for t in (x, weight, bias) if t is not None]
+            if not rows[i] or (cut and not all(map(_rows_of_vectors, given))):
+                return None
+            (_, columns), (outer, inner) = _size(x), x.get_layout().stride
+            part = _viewed(x, [rows[i], columns], [outer, inner], sample * rows[i] * outer)
+            tensors += [_batched(part), _batched(weight)] if cut else [part, _transposed(weight)]
+            if bias is not None:
+                tensors.append(_row(bias) if cut else bias)
+            pieces.append((sample * sum(rows) + sum(rows[:i]), rows[i], bias is not None, cut))
+    return Call("dkfuse_joint_linear_pieces", tensors, {"pieces": pieces})
 
 
 def split_linear(parts: Any, weight: Any, bias: Any) -> Call | None:
@@ -59,7 +85,7 @@ def split_linear(parts: Any, weight: Any, bias: Any) -> Call | None:
     pairs = []
     for part in tensors:
         width = _size(part)[1]
-        if getattr(width, "free_symbols", ()):
+        if _symbolic(width):
             return None
         pairs.append((part, _viewed(matrix, [width, outputs], [inner, outer], start * inner)))
         start += width
@@ -98,7 +124,7 @@ def attention(
     tensors = [_realized(permute(t, [0, 2, 1, 3])) for t in (q, k, v)]
     tensors += [_realized(key_lengths)] if key_lengths is not None else []
     layouts = [(_size(t), list(t.get_layout().stride)) for t in tensors]
-    known_sizes = not any(getattr(n, "free_symbols", ()) for lists in layouts for numbers in lists for n in numbers)
+    known_sizes = not _symbolic(*(n for lists in layouts for numbers in lists for n in numbers))
     facts = (layouts, [str(t.get_dtype()) for t in tensors], causal, scale)
     key = repr(facts) if known_sizes else None
     keywords = {"causal": causal, "scale": scale, "gqa": gqa, "bounded": bounded, "key": key}
@@ -136,6 +162,19 @@ def _batched(matrix: Any) -> Any:
     return _viewed(matrix, [rows, columns, 1], [outer, 1, rows * outer])
 
 
+def _row(vector: Any) -> Any:
+    (columns,) = _size(vector)
+    return _viewed(vector, [1, columns], [columns, 1])
+
+
+def _transposed(matrix: Any) -> Any:
+    return _viewed(matrix, _size(matrix)[::-1], list(matrix.get_layout().stride)[::-1])
+
+
+def _symbolic(*numbers: Any) -> bool:
+    return any(getattr(n, "free_symbols", ()) for n in numbers)
+
+
 def _tokens_first(out: Any) -> Any:
     (batch, heads, tokens, width), strides = _size(out), out.get_layout().stride
     return _viewed(out, [batch, tokens, heads, width], [strides[i] for i in (0, 2, 1, 3)])
@@ -168,6 +207,7 @@ def _ops() -> dict[Any, Callable[..., Call | None]]:
         "dkfuse_linear": _gemm.into,
         "dkfuse_linear_batched": _gemm.into_batched,
         "dkfuse_joint_linear": _joint_linear.into,
+        "dkfuse_joint_linear_pieces": _joint_linear.into_pieces,
         "dkfuse_sum_of_products": _linear_ops.sum_of_products,
         "dkfuse_addmm_activation": torch._addmm_activation,
         "dkfuse_attention": _attention.into,

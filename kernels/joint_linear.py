@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import gemm_quack
+from . import gemm, gemm_quack
 from .gemm_kernels import TILES
 from .linear_ops import check, widened
 
@@ -81,6 +81,26 @@ def into(*tensors: Tensor, biased: Sequence[bool], batch: int, tiles: Sequence[s
     biases = [next(added) if has else None for has in biased]
     write = _write if out.is_cuda else _define
     write(tensors[:streams], tensors[streams : 2 * streams], biases, batch, tiles, out)
+
+
+def into_pieces(*tensors: Tensor, pieces: Sequence[tuple[int, int, bool, str]], out: Tensor) -> None:
+    """The op into `out`, contiguous, of a call that was checked and whose sizes are known, on the current device.
+
+    pieces: a product each, of one stream and sample: where its rows start in the result, how many they are, whether a
+    bias is added, and how quack's GEMM is cut. tensors: every piece's a, b and bias, for cuBLAS [rows, K], [K, N] and
+    [N], for quack as `gemm.into_batched` takes them.
+    """
+    columns, operands, begin = out.shape[2], iter(tensors), out.storage_offset()
+    for start, rows, biased, cut in pieces:
+        a, b, bias = next(operands), next(operands), next(operands) if biased else None
+        size, stride = (rows, columns), (columns, 1)
+        if cut:
+            place = out.as_strided((*size, 1), (*stride, rows * columns), begin + start * columns)
+            gemm.into_batched(a, b, bias, act="none", tiles=cut, out=place)
+        elif bias is None:
+            torch.mm(a, b, out=out.as_strided(size, stride, begin + start * columns))
+        else:
+            torch.addmm(bias, a, b, out=out.as_strided(size, stride, begin + start * columns))
 
 
 def _define(

@@ -14,7 +14,7 @@ from torch._inductor.utils import run_and_get_code
 
 from dkfuse import compat, compat_direct
 from dkfuse.backend import dkfuse as backend
-from dkfuse.kernels import attention_fa4, gemm, gemm_quack, linear_ops
+from dkfuse.kernels import attention_fa4, gemm, gemm_quack, joint_linear, linear_ops
 
 aten, ops = torch.ops.aten, torch.ops.dkfuse
 X, W, WIDE, B = torch.randn(16, 64), torch.randn(64, 64), torch.randn(64, 96), torch.randn(64)
@@ -57,8 +57,20 @@ CALLS: dict[str, tuple[str, Callable[..., Any], tuple[torch.Tensor, ...]]] = {
     "linear, columns": ("linear", lambda x, w: ops.linear(x, w.t(), using="quack"), (X, W)),
     "linear, computed": ("linear_batched", lambda x, w: ops.linear((x * 2).relu(), w, using="quack"), (X, W)),
     "joint_linear": (
-        "joint_linear",
+        "joint_linear_pieces",
         lambda x, w, b: ops.joint_linear([x, x[:8]], [w, w * 2], [None, b], 2, ["", "128x192"]),
+        (X, W, B),
+    ),
+    "joint_linear, one sample": (
+        "joint_linear_pieces",
+        lambda x, w, b: ops.joint_linear([x, x[:6] * 2], [w, w], [b, b], 1, ["128x160", ""]),
+        (X, W, B),
+    ),
+    "joint_linear, not aligned": (
+        "joint_linear",
+        lambda x, w, b: ops.joint_linear(
+            [x[:, 1:33], x[:, 8:40]], [w[:, :32], w[:, :32]], [b, None], 2, ["128x192", ""]
+        ),
         (X, W, B),
     ),
     "split_linear": (
@@ -99,7 +111,7 @@ def test_a_direct_call_is_written(case: str) -> None:
 def test_with_symbolic_sizes(case: str) -> None:
     name, function, tensors = CALLS[case]
     code = code_of(function, *tensors, dynamic=True)
-    assert f"extern_kernels.dkfuse_{name.removesuffix('_batched')}(" in code, code
+    assert f"extern_kernels.dkfuse_{name.removesuffix('_batched').removesuffix('_pieces')}(" in code, code
     if case == "attention":
         assert "key=None" in code, "a key that names sizes must not be of symbols"
 
@@ -205,6 +217,25 @@ def test_nothing_is_launched_for_no_rows(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(gemm_quack, "launch", lambda *args: pytest.fail("launched"))
     empty = on_cuda(torch.empty(0, 64, 1))
     gemm.into_batched(empty, W[..., None], act="none", tiles="128x192", out=empty.clone())
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_pieces(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    """Of a result that begins inside of a buffer; quack's share is computed by the definition."""
+    monkeypatch.setattr(
+        gemm_quack,
+        "launch",
+        lambda a, b, row, act, out, tiles: out.copy_(torch.addmm(row[0], a[..., 0], b[..., 0].t())[..., None]),
+    )
+    x, y, w, b = torch.randn(4 * batch, 16), torch.randn(6 * batch, 16), torch.randn(8, 16), torch.randn(8)
+    expected = ops.joint_linear([x, y], [w, w * 2], [b, None], batch, ["128x192", ""])
+    tensors, pieces = [], []
+    for i in range(batch):
+        tensors += [on_cuda(x[4 * i : 4 * i + 4, :, None]), w[..., None], b[None], y[6 * i : 6 * i + 6], 2 * w.t()]
+        pieces += [(10 * i, 4, True, "128x192"), (10 * i + 4, 6, False, "")]
+    out = torch.empty(80 * batch + 4)[4:].view(batch, 10, 8)
+    joint_linear.into_pieces(*tensors, pieces=pieces, out=on_cuda(out))
+    torch.testing.assert_close(out, expected)
 
 
 @pytest.mark.parametrize("bias", [True, False])
