@@ -23,12 +23,13 @@ from dkfuse.kernels.provider_ops import define_all
 from dkfuse.kernels.providers import PROVIDERS
 from dkfuse.kernels.support import OPERANDS
 
-from . import compat, compat_triton, epsilons, fuse, memory, seams
+from . import compat, compat_direct, compat_triton, epsilons, fuse, memory, seams
 from .choosing import building, watch
 from .choosing.choose import check_installed, resolve_target
 from .reporting.recording import publish, withdraw
 from .reporting.report import Graph
 from .reporting.store import Record, graph_key
+from .rewriting import direct_calls
 from .rewriting.drift import keep_roundings
 from .seams import early, late
 from .settings import Settings
@@ -118,6 +119,7 @@ def _compile(gm: fx.GraphModule, inputs: Any, way: _Way) -> Any:
         for user_pass in users:
             user_pass(graph)
         context.run(graph)
+        compat_direct.begin(direct_calls.ops())
 
     identities = [record.uuid, *map(compat.pass_uuid, users)]
     uuid = None if None in identities else "/".join(map(str, identities))

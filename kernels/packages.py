@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from importlib import metadata
 
 
+@functools.cache
 def installed(*distributions: str) -> str | None:
-    """The version of the first of these distributions that is installed; None where none is."""
+    """The version of the first of these distributions that is installed, as it was when first asked; None: none is."""
     for distribution in distributions:
         try:
             return metadata.version(distribution)
