@@ -75,7 +75,8 @@ def _lowering(direct: Callable[..., Call | None], fallback: Callable[..., Any]) 
         from torch._inductor.virtualized import V
 
         result = V.graph.current_node.meta["val"]
-        possible = result.device.type in ("cuda", "cpu") and not V.graph.cpp_wrapper
+        python = not V.graph.cpp_wrapper and not getattr(V.graph, "fx_wrapper", False)
+        possible = python and result.device.type in ("cuda", "cpu")
         call = direct(*args, **kwargs) if possible else None
         if call is None:
             return fallback(*args, **kwargs)

@@ -90,5 +90,5 @@ def _without_jax() -> None:
 def _import(names: tuple[str, ...]) -> None:
     _without_jax()
     for name in names:
-        with contextlib.suppress(Exception):  # whatever it raises, it raises again where it is needed
-            importlib.import_module(name)
+        with contextlib.suppress(Exception), cutlass_import.without_collections():
+            importlib.import_module(name)  # whatever it raises, it raises again where it is needed

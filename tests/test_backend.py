@@ -43,6 +43,7 @@ def inductor_calls(monkeypatch):
         return gm.forward
 
     monkeypatch.setattr(compat, "inductor", inductor)
+    monkeypatch.setattr(compat, "plain_inductor", inductor)
     return calls
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 import threading
@@ -99,3 +100,16 @@ def test_packages_of_kernels_find_it(monkeypatch: pytest.MonkeyPatch, packages: 
     thread.join()
     assert "kernels_of_theirs" in sys.modules and "jax" not in sys.modules
     monkeypatch.delitem(sys.modules, "kernels_of_theirs")
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_no_garbage_is_looked_for_meanwhile(packages: Path, enabled: bool) -> None:
+    (packages / "cutlass" / "__init__.py").write_text("import gc\ncollects = gc.isenabled()\n")
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        cutlass_import.import_cutlass()
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()
+    assert not sys.modules["cutlass"].collects

@@ -72,6 +72,7 @@ class Inductor:
         self.error, self.line, self.fails = error, line, fails
         self.compiled = self.called = 0
         monkeypatch.setattr(compat, "inductor", self)
+        monkeypatch.setattr(compat, "plain_inductor", self)
 
     def __call__(self, gm, values, options):
         def inner(graph_module, _):
