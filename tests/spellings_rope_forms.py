@@ -61,14 +61,36 @@ def q3d_complex64_times_complex128(x: T, f: T) -> T:
     return torch.view_as_real(z * f.unsqueeze(2)).flatten(3).type_as(x)
 
 
+def by_samples(x: T, f: T) -> T:
+    """Wan's own repository: a Python loop over samples, padded behind their tokens, in complex128, fp32 out."""
+    out, tokens = [], f.shape[0]
+    for sample in x:
+        z = torch.view_as_complex(sample[:tokens].to(torch.float64).reshape(tokens, sample.shape[1], -1, 2))
+        out.append(torch.cat([torch.view_as_real(z * f).flatten(2), sample[tokens:]]))
+    return torch.stack(out).float()
+
+
 @bshd("f:L1R:z", batch="1")
 def q3d_sample_by_sample(x: T, f: T) -> T:
-    """Wan's own repository: a Python loop over samples of different lengths, in complex128, fp32 out."""
-    out = []
-    for sample in x:
-        z = torch.view_as_complex(sample.to(torch.float64).reshape(sample.shape[0], sample.shape[1], -1, 2))
-        out.append(torch.view_as_real(z * f).flatten(2))
-    return torch.stack(out).float()
+    return by_samples(x, f)
+
+
+@spelling(BOTH, "q:1LI k:1LI v:1LI a:I f:L1R:z")
+def q3d_sample_by_sample_of_a_norm_over_all_heads(q: T, k: T, v: T, a: T, f: T) -> T:
+    q, k = (by_samples(heads(rms(x, a)), f) for x in (q, k))
+    return attend(q.to(v.dtype), k.to(v.dtype), heads(v))
+
+
+@spelling(BOTH, "q:1LI k:1LI v:1LI a:I f:L1R:z")
+def q3d_sample_by_sample_kept_in_fp32(q: T, k: T, v: T, a: T, f: T) -> T:
+    q, k = (by_samples(heads(rms(x, a)), f) for x in (q, k))
+    return attend(q, k, heads(v).float()).to(v.dtype)
+
+
+@spelling(BOTH, "q:1LI k:1LI v:1LI a:I f:L1R:z")
+def q3d_sample_by_sample_and_padding(q: T, k: T, v: T, a: T, f: T) -> T:
+    q, k = (by_samples(heads(rms(x, a)), f[:4]) for x in (q, k))
+    return attend(q.to(v.dtype), k.to(v.dtype), heads(v))
 
 
 # -- Q4: slice writes --------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ in between, no operand depends on the result, no operand is an input that the gr
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -232,18 +233,34 @@ def reads_a_size(site: HeadSite, node: fx.Node) -> bool:
 
 
 def _late_casts(site: HeadSite) -> dict[fx.Node, list[fx.Node]]:
-    """``{cast: views between the root and it}`` where every reader of a wide root casts it to one narrow dtype."""
-    found: dict[fx.Node, list[fx.Node]] = {}
+    """``{cast: views between the root and it}`` where every reader of a wide root casts it to one narrow dtype.
+
+    A root in fp64 may be cast to fp32 on the way, or for good.
+    """
     if site.root.precision in NARROW:
-        return found
-    pending: list[tuple[fx.Node, list[fx.Node]]] = [(node, []) for node in site.output_nodes("out")]
+        return {}
+    nodes = site.output_nodes("out")
+    if nodes[0].meta["val"].dtype is not torch.float64:
+        return _casts(nodes, NARROW)
+    return _casts(nodes, NARROW, (torch.float32,)) or _casts(nodes, (torch.float32,))
+
+
+def _casts(
+    nodes: list[fx.Node], wanted: Container[torch.dtype], between: Container[torch.dtype] = ()
+) -> dict[fx.Node, list[fx.Node]]:
+    """The casts to one dtype of `wanted` behind views of `nodes`, and casts to dtypes `between`, if all readers are."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    pending: list[tuple[fx.Node, list[fx.Node], bool]] = [(node, [], False) for node in nodes]
     while pending:
-        node, path = pending.pop()
+        node, path, late = pending.pop()
         for user in node.users:
+            dtype = user.meta["val"].dtype if user.target in CASTS else None
             if is_view(user):
-                pending.append((user, [*path, user]))
-            elif user.target in CASTS and path and user.meta["val"].dtype in NARROW:
+                pending.append((user, [*path, user], True))
+            elif dtype in wanted and late:
                 found[user] = path
+            elif dtype in between:
+                pending.append((user, path, True))
             else:
                 return {}
     return found if len({cast.meta["val"].dtype for cast in found}) == 1 else {}
