@@ -6,8 +6,8 @@
     otherwise            the faster one by the table, at the nearest measured product
 
 quack's is taken where it is expected to gain `MARGIN`; less is noise between runs. Products that take less than
-`LAUNCH_BOUND` stay with cuBLAS: models of such products are bound by the CPU, whose calls of either cost the same, and not
-by the microseconds that are saved, except under CUDA graphs.
+`LAUNCH_BOUND` stay with cuBLAS: models of such products are bound by the CPU, whose calls of either cost the same, and
+not by the microseconds that are saved, except under CUDA graphs.
 """
 
 from __future__ import annotations
