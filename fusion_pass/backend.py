@@ -100,6 +100,7 @@ class _Context:
             self.graphs.append(fuse.run(graph, self.settings))
             keep_roundings(graph)
             self.once = self.once or watch.unrepeatable(graph)
+            compat_direct.begin(direct_calls.ops())
         except Exception as error:
             self.error = error
             raise
@@ -119,7 +120,6 @@ def _compile(gm: fx.GraphModule, inputs: Any, way: _Way) -> Any:
         for user_pass in users:
             user_pass(graph)
         context.run(graph)
-        compat_direct.begin(direct_calls.ops())
 
     identities = [record.uuid, *map(compat.pass_uuid, users)]
     uuid = None if None in identities else "/".join(map(str, identities))

@@ -2,7 +2,7 @@
 
     buf = torch.ops.dkfuse.linear.default(x, weight, bias, act="gelu", ...)      what Inductor writes for an op
     extern_kernels.addmm(bias, x, weight, ..., out=buf)                          what it writes for cuBLAS
-    dkfuse_gemm.into(x, weight, bias, act="gelu", ..., out=buf)                  what it writes here
+    _dkfuse_gemm.into(x, weight, bias, act="gelu", ..., out=buf)                 what it writes here
 
 An op's call costs the CPU 11 us more, as long as the GEMM's own launch takes, and its result is memory that Inductor
 did not plan. Which calls there are is said by `rewriting.direct_calls`; operands are made the views that they want by
@@ -21,7 +21,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-PREFIX = "dkfuse_"  # of a module's name in generated code
+# Of a module's name in generated code. Kernels that fail in a first launch are known by `dkfuse_` (`choosing.watch`),
+# and answered by a compilation without them: what is called here has no other to take its place.
+PREFIX = "_dkfuse_"
 
 
 class Call(NamedTuple):

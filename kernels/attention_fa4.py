@@ -106,6 +106,7 @@ def first(
         direct = None
     if len(_direct) >= MOST:
         _direct.clear()
+        _named.clear()
     _direct[key] = direct
     return out
 

@@ -14,6 +14,7 @@ from torch._inductor.utils import run_and_get_code
 
 from dkfuse import compat_direct
 from dkfuse.backend import dkfuse as backend
+from dkfuse.choosing import watch
 from dkfuse.kernels import attention_fa4, gemm, gemm_quack, joint_linear, linear_ops
 from dkfuse.rewriting import direct_calls
 
@@ -43,7 +44,7 @@ def code_of(function: Callable[..., Any], *tensors: torch.Tensor, dynamic: bool 
 
 def written(name: str) -> str:
     """A function of CALLS as generated code names it."""
-    return name if name.startswith("torch.") else f"dkfuse_{name}"
+    return name if name.startswith("torch.") else f"_dkfuse_{name}"
 
 
 CALLS: dict[str, tuple[str, Callable[..., Any], tuple[torch.Tensor, ...]]] = {
@@ -193,6 +194,11 @@ def test_graphs_that_are_passed_through_do_not(monkeypatch: pytest.MonkeyPatch) 
     with torch.no_grad():
         _, codes = run_and_get_code(torch.compile(gelu, backend=backend), X, W, B)
     assert " torch._addmm_activation(" not in codes[-1] and "_addmm_activation.default(" in codes[-1]
+
+
+def test_a_failure_in_one_is_not_taken_for_a_kernel_that_can_be_left_out() -> None:
+    assert watch.OURS.search("dkfuse_norm_modulate_0.run(x)")
+    assert not any(watch.OURS.search(f" {written(name)}(x, w)") for name, *_ in CALLS.values())
 
 
 def test_afterwards_torch_is_as_it_was() -> None:
