@@ -19,46 +19,23 @@ otherwise their function is called each time. While a CUDA graph is captured not
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import attention_kept, attention_kernels, attention_lengths, attention_run
+from .attention_fa4_read import Direct, read, watched
 from .attention_kept import VERSIONS
 
 log = logging.getLogger("dkfuse")
 FEW = 256  # tokens that a compiled kernel is compared on
 MOST = 4096  # keys that are remembered
-OUT, LENGTHS = 3, 9  # where the compiled kernel takes them; q, k and v come first
 
 _direct: dict[Hashable, Direct | None] = {}  # None: their function, each time
 _named: dict[tuple[str, int], Direct] = {}  # by what a compiled graph knows of its call, and the device
 _compared: dict[int, tuple[Any, bool]] = {}  # by id of the compiled kernel, which is kept so that the id stays its own
-_lock = threading.Lock()
-
-
-@dataclass(frozen=True)
-class Direct:
-    """A compiled kernel with what it takes besides the tensors, in two halves around the lengths."""
-
-    kernel: Callable[..., Any]
-    before: tuple[Any, ...]
-    after: tuple[Any, ...]
-    shape: tuple[int, ...]  # of out, `[B, S, H, d]`
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
-        out = q.new_empty(self.shape)
-        self.into(out, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), lengths)
-        return out.transpose(1, 2)
-
-    def into(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
-        """The same of `[B, S, H, d]` tensors, written to `out`."""
-        self.kernel(q, k, v, out, *self.before, lengths, *self.after)
 
 
 def again(
@@ -99,9 +76,9 @@ def first(
     learns = interface is not None and key not in _direct and _plain(q, k, v) and not _capturing()
     if not learns or any(attention_run.readable(t) is not t for t in (q, k, v)):
         return _theirs(q, k, v, lengths, causal, scale)
-    with _watched(interface) as calls:
+    with watched(interface) as calls:
         out = _theirs(q, k, v, lengths, causal, scale)
-    direct = _read(calls, q, k, v, out, lengths)
+    direct = read(calls, q, k, v, out, lengths)
     if direct is not None and not _agrees(direct, interface, q, k, v, lengths, causal, scale):
         direct = None
     if len(_direct) >= MOST:
@@ -184,81 +161,6 @@ def _interface() -> Any:
     return function if hasattr(function, "compile_cache") else None
 
 
-# -- what their function does ------------------------------------------------------------------------------------------
-
-
-class _Watch:
-    """Their cache of compiled kernels, which notes what this thread calls out of it."""
-
-    def __init__(self, cache: Any):
-        self.cache, self.thread = cache, threading.get_ident()
-        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
-
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self.cache
-
-    def __setitem__(self, key: Hashable, kernel: Any) -> None:
-        self.cache[key] = kernel
-
-    def __getitem__(self, key: Hashable) -> Any:
-        kernel = self.cache[key]
-        if threading.get_ident() != self.thread:
-            return kernel
-
-        def noted(*args: Any) -> Any:
-            self.calls.append((kernel, args))
-            return kernel(*args)
-
-        return noted
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.cache, name)
-
-
-@contextmanager
-def _watched(function: Any) -> Iterator[list[tuple[Any, tuple[Any, ...]]]]:
-    with _lock:
-        cache = function.compile_cache
-        watch = function.compile_cache = _Watch(cache)
-        try:
-            yield watch.calls
-        finally:
-            function.compile_cache = cache
-
-
-def _read(
-    calls: list[tuple[Any, tuple[Any, ...]]], q: Tensor, k: Tensor, v: Tensor, out: Tensor, lengths: Tensor | None
-) -> Direct | None:
-    """The direct call that these calls amount to; None where they are not what is expected."""
-    if len(calls) != 1:
-        return None
-    ((kernel, args),) = calls
-    operands = {i: t.transpose(1, 2) for i, t in enumerate((q, k, v, out))}
-    if lengths is not None:
-        operands[LENGTHS] = lengths
-    if len(args) <= LENGTHS or not operands[OUT].is_contiguous() or out.dtype != q.dtype:
-        return None
-    given = [_same(args[i], operands[i]) if i in operands else _constant(args[i]) for i in range(len(args))]
-    if not all(given):
-        return None
-    return Direct(kernel, args[OUT + 1 : LENGTHS], args[LENGTHS + 1 :], tuple(operands[OUT].shape))
-
-
-def _same(given: Any, tensor: Tensor) -> bool:
-    return isinstance(given, Tensor) and _place(given) == _place(tensor)
-
-
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-
-
-def _constant(given: Any) -> bool:
-    """None and numbers, also in tuples: nothing that could be of this call alone."""
-    if isinstance(given, tuple):
-        return all(map(_constant, given))
-    return given is None or isinstance(given, (int, float))
-
-
 def _agrees(
     direct: Direct,
     interface: Any,
@@ -273,9 +175,9 @@ def _agrees(
     if id(direct.kernel) not in _compared:
         q, k, v = (t[:1, :, :FEW] for t in (q, k, v))
         lengths = lengths[:1].clamp(max=k.shape[2]) if lengths is not None else None
-        with _watched(interface) as calls:
+        with watched(interface) as calls:
             expected = _theirs(q, k, v, lengths, causal, scale)
-        few = _read(calls, q, k, v, expected, lengths)
+        few = read(calls, q, k, v, expected, lengths)
         if few is None or few.kernel is not direct.kernel or (few.before, few.after) != (direct.before, direct.after):
             return False
         expected = expected.transpose(1, 2)
