@@ -124,6 +124,8 @@ def test_a_direct_call_is_written(case: str) -> None:
     name, function, tensors = CALLS[case]
     code = code_of(function, *tensors)
     assert code.count(f" {written(name)}(") == 1, code
+    module = name.partition(".")[0]
+    assert module == "torch" or f"\nimport dkfuse.kernels.{module} as _dkfuse_{module}\n" in code, "for a warm start"
     assert "torch.ops.dkfuse" not in code and "torch.ops.aten._addmm_activation" not in code
 
 
