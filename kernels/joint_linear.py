@@ -79,8 +79,11 @@ def into(*tensors: Tensor, biased: Sequence[bool], batch: int, tiles: Sequence[s
     """
     streams, added = len(tiles), iter(tensors[2 * len(tiles) :])
     biases = [next(added) if has else None for has in biased]
-    write = _write if out.is_cuda else _define
-    write(tensors[:streams], tensors[streams : 2 * streams], biases, batch, tiles, out)
+    xs, weights = tensors[:streams], tensors[streams : 2 * streams]
+    if out.is_cuda:
+        _write(xs, weights, biases, batch, tiles, out)
+    else:
+        out.copy_(reference(xs, weights, biases, batch, tiles))
 
 
 def into_pieces(*tensors: Tensor, pieces: Sequence[tuple[int, int, bool, str]], out: Tensor) -> None:
@@ -101,17 +104,6 @@ def into_pieces(*tensors: Tensor, pieces: Sequence[tuple[int, int, bool, str]], 
             torch.mm(a, b, out=out.as_strided(size, stride, begin + start * columns))
         else:
             torch.addmm(bias, a, b, out=out.as_strided(size, stride, begin + start * columns))
-
-
-def _define(
-    xs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    batch: int,
-    tiles: Sequence[str],
-    out: Tensor,
-) -> None:
-    out.copy_(reference(xs, weights, biases, batch, tiles))
 
 
 def _write(
