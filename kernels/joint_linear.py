@@ -114,24 +114,22 @@ def _write(
     tiles: Sequence[str],
     out: Tensor,
 ) -> None:
-    (_, joint, columns), start = out.shape, 0
+    tensors: list[Tensor] = []
+    pieces: list[tuple[int, int, bool, str]] = []
+    joint, start = out.shape[1], 0
     for x, weight, bias, cut in zip(xs, weights, biases, tiles, strict=True):
         rows = x.shape[0] // batch
         for i in range(batch if rows else 0):
-            part = x if batch == 1 else x.narrow(0, i * rows, rows)
-            offset = out.storage_offset() + (i * joint + start) * columns
+            part = x.narrow(0, i * rows, rows)
             if cut:
-                place = out.as_strided((rows, columns, 1), (columns, 1, rows * columns), offset)
-                row = gemm_quack.vector(bias, "none") if bias is not None else None
-                a, b = (gemm_quack.batched(gemm_quack.readable(t)) for t in (part, weight))
-                gemm_quack.launch(a, b, row, "none", place, cut)
-                continue
-            place = out.as_strided((rows, columns), (columns, 1), offset)
-            if bias is None:
-                torch.mm(part, weight.t(), out=place)
+                tensors += [gemm_quack.batched(gemm_quack.readable(t)) for t in (part, weight)]
             else:
-                torch.addmm(bias, part, weight.t(), out=place)
+                tensors += [part, weight.t()]
+            if bias is not None:
+                tensors.append(gemm_quack.vector(bias, "none") if cut else bias)
+            pieces.append((i * joint + start, rows, bias is not None, cut))
         start += rows
+    into_pieces(*tensors, pieces=pieces, out=out)
 
 
 def _fake(

@@ -266,6 +266,10 @@ def test_pieces(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
     out = torch.empty(80 * batch + 4)[4:].view(batch, 10, 8)
     joint_linear.into_pieces(*tensors, pieces=pieces, out=on_cuda(out))
     torch.testing.assert_close(out, expected)
+    joint_linear.into(
+        x, y, w, w * 2, b, biased=[True, False], batch=batch, tiles=["128x192", ""], out=on_cuda(out.zero_())
+    )
+    torch.testing.assert_close(out, expected)
 
 
 @pytest.mark.parametrize("bias", [True, False])
