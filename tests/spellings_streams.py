@@ -81,6 +81,13 @@ def g1_l_per_token(h: T, y: T, e: T, w: T) -> tuple[T, T]:
     return h, modulated(h, scale, shift) @ w
 
 
+@spelling(WIDE, "h:BLD y:BLD e:BLP w:DD")
+def g1_l_per_token_in_columns(h: T, y: T, e: T, w: T) -> tuple[T, T]:
+    _, _, gate, shift, scale, _ = e.chunk(6, dim=-1)
+    h = h + gate * y
+    return h, modulated(h, scale, shift) @ w
+
+
 @spelling(WIDE, "h:1LE y:1LE g:1E s:1E t:1E w:EE")
 def g1_batch_1(h: T, y: T, g: T, s: T, t: T, w: T) -> tuple[T, T]:
     h = h + g[:, None] * y
@@ -240,6 +247,18 @@ def gated_residual_alone(h: T, y: T, g: T, w: T) -> T:
 @spelling("gated_residual", "h:BLD y:BLD e:BL6D w:DD")
 def gated_residual_per_token(h: T, y: T, e: T, w: T) -> T:
     return (h + e[:, :, 2] * (y @ w)) @ w
+
+
+@spelling("gated_residual", "h:BLD y:BLD e:BLP w:DD")
+def gated_residual_per_token_in_columns(h: T, y: T, e: T, w: T) -> T:
+    return (h + e.chunk(6, dim=-1)[2] * (y @ w)) @ w
+
+
+@spelling("", "h:BLD y:BLE w:DD")
+def no_gate_but_a_gated_linear_unit(h: T, y: T, w: T) -> T:
+    """Two halves, of which neither is conditioning."""
+    up, gate = y.chunk(2, dim=-1)
+    return (h + gate * up) @ w
 
 
 # -- chains, cats and slices -------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from .rules import Candidate, Code, NotThisRule, Reject, Replaceable, Rule, Stag
 from .terms import FLOATS, Term, TermView, bare, broadcast_shape, same_shape, same_size, short_dtype
 from .views import is_view_of_input
 
+PARTS = 3  # of the last dim of modulations per token, at least
 FULL = ("x", "residual")
 
 
@@ -132,8 +133,9 @@ def is_row_parameter(term: Term, shape: tuple) -> bool:
 def is_cut(term: Term, shape: tuple) -> bool:
     """A full tensor that is made of conditioning: a per-token gate.
 
-    One slice of a bigger tensor across a dim that is not the last, rows picked per token by `where` or by an index, or
-    rows that were repeated for the tokens. Also with a row added that is the same for all tokens.
+    One slice of a bigger tensor across a dim that is not the last, one of `PARTS` or more of its last dim, rows picked
+    per token by `where` or by an index, or rows that were repeated for the tokens. Also with a row added that is the
+    same for all tokens. One of two parts is as likely a half of a gated linear unit.
     """
     if not same_shape(term.shape, shape):
         return False
@@ -144,6 +146,8 @@ def is_cut(term: Term, shape: tuple) -> bool:
     while term.op == "view":
         if term.attrs[0] == "slice" and term.attrs[1] < last - 1 + (len(term.shape) > last):
             return len(term.args[0].shape) > last
+        if term.attrs[0] == "slice" and _is_one_of_many(term.args[0].shape[-1], shape[-1]):
+            return term.attrs[1] == len(term.args[0].shape) - 1
         if term.attrs[0] == "expand":  # of columns: a rotary table, one column for each pair
             return all(same_size(t.shape[-1], shape[-1]) for t in (term, term.args[0]))
         term = term.args[0]
@@ -151,6 +155,11 @@ def is_cut(term: Term, shape: tuple) -> bool:
         rows = [picks.unexpanded(a).meta["val"] for a in term.attrs[0].args[1:] if isinstance(a, fx.Node)]
         return all(not same_shape(row.shape, shape) for row in rows)
     return term.op == "leaf" and term.attrs[0].target in PICKING
+
+
+def _is_one_of_many(whole: Any, part: Any) -> bool:
+    """Whether `whole` columns are so many times `part` columns that they are modulations."""
+    return isinstance(whole, int) and isinstance(part, int) and part > 0 == whole % part and whole // part >= PARTS
 
 
 def check_eps(view: TermView, norm: Term) -> None:

@@ -33,7 +33,7 @@ def is_gated_residual(stream: Term, product: Term, shape: tuple) -> bool:
     p, s = bare(product), bare(stream)
     if p.op != "mul" or p.args[0].op == "const" or stream.op == "const" or not same_shape(stream.shape, shape):
         return False
-    if s.op == "mul" and any(is_row_parameter(a, shape) for a in s.args):
+    if s.op == "mul" and any(is_row_parameter(a, shape) or is_cut(a, shape) for a in s.args):
         return False
     if s.op == "neg" or p.args[0] is p.args[1]:
         return False
