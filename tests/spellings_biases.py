@@ -167,7 +167,7 @@ def two_branches_read_elsewhere(h: T, y: T, z: T, g: T, s: T, t: T, v: T, w: T) 
     return h, modulated(h, s, t) @ w, both @ w
 
 
-@spelling("residual_gate_norm_modulate", "h:BLD y:BLD z:BLD e:BLP v:DD w:DD")
+@spelling("residual_gate_norm_modulate absorbed", "h:BLD y:BLD z:BLD e:BLP v:DD w:DD")
 def two_branches_of_conditioned_tokens(h: T, y: T, z: T, e: T, v: T, w: T) -> tuple[T, T]:
     """FLUX.3 with a row of conditioning for each token: the gate is as large as what it is multiplied with."""
     shift, scale, gate = e.chunk(6, dim=-1)[:3]

@@ -55,7 +55,7 @@ def table_behind(h: T, table: T, e: T, y: T, w: T) -> tuple[T, T]:
     return h, modulated(h, scale.squeeze(2), shift.squeeze(2)) @ w
 
 
-@spelling("residual_gate_norm_modulate", "h:BLD table:P e:BLP y:BLD w:DD")
+@spelling(WIDE, "h:BLD table:P e:BLP y:BLD w:DD")
 @apart("gate", "scale", "shift")
 def flat_table(h: T, table: T, e: T, y: T, w: T) -> tuple[T, T]:
     """Parts side by side in the last dim."""

@@ -153,7 +153,7 @@ CASES: dict[str, tuple[dict[str, Any], Inputs, dict[str, int]]] = {
             "axes_dims_rope": (16, 16, 16, 16),
         },
         flux3,
-        {"norm_modulate": 4, "qk_norm": 16, "residual_norm_modulate": 7, "rotation": 16},
+        {"gated_residual": 7, "norm_modulate": 4, "qk_norm": 16, "residual_norm_modulate": 7, "rotation": 16},
     ),
     "BriaFibo2Transformer2DModel": (  # tokens pick one of two projections' modulations
         {
