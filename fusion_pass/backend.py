@@ -100,7 +100,7 @@ class _Context:
             self.graphs.append(fuse.run(graph, self.settings))
             keep_roundings(graph)
             self.once = self.once or watch.unrepeatable(graph)
-            compat_direct.begin(direct_calls.ops())
+            compat_direct.begin(direct_calls.OPS)
         except Exception as error:
             self.error = error
             raise

@@ -45,10 +45,8 @@ def direct_calls() -> Iterator[None]:
     """Inside, after `begin`, Inductor writes direct calls."""
     with contextlib.ExitStack() as stack:
         _inside.append(stack)
-        try:
-            yield
-        finally:
-            _inside.pop()
+        stack.callback(_inside.pop)
+        yield
 
 
 def begin(ops: Ops) -> None:

@@ -9,7 +9,7 @@ launch. They depend on nothing but the sizes, strides and dtypes of the operands
 The stream is what it was: the compiled kernel itself asks torch for its current one. Nothing is read by the host, and
 no logsumexp is allocated. A direct call is made only where
 
-* the version is one of `VERSIONS`, whose calls were read, and
+* the version is one of `cute_ahead.FA4_VERSIONS`, whose calls were read, and
 * there was one launch, given q, k, v, out (and the lengths) as they are and else nothing but numbers and None, and
 * the compiled kernel, called directly for a few tokens of the first call, gave bit for bit what their function gives;
 
@@ -25,9 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention_kept, attention_kernels, attention_lengths, attention_run
+from . import attention_kept, attention_lengths, attention_run, cute_ahead
 from .attention_fa4_read import Direct, read, watched
-from .attention_kept import VERSIONS
 
 log = logging.getLogger("dkfuse")
 FEW = 256  # tokens that a compiled kernel is compared on
@@ -142,14 +141,9 @@ def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def known() -> bool:
-    """Whether the installed version's compiled kernels are called directly."""
-    return attention_kernels.version_of("fa4") in VERSIONS
-
-
 def _interface() -> Any:
     """The function of theirs that calls compiled kernels out of its `compile_cache`; None in versions not read."""
-    if not known():
+    if not cute_ahead.fa4_is_known():
         return None
     attention_kept.install()  # before its cache is watched
     try:

@@ -93,7 +93,7 @@ def _exported(kernel: Any) -> bytes:
 
 def install() -> Kept | None:
     """Keep on disk what FlashAttention 4 compiles from now on in this process; None where it goes its own way."""
-    if attention_kernels.version_of("fa4") not in VERSIONS:
+    if not cute_ahead.fa4_is_known():
         return None
     cute_ahead.imported()
     try:
@@ -124,8 +124,7 @@ class Kind:
 
 def submit(kind: Kind, capability: int) -> bool:
     """Have a helper compile the kernel. False where there is nothing to wait for: it is on disk, or no helper can."""
-    tested = attention_kernels.version_of("fa4") in VERSIONS
-    if capability != gemm_ahead.CAPABILITY or not tested or not compile_ahead.allowed():
+    if capability != gemm_ahead.CAPABILITY or not cute_ahead.fa4_is_known() or not compile_ahead.allowed():
         return False
     cute_ahead.import_meanwhile()
     if job(kind) not in compile_ahead.POOL.jobs and on_disk(kind):

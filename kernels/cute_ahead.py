@@ -29,11 +29,15 @@ ENVIRONMENT = {"QUACK_ARCH": f"sm_{CAPABILITY}a", "CUTE_DSL_ARCH": f"sm_{CAPABIL
 _thread: list[threading.Thread] = []
 
 
+def fa4_is_known() -> bool:
+    """Whether FlashAttention 4 is installed in a version whose kernels are compiled ahead, kept and called directly."""
+    return attention_kernels.version_of("fa4") in FA4_VERSIONS
+
+
 def modules() -> tuple[str, ...]:
     """What is installed in a version that is used."""
     quack = gemm_kernels.version() is not None and gemm_kernels.untested() is None
-    fa4 = attention_kernels.version_of("fa4") in FA4_VERSIONS
-    return (QUACK_MODULES if quack else ()) + (FA4_MODULES if fa4 else ())
+    return (QUACK_MODULES if quack else ()) + (FA4_MODULES if fa4_is_known() else ())
 
 
 def start() -> None:
@@ -79,16 +83,17 @@ def imported() -> None:
     """Wait until what was begun is imported, or have what they are written in at least."""
     if importing() and _thread[0] is not threading.current_thread():
         _thread[0].join()
-    _without_jax()
+    _import_cutlass()
 
 
-def _without_jax() -> None:
-    with contextlib.suppress(Exception):  # as below
+def _import_cutlass() -> None:
+    with contextlib.suppress(Exception):  # whatever it raises, it raises again where it is needed
         cutlass_import.import_cutlass()
 
 
 def _import(names: tuple[str, ...]) -> None:
-    _without_jax()
-    for name in names:
-        with contextlib.suppress(Exception), cutlass_import.without_collections():
-            importlib.import_module(name)  # whatever it raises, it raises again where it is needed
+    _import_cutlass()
+    with cutlass_import.without_collections():
+        for name in names:
+            with contextlib.suppress(Exception):  # as above
+                importlib.import_module(name)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -110,7 +109,6 @@ def problem(arguments: Mapping[str, Any], capability: int) -> Unsupported | None
     return None
 
 
-@functools.cache
 def version() -> str | None:
     """The installed version of quack, or None."""
     return installed(DISTRIBUTION)

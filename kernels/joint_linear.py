@@ -16,6 +16,7 @@ the definition.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -86,6 +87,13 @@ def into(*tensors: Tensor, biased: Sequence[bool], batch: int, tiles: Sequence[s
         out.copy_(reference(xs, weights, biases, batch, tiles))
 
 
+def places(rows: Sequence[int], batch: int) -> list[tuple[int, int, int]]:
+    """(stream, sample, first row in the result) of each product, of streams with `rows` in a sample; not of none."""
+    starts = list(itertools.accumulate(rows, initial=0))
+    products = itertools.product(range(len(rows)), range(batch))
+    return [(i, sample, sample * starts[-1] + starts[i]) for i, sample in products if rows[i]]
+
+
 def into_pieces(*tensors: Tensor, pieces: Sequence[tuple[int, int, bool, str]], out: Tensor) -> None:
     """The op into `out`, contiguous, of a call that was checked and whose sizes are known, on the current device.
 
@@ -116,19 +124,16 @@ def _write(
 ) -> None:
     tensors: list[Tensor] = []
     pieces: list[tuple[int, int, bool, str]] = []
-    joint, start = out.shape[1], 0
-    for x, weight, bias, cut in zip(xs, weights, biases, tiles, strict=True):
-        rows = x.shape[0] // batch
-        for i in range(batch if rows else 0):
-            part = x.narrow(0, i * rows, rows)
-            if cut:
-                tensors += [gemm_quack.batched(gemm_quack.readable(t)) for t in (part, weight)]
-            else:
-                tensors += [part, weight.t()]
-            if bias is not None:
-                tensors.append(gemm_quack.vector(bias, "none") if cut else bias)
-            pieces.append((i * joint + start, rows, bias is not None, cut))
-        start += rows
+    rows = [x.shape[0] // batch for x in xs]
+    for i, sample, start in places(rows, batch):
+        part, weight, bias, cut = xs[i].narrow(0, sample * rows[i], rows[i]), weights[i], biases[i], tiles[i]
+        if cut:
+            tensors += [gemm_quack.batched(gemm_quack.readable(t)) for t in (part, weight)]
+        else:
+            tensors += [part, weight.t()]
+        if bias is not None:
+            tensors.append(gemm_quack.vector(bias, "none") if cut else bias)
+        pieces.append((start, rows[i], bias is not None, cut))
     into_pieces(*tensors, pieces=pieces, out=out)
 
 

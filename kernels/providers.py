@@ -40,7 +40,7 @@ class Provider:
     @property
     def version(self) -> str | None:
         """Of the installed distribution; None where there is none."""
-        return next(filter(None, map(_version, self.distributions)), None)
+        return installed(*self.distributions)
 
     def problem(self) -> Unsupported | None:
         """Why it cannot be used here: "not_installed" or "untested_version", with the pip command."""
@@ -78,11 +78,6 @@ def in_range(version: str, tested: tuple[str, str]) -> bool:
 def _numbers(version: str) -> tuple[int, ...]:
     match = re.match(r"\d+(\.\d+)*", version)
     return tuple(map(int, match[0].split("."))) if match else ()
-
-
-@functools.cache
-def _version(distribution: str) -> str | None:
-    return installed(distribution)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dkfuse.kernels import attention, attention_fa4, attention_kernels, attention_lengths, attention_run
+from dkfuse.kernels import attention, attention_fa4, attention_kernels, attention_lengths, attention_run, cute_ahead
 
 BF16 = torch.bfloat16
 
@@ -340,4 +340,4 @@ def test_into_of_another_version(package, monkeypatch):
     monkeypatch.setattr(attention_kernels, "version_of", lambda name: "4.0.0b99")
     for seed in range(3):
         written("plain", "k", seed)
-    assert package.calls == 3 and not attention_fa4.known()
+    assert package.calls == 3 and not cute_ahead.fa4_is_known()

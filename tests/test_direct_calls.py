@@ -15,7 +15,7 @@ from torch._inductor.utils import run_and_get_code
 from dkfuse import compat_direct
 from dkfuse.backend import dkfuse as backend
 from dkfuse.choosing import watch
-from dkfuse.kernels import attention_fa4, gemm, gemm_quack, joint_linear, linear_ops
+from dkfuse.kernels import cute_ahead, gemm, gemm_quack, joint_linear, linear_ops
 from dkfuse.rewriting import direct_calls
 
 aten, ops = torch.ops.aten, torch.ops.dkfuse
@@ -26,7 +26,7 @@ LENGTHS = torch.tensor([3, 16], dtype=torch.int32)
 
 @pytest.fixture(autouse=True)
 def no_cache(fresh_compiler: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(attention_fa4, "known", lambda: True)
+    monkeypatch.setattr(cute_ahead, "fa4_is_known", lambda: True)
     with torch._inductor.config.patch(force_disable_caches=True):
         yield
 
@@ -35,7 +35,7 @@ def code_of(function: Callable[..., Any], *tensors: torch.Tensor, dynamic: bool 
     """What is written for `function` where calls are direct; its result is compared with eager's."""
     expected = function(*tensors)
     with torch.no_grad(), compat_direct.direct_calls():
-        compat_direct.begin(direct_calls.ops())
+        compat_direct.begin(direct_calls.OPS)
         found, (code,) = run_and_get_code(torch.compile(function, dynamic=dynamic), *tensors)
     torch.testing.assert_close(found, expected)
     assert found.stride() == expected.stride()
@@ -157,7 +157,7 @@ def test_other_kernels_stay_with_the_op(function: Callable[..., Any], tensors: t
 
 
 def test_a_version_whose_kernels_are_not_known_stays_with_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_fa4, "known", lambda: False)
+    monkeypatch.setattr(cute_ahead, "fa4_is_known", lambda: False)
     assert "torch.ops.dkfuse.attention" in code_of(CALLS["attention"][1], Q)
 
 
@@ -209,10 +209,10 @@ def test_afterwards_torch_is_as_it_was() -> None:
     before = dict(lowering.lowerings)
     with contextlib.suppress(KeyError), compat_direct.direct_calls():
         assert lowering.lowerings == before, "the graph may be in the cache"
-        compat_direct.begin(direct_calls.ops())
+        compat_direct.begin(direct_calls.OPS)
         assert lowering.lowerings[aten._addmm_activation.default] is not before[aten._addmm_activation.default]
         raise KeyError
-    compat_direct.begin(direct_calls.ops())  # of a graph that is not ours
+    compat_direct.begin(direct_calls.OPS)  # of a graph that is not ours
     assert lowering.lowerings == before
     with torch.no_grad():
         _, (code,) = run_and_get_code(torch.compile(gelu), X, W, B)

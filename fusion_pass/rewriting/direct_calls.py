@@ -6,11 +6,17 @@ that None is said only where another kernel is called.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+import dkfuse.kernels.attention
+import dkfuse.kernels.gemm
+import dkfuse.kernels.linear_ops  # noqa: F401  (all of them register ops)
+from dkfuse.kernels import cute_ahead
+from dkfuse.kernels.gemm_kernels import CUBLAS, DEFAULT_TILES, GATED, QUACK
+from dkfuse.kernels.joint_linear import places
 
 from ..compat_direct import (
     Call,
@@ -30,13 +36,11 @@ aten = torch.ops.aten
 
 
 def linear(
-    x: Any, weight: Any, bias: Any = None, *, act: str = "none", using: str = "cublas", tiles: str = ""
+    x: Any, weight: Any, bias: Any = None, *, act: str = "none", using: str = CUBLAS, tiles: str = DEFAULT_TILES
 ) -> Call | None:
-    from dkfuse.kernels.gemm_kernels import DEFAULT_TILES, GATED, QUACK
-
     if using != QUACK:
         return None
-    keywords = {"act": act, "tiles": tiles or DEFAULT_TILES}
+    keywords = {"act": act, "tiles": tiles}
     tensors = [realized(t) for t in (x, weight, bias) if t is not None]
     if not all(map(rows_of_vectors, tensors)) or (bias is not None and act in GATED):
         return Call("gemm.into", tensors, keywords)
@@ -57,23 +61,23 @@ def joint_linear(xs: Any, weights: Any, biases: Any, batch: int, tiles: Sequence
 
 def _in_pieces(streams: list[list[Any]], batch: int, tiles: Sequence[str]) -> Call | None:
     """The call with a view for each operand of each product; None where sizes are symbols, or quack needs copies."""
-    tensors: list[Any] = []
-    pieces: list[tuple[int, int, bool, str]] = []
     numbers = [n for stream in streams for t in stream if t is not None for n in (*size(t), *t.get_layout().stride)]
     if symbolic(batch, *numbers):
         return None
     rows = [int(size(x)[0]) // int(batch) for x, *_ in streams]
-    for sample in range(int(batch)):
-        for i, ((x, weight, bias), cut) in enumerate(zip(streams, tiles, strict=True)):
-            given = [t for t in (x, weight, bias) if t is not None]
-            if not rows[i] or (cut and not all(map(rows_of_vectors, given))):
-                return None
-            (_, columns), (outer, inner) = size(x), x.get_layout().stride
-            part = viewed(x, [rows[i], columns], [outer, inner], sample * rows[i] * outer)
-            tensors += [batched(part), batched(weight)] if cut else [part, transposed(weight)]
-            if bias is not None:
-                tensors.append(row(bias) if cut else bias)
-            pieces.append((sample * sum(rows) + sum(rows[:i]), rows[i], bias is not None, cut))
+    by_quack = [t for stream, cut in zip(streams, tiles, strict=True) if cut for t in stream if t is not None]
+    if not all(rows) or not all(map(rows_of_vectors, by_quack)):
+        return None
+    tensors: list[Any] = []
+    pieces: list[tuple[int, int, bool, str]] = []
+    for i, sample, start in places(rows, int(batch)):
+        (x, weight, bias), cut = streams[i], tiles[i]
+        (_, columns), (outer, inner) = size(x), x.get_layout().stride
+        part = viewed(x, [rows[i], columns], [outer, inner], sample * rows[i] * outer)
+        tensors += [batched(part), batched(weight)] if cut else [part, transposed(weight)]
+        if bias is not None:
+            tensors.append(row(bias) if cut else bias)
+        pieces.append((start, rows[i], bias is not None, cut))
     return Call("joint_linear.into_pieces", tensors, {"pieces": pieces})
 
 
@@ -112,9 +116,7 @@ def attention(
     sure: int = 0,
     bounded: bool = False,
 ) -> Call | None:
-    from dkfuse.kernels.attention_fa4 import known
-
-    if using != "fa4" or mask is not None or not known():
+    if using != "fa4" or mask is not None or not cute_ahead.fa4_is_known():
         return None
     tensors = [realized(permuted(t, (0, 2, 1, 3))) for t in (q, k, v)]
     tensors += [realized(key_lengths)] if key_lengths is not None else []
@@ -126,18 +128,10 @@ def attention(
     return Call("attention.into", tensors, keywords, tokens_first)
 
 
-@functools.cache
-def ops() -> dict[Any, Callable[..., Call | None]]:
-    """By op, its arguments as those of a direct call; None where it is to be called as an op."""
-    from dkfuse.kernels import attention as _attention  # noqa: F401  (they register the ops)
-    from dkfuse.kernels import gemm, linear_ops  # noqa: F401
-    from dkfuse.kernels import joint_linear as _joint_linear  # noqa: F401
-
-    ours = torch.ops.dkfuse
-    return {
-        ours.linear.default: linear,
-        ours.joint_linear.default: joint_linear,
-        ours.split_linear.default: split_linear,
-        ours.attention.default: attention,
-        aten._addmm_activation.default: addmm_gelu,
-    }
+OPS: dict[Any, Callable[..., Call | None]] = {  # their arguments as those of a direct call; None: called as an op
+    torch.ops.dkfuse.linear.default: linear,
+    torch.ops.dkfuse.joint_linear.default: joint_linear,
+    torch.ops.dkfuse.split_linear.default: split_linear,
+    torch.ops.dkfuse.attention.default: attention,
+    aten._addmm_activation.default: addmm_gelu,
+}

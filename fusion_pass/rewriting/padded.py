@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from ..matching.gain import through_views
-from ..matching.terms import same_shape
+from ..matching.terms import broadcast_shape, same_shape
 from .replace import emit, emit_like
 
 aten = torch.ops.aten
@@ -75,7 +75,8 @@ def _unpadded(graph: fx.Graph, node: fx.Node) -> Product | None:
     (x, _), (y, _) = sources[-2:]
     size = (*x.meta["val"].shape[:-1], y.meta["val"].shape[-1])
     fits = x.meta["val"].shape[-1] == y.meta["val"].shape[-2] and same_shape(size, last.meta["val"].shape)
-    if not fits or any(not _broadcasts(n.meta["val"], size) for n, _ in sources[:-2]):
+    added = [tuple(n.meta["val"].shape) for n, _ in sources[:-2]]
+    if not fits or not all(same_shape(broadcast_shape([shape, size]), size) for shape in added):
         return None
     operands = tuple(n for n, _ in sources)
     with graph.inserting_before(node):
@@ -121,13 +122,6 @@ def _bias(node: fx.Node) -> tuple[fx.Node, tuple[Any, ...] | None]:
 
 def _cuts_end(node: fx.Node) -> bool:
     return node.target is aten.slice.Tensor and node.args[2:3] == (0,) and len(node.args) == 4 and not node.kwargs
-
-
-def _broadcasts(value: torch.Tensor, size: tuple[Any, ...]) -> bool:
-    """Whether `value` is an addend of a product of this size."""
-    shape = tuple(value.shape)
-    behind = size[len(size) - len(shape) :]
-    return len(shape) <= len(size) and all(s == 1 or s == n for s, n in zip(shape, behind, strict=True))
 
 
 def _is_ours(node: fx.Node) -> bool:

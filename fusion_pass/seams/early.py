@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from dkfuse.kernels import attention_kept, attention_kernels, compile_ahead, cute_ahead, gemm_ahead, gemm_kernels
+from dkfuse.kernels import attention_kept, compile_ahead, cute_ahead, gemm_ahead, gemm_kernels
 
 from .. import compat
 from ..choosing.choose import resolve_target
@@ -150,7 +150,7 @@ def _attentions(graph: fx.Graph, settings: Settings) -> dict[attention_kept.Kind
     found: dict[attention_kept.Kind, bool] = {}
     if settings.attention not in ATTENTION or not settings.allows(attention_choice.RULE):
         return found
-    if attention_kernels.version_of("fa4") not in attention_kept.VERSIONS:
+    if not cute_ahead.fa4_is_known():
         return found
     for node in graph.nodes:
         if node.op == "call_function" and node.target is F.scaled_dot_product_attention:

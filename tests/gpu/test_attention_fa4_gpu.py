@@ -6,14 +6,14 @@ import pytest
 import torch
 
 import dkfuse.kernels.attention  # noqa: F401  (registers the op)
-from dkfuse.kernels import attention_fa4, attention_lengths, attention_run
+from dkfuse.kernels import attention_fa4, attention_kept, attention_lengths, attention_run
 from dkfuse.kernels.attention_kernels import version_of
 
 from .on_device import random
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(version_of("fa4") not in attention_fa4.VERSIONS, reason="FlashAttention 4 is not there"),
+    pytest.mark.skipif(version_of("fa4") not in attention_kept.VERSIONS, reason="FlashAttention 4 is not there"),
 ]
 BF16, FP16 = torch.bfloat16, torch.float16
 OP = torch.ops.dkfuse.attention
