@@ -141,14 +141,14 @@ def test_on_disk_it_needs_no_helper(pool: Pool, monkeypatch: pytest.MonkeyPatch)
 def test_it_is_tried_when_inductor_is_done(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    with FakeTensorMode():  # before there seems to be a GPU, which a CUDA build of torch would look for
+        q = torch.empty(1, 24, 4096, 128, dtype=BF16, device="cuda")
     tried: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(attention_measure, "_failures", {})
     monkeypatch.setattr(attention_measure, "_numbers", lambda sizes, like: torch.zeros(sizes))
     monkeypatch.setattr(attention_measure, "_tried", lambda few, causal, kernel, lengths: tried.append(kernel) or "no")
-    with FakeTensorMode():
-        q = torch.empty(1, 24, 4096, 128, dtype=BF16, device="cuda")
     with late.deferred() as attempts:
         assert attention_measure.failure("fa4", q, q, False) is None and tried == []
         assert attention_measure.failure("sage", q, q, False) == "no" and tried == ["sage"]
