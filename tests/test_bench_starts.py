@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import textwrap
+import time
 import types
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,20 @@ def test_two_processes_of_which_the_second_finds_what_the_first_left(file: Path)
     assert said == [f"{file}:small: dkfuse, {which}" for which in ("cold", "warm")]
     (times,) = row["sides"].values()
     assert 0 < times["warm"] < times["cold"] and row["ratios"] == {}
+
+
+@pytest.mark.parametrize("slow", ["torch.compile", "the first forward"])
+def test_what_is_timed(slow: str, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """torch.compile is: for Inductor it imports most of what Inductor is, where other backends do so later."""
+
+    def runner(*_: Any) -> Callable[[], None]:
+        time.sleep(0.2 if slow == "torch.compile" else 0.0)
+        return lambda: time.sleep(0.2 if slow == "the first forward" else 0.0)
+
+    monkeypatch.setattr(starts, "runner", runner)
+    target, options = Target(f"{file}:small", "file"), Options()
+    starts.main({"target": asdict(target), "options": asdict(options), "side": "inductor", "device": "cpu"})
+    assert float(capsys.readouterr().out) >= 0.2
 
 
 def test_a_process_that_fails(file: Path, tmp_path: Path) -> None:
