@@ -31,7 +31,7 @@ from .reporting.report import Graph
 from .reporting.store import Record, graph_key
 from .rewriting import direct_calls
 from .rewriting.drift import keep_roundings
-from .seams import early, late
+from .seams import before, early, late
 from .settings import Settings
 from .versions import check_torch
 
@@ -62,7 +62,7 @@ def dkfuse(gm: fx.GraphModule, example_inputs: Any, *, mode: str | None = None, 
     epsilons.make_constants(gm)
     if settings.remainder == "eager":
         return _eager(gm, example_inputs, settings)
-    early.start_if_new(settings)
+    before.start_if_new(settings)
     return _compile(gm, example_inputs, _Way(inductor_options, settings))
 
 
@@ -262,6 +262,6 @@ def _set_log_level(settings: Settings) -> None:
 
 
 # torch.compile(backend="dkfuse") imports this module, and Dynamo traces for seconds before it calls the backend
-early.start_by_environment()
+before.start_by_environment()
 
 __all__ = ["dkfuse", "planning_backend"]

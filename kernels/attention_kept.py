@@ -124,13 +124,18 @@ class Kind:
 
 def submit(kind: Kind, capability: int) -> bool:
     """Have a helper compile the kernel. False where there is nothing to wait for: it is on disk, or no helper can."""
-    if capability != gemm_ahead.CAPABILITY or not cute_ahead.fa4_is_known() or not compile_ahead.allowed():
+    if capability != gemm_ahead.CAPABILITY or not usable():
         return False
     cute_ahead.import_meanwhile()
     if job(kind) not in compile_ahead.POOL.jobs and on_disk(kind):
         return False
     cute_ahead.start()
     return compile_ahead.POOL.submit(job(kind))
+
+
+def usable() -> bool:
+    """Whether helpers may compile FlashAttention 4's kernels."""
+    return cute_ahead.fa4_is_known() and compile_ahead.allowed()
 
 
 def wait(kind: Kind) -> Done | None:

@@ -2,6 +2,7 @@
 
     start(modules)    a helper begins to import, seconds before it is needed
     submit(job)       it has the job compiled into its library's folder of compiled kernels, several at a time
+    guess(job)        the same while it has nothing else to do, for a job that is likely to be submitted
     wait(job)         until that is done: the caller loads the kernel from there, or compiles it where that failed
 
 The CuTe DSL compiles one kernel at a time in a process, whatever the threads, and takes seconds for each. A job names a
@@ -33,10 +34,13 @@ IDLE, LIMIT = 300.0, 180.0  # seconds
 
 
 class Pool:
-    """A helper that does `most` jobs at a time, ends after `idle` seconds without one, and has `limit` for each."""
+    """A helper that does `most` jobs at a time, ends after `idle` seconds without one, and has `limit` for each.
 
-    def __init__(self, most: int = MOST, idle: float = IDLE, limit: float = LIMIT):
-        self.most, self.idle, self.limit = most, idle, limit
+    guesses: how many of the jobs that it does may be guessed.
+    """
+
+    def __init__(self, most: int = MOST, idle: float = IDLE, limit: float = LIMIT, guesses: int = 0):
+        self.most, self.idle, self.limit, self.guesses = most, idle, limit, guesses
         self._reset()
 
     def _reset(self) -> None:
@@ -46,6 +50,7 @@ class Pool:
         self.jobs: dict[Job, Future[Done]] = {}
         self.helper: Helper | None = None
         self._waiting: deque[Job] = deque()
+        self._guessed: deque[Job] = deque()  # none of them submitted
         self._running: dict[int, Job] = {}  # by the numbers that the helper knows them by
         self._numbers = itertools.count()
         self._lock = threading.RLock()
@@ -65,10 +70,19 @@ class Pool:
             if job not in self.jobs:
                 if self.problem is not None:
                     return False
+                if job in self._guessed:
+                    self._guessed.remove(job)
                 self.jobs[job] = Future()
                 self._waiting.append(job)
                 self.dispatch()
             return not self.jobs[job].done()
+
+    def guess(self, job: Job) -> None:
+        """Queue `job` behind all that is submitted, where there is a processor for it."""
+        with self._lock:
+            if self.guesses and job not in self.jobs and job not in self._guessed and self.problem is None:
+                self._guessed.append(job)
+                self.dispatch()
 
     def wait(self, job: Job) -> Done | None:
         """What became of a submitted job. None: it is the caller's, who is faster where the helper has not begun it."""
@@ -112,8 +126,13 @@ class Pool:
         with self._lock:
             if self.problem is not None and self.helper is not None:
                 self.helper.stop()
-            while self.helper is not None and self.helper.ready and self._waiting and len(self._running) < self.most:
-                job = self._waiting.popleft()
+            while self.helper is not None and self.helper.ready and len(self._running) < self.most:
+                if self._waiting:
+                    job = self._waiting.popleft()
+                elif self._guessed and len(self._running) < self.guesses:
+                    self.jobs[job := self._guessed.popleft()] = Future()
+                else:
+                    break
                 if self.jobs[job].set_running_or_notify_cancel():
                     number = next(self._numbers)
                     self._running[number] = job
@@ -151,7 +170,7 @@ def _share(processors: int) -> int:
     return max(1, min(MOST // count, (processors // count - 1) // 2))
 
 
-POOL = Pool(_share(_processors()))
+POOL = Pool(_share(_processors()), guesses=_share(_processors()) // 3)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=POOL._reset)  # the helpers are the parent's
 

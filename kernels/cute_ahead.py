@@ -46,7 +46,7 @@ def start() -> None:
         compile_ahead.POOL.start((PREPARED, *wanted), ENVIRONMENT)
 
 
-def start_if_new() -> None:
+def start_if_new() -> bool:
     """Have a helper where kernels are likely to be compiled soon: the cache is empty and the GPU one of theirs.
 
     Dynamo traces a model for seconds before the backend is called, and small graphs come before large ones. A process
@@ -57,6 +57,8 @@ def start_if_new() -> None:
         with contextlib.suppress(OSError):  # it cannot be read
             if not folder.is_dir() or not any(folder.iterdir()):
                 start()
+                return True
+    return False
 
 
 def import_meanwhile() -> None:

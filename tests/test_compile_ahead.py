@@ -15,6 +15,7 @@ import pytest
 
 from dkfuse.kernels import compile_ahead
 from dkfuse.kernels.compile_ahead import Pool
+from dkfuse.kernels.compile_process import Done
 
 from .conftest import ROOT
 
@@ -127,6 +128,53 @@ def test_two_at_a_time(pool: Callable[..., Pool], jobs: str, tmp_path: Path) -> 
     assert all(begun(helpers, job) for job in both)
     done = [helpers.wait(job) for job in both]
     assert all(d is not None and d.error is None for d in done) and len({d.pid for d in done if d is not None}) == 2
+
+
+def test_guesses_are_done_behind_all_else(pool: Callable[..., Pool], jobs: str, tmp_path: Path) -> None:
+    """Two jobs and two guesses, two at a time: one guess is begun when a job is done, the other behind it."""
+    helpers, (a, b) = Pool(most=2, guesses=1), (str(tmp_path / name) for name in "ab")
+    slow, first, second = ((jobs + "sleep", t, str(tmp_path / n)) for n, t in (("slow", 1.0), ("1", 0.01), ("2", 0.01)))
+    write = (jobs + "write", str(tmp_path / "w"))
+    helpers.guess(first)
+    helpers.guess(second)
+    for job in (slow, (jobs + "meet", a, b), (jobs + "meet", b, a)):  # the last two only together
+        helpers.submit(job)
+    helpers.guess(write)
+    helpers.guess(slow)
+    assert list(helpers._guessed) == [first, second, write], "one that is asked for is no guess"
+    assert helpers.submit(write) and list(helpers._guessed) == [first, second]
+    order: list[tuple] = []
+    helpers.answered = _noting(helpers, order)  # type: ignore[method-assign]
+    helpers.start((MODULE,), {})
+    try:
+        assert until(lambda: len(order) == 6), order
+        assert set(order[:4]) == {slow, write, *(j for j in helpers.jobs if j[0].endswith("meet"))}
+        assert order[4:] == [first, second] and not helpers.submit(first), "it is done"
+    finally:
+        helpers.give_up("the test is over")
+        helpers.kill()
+
+
+def _noting(helpers: Pool, order: list[tuple]) -> Callable[[int, Done], None]:
+    answered = helpers.answered
+
+    def note(number: int, done: Done) -> None:
+        order.append(helpers._running[number])
+        answered(number, done)
+
+    return note
+
+
+def test_a_guess_that_is_asked_for_while_it_is_worked_on(pool: Callable[..., Pool], jobs: str, tmp_path: Path) -> None:
+    helpers, job = pool(guesses=1), (jobs + "sleep", 0.3, str(tmp_path / "out"))
+    helpers.guess(job)
+    assert until(lambda: job in helpers.jobs and helpers.jobs[job].running())
+    assert helpers.submit(job), "it is to be waited for"
+    done = helpers.wait(job)
+    assert done is not None and done.error is None and (tmp_path / "out").read_text() == "slept"
+    without = pool(guesses=0)
+    without.guess(job)
+    assert not without._guessed and not without.jobs
 
 
 def test_no_more_than_so_many_at_a_time(pool: Callable[..., Pool], jobs: str, tmp_path: Path) -> None:

@@ -19,11 +19,23 @@ from torch import fx
 from torch._inductor import config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import dkfuse
 from dkfuse import Settings
-from dkfuse.kernels import attention_kept, attention_kernels, compile_ahead, cute_ahead, disk_cache, gemm_quack
+from dkfuse.kernels import (
+    attention_kept,
+    attention_kernels,
+    compile_ahead,
+    cute_ahead,
+    disk_cache,
+    gemm_ahead,
+    gemm_kernels,
+    gemm_quack,
+)
 from dkfuse.kernels.compile_ahead import Pool
+from dkfuse.kernels.gemm_kernels import TILES
 from dkfuse.reporting.report import Graph, Site, Status
-from dkfuse.seams import early
+from dkfuse.seams import before, early
+from dkfuse.seams.gemm_table import TABLE
 
 from .conftest import ROOT
 from .gemms import install
@@ -73,10 +85,10 @@ def test_started_where_nothing_was_compiled_yet(pool: Recorder, monkeypatch: pyt
     with_a_gpu(monkeypatch)
     with config.patch(compile_threads=1):
         cute_ahead.start_if_new()
-    early.start_if_new(Settings(gemm="cublas", attention="torch"))
+    before.start_if_new(Settings(gemm="cublas", attention="torch"))
     assert pool.started == 0
-    early.start_if_new(Settings(gemm="cublas"))
-    early.start_if_new(Settings(attention="torch"))
+    before.start_if_new(Settings(gemm="cublas"))
+    before.start_if_new(Settings(attention="torch"))
     cute_ahead.start_if_new()
     assert pool.started == 3 and pool.modules == (
         "dkfuse.kernels.cute_helper",
@@ -86,6 +98,44 @@ def test_started_where_nothing_was_compiled_yet(pool: Recorder, monkeypatch: pyt
     disk_cache.put(("a kernel",), b"of another compilation")
     cute_ahead.start_if_new()
     assert pool.started == 3
+
+
+def guessed(pool: Pool, settings: Settings) -> list[tuple[object, ...]]:
+    """The kinds that the helper is given to compile while it has nothing to do, without their folders."""
+    pool._reset()
+    before.start_if_new(settings)
+    assert pool.jobs == {}
+    return [job[1:-1] for job in pool._guessed]
+
+
+def test_kernels_that_are_likely_are_compiled_before_they_are_asked_for(
+    pool: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_a_gpu(monkeypatch)
+    linear, attention = ("bfloat16", "none", True, "128x192"), ("bfloat16", 128, 1, False, False)
+    gelu, *gated = ("bfloat16", "gelu", True, "128x192"), *(("bfloat16", "silu_first", False, t) for t in TILES)
+    assert guessed(pool, Settings()) == [], "no processor is left"
+    pool.guesses = 1
+    assert set(guessed(pool, Settings())) == {linear, attention, gelu, *gated} and len(pool._guessed) == 5
+    assert guessed(pool, Settings(gemm="cublas")) == [attention]
+    assert set(guessed(pool, Settings(attention="torch"))) == {linear, gelu, *gated}
+    assert set(guessed(pool, Settings(rules=("-swiglu_epilogue",)))) == {linear, attention, gelu}
+    assert set(guessed(pool, Settings(rules=("-gemm_kernel", "-attention")))) == set(gated)
+    with monkeypatch.context() as patch:
+        install(patch, "0.7.0")
+        assert guessed(pool, Settings()) == [attention]
+    disk_cache.put(("a kernel",), b"of another compilation")
+    assert guessed(pool, Settings()) == []
+
+
+def test_likely_kernels_are_some_that_tables_give(pool: Recorder) -> None:
+    """Each is what the choice would ask for at some product or attention."""
+    asked = {(row.act, tiles) for row in TABLE for tiles in row.gains}
+    for rule, library, kind in before.LIKELY:
+        assert rule in dkfuse.seams.NAMES
+        if library is gemm_ahead:
+            assert (kind.act.partition("_")[0], kind.tiles) in asked and kind.act in gemm_kernels.ACTIVATIONS
+            assert not (kind.bias and kind.act in gemm_kernels.GATED)
 
 
 def test_only_what_is_installed_is_imported(pool: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +196,7 @@ def test_what_the_environment_asks_for(
     with_a_gpu(monkeypatch)
     for name, value in asked.items():
         monkeypatch.setenv(name, value)
-    early.start_by_environment()
+    before.start_by_environment()
     assert pool.started == int(started)
 
 

@@ -22,14 +22,14 @@ from dkfuse.kernels import attention_kept, compile_ahead, cute_ahead, gemm_ahead
 
 from .. import compat
 from ..choosing.choose import resolve_target
-from ..errors import SettingsError
 from ..matching.rules import Reject
 from ..reporting.report import Graph
 from ..settings import Settings
 from . import attention_choice, attention_table, gemm_choice
+from .before import FA4
 from .gemm import FAMILY
 
-CUTE, ATTENTION = (gemm_kernels.QUACK, "fa4"), ("auto", "fa4")
+CUTE = (gemm_kernels.QUACK, "fa4")
 
 
 @dataclass(frozen=True)
@@ -61,22 +61,6 @@ def start(gm: fx.GraphModule, settings: Settings, stored: list[Graph] | None) ->
             attention_kept.submit(attention, gemm_kernels.CAPABILITY)
         for linear in (kind for kind, sure in linears.items() if sure):
             gemm_ahead.submit(linear)
-
-
-def start_if_new(settings: Settings) -> None:
-    """Start the helper where nothing was compiled yet and such kernels may be used."""
-    if settings.gemm != gemm_kernels.CUBLAS or settings.attention in ATTENTION:
-        cute_ahead.start_if_new()
-
-
-def start_by_environment() -> None:
-    """The same before any call, for what the environment asks for; a wrong variable is the first call's error."""
-    try:
-        settings, *_ = Settings.parse()
-    except SettingsError:
-        return
-    if not settings.disable and settings.remainder != "eager":
-        start_if_new(settings)
 
 
 # -- linears -----------------------------------------------------------------------------------------------------------
@@ -148,7 +132,7 @@ def _attentions(graph: fx.Graph, settings: Settings) -> dict[attention_kept.Kind
     Whether that is all but sure: where there is no mask, or a boolean one, which mostly says how many keys take part.
     """
     found: dict[attention_kept.Kind, bool] = {}
-    if settings.attention not in ATTENTION or not settings.allows(attention_choice.RULE):
+    if settings.attention not in FA4 or not settings.allows(attention_choice.RULE):
         return found
     if not cute_ahead.fa4_is_known():
         return found
