@@ -14,7 +14,7 @@ from typing import Any
 from . import configs
 from .axes import Axis, Int, collapse, inner_stride
 from .configs import Config, choose
-from .picks import PICKED, first_rows, is_pair
+from .picks import PICKED, first_rows, has_rows
 from .support import has_branch_norm, supports
 from .tables import TABLES
 from .unsupported import Unsupported
@@ -112,7 +112,7 @@ def plan(
     for name in broadcast:
         values[f"{name}_si"] = inner_stride(tensors[name]) if name in tensors else None
         if name in PICKED:
-            values[f"{name}_sp"] = arguments[name].stride(0) if is_pair(name, arguments) else None
+            values[f"{name}_sp"] = arguments[name].stride(0) if has_rows(name, arguments) else None
     for name in results:
         offset = (offsets or {}).get(name, 0)
         values[f"{name}_offset"] = None if isinstance(offset, int) and offset == 0 else offset

@@ -19,8 +19,8 @@
 
 Shapes: x and residual `[..., D]`, equal; gate, branch_bias, branch_weight, weight, bias, scale, shift, scale2, shift2
 right-broadcast to it (last dim D or 1, or 0-D) with any strides and are read in place. Results are contiguous, of x's
-shape; `sum` is an empty `[0]` tensor where sum_dtype is None. With `pick`, a bool `[..., 1]`, gates, scales and shifts
-may hold two rows, of which each token takes one (`picks`). `gate_table` is added to gate, and so for scale, shift,
+shape; `sum` is an empty `[0]` tensor where sum_dtype is None. With `pick`, `[..., 1]`, gates, scales and shifts may
+hold several rows, of which each token takes one (`picks`). `gate_table` is added to gate, and so for scale, shift,
 scale2 and shift2 (`tables`).
 Dtypes: fp16, bf16 or fp32, mixed freely; arithmetic is fp32; outputs are rounded once to out_dtype and sum_dtype.
 `roundings` (kernels.rounding.Rounding) adds eager's roundings of intermediates to x.dtype; the norm reads the rounded

@@ -1,11 +1,14 @@
-"""Rows picked per token: gate, scale and shift may hold two rows, and `pick` says which one a token takes.
+"""Rows picked per token: gate, scale and shift may hold several rows, and `pick` says which one a token takes.
 
-    operand  [2, ...], one dim more than x; each part broadcasts to x
-    pick     bool, [..., 1], broadcasts to x
-    value    torch.where(pick, operand[0], operand[1])
+    operand  [rows, ...], one dim more than x; each part broadcasts to x
+    pick     [..., 1], broadcasts to x: bool, or the number of a row, int32 or int64, from 0 to rows - 1
+    value    torch.where(pick, operand[0], operand[1])      of two rows, by a bool
+             operand[pick]                                  for each token, of any number of them
 
-As Qwen-Image-Edit modulates the tokens of its reference images: the picked values, one row for every token, need not be
-written to memory. The kernels add ``pick ? 0 : stride of the first dim`` to an operand's address.
+As Qwen-Image-Edit modulates the tokens of its reference images (bool), and MiniMax-H3 those of text, video and audio at
+two timesteps (numbers): the picked values, one row for every token, need not be written to memory. The kernels add the
+number of the row times the stride of the first dim to an operand's address, and do not look whether there is one: that
+is for who makes `pick`.
 """
 
 from __future__ import annotations
@@ -19,22 +22,23 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from .unsupported import Unsupported
 
 PICKED = ("gate", "scale", "shift", "scale2", "shift2")
+NUMBERS = (torch.int32, torch.int64)
 
 
-def is_pair(name: str, arguments: Mapping[str, Any]) -> bool:
-    """True where the operand holds two rows to pick from."""
+def has_rows(name: str, arguments: Mapping[str, Any]) -> bool:
+    """True where the operand holds rows to pick from."""
     operand = arguments.get(name) if name in PICKED and arguments.get("pick") is not None else None
     return operand is not None and operand.dim() == arguments["x"].dim() + 1
 
 
 def first_rows(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The arguments with the first part of every pair: what all checks of shapes and strides are about."""
-    pairs = [name for name in PICKED if is_pair(name, arguments)]
-    return {**arguments, **{name: arguments[name][0] for name in pairs}} if pairs else arguments
+    """The arguments with the first of all rows: what all checks of shapes and strides are about."""
+    names = [name for name in PICKED if has_rows(name, arguments)]
+    return {**arguments, **{name: arguments[name][0] for name in names}} if names else arguments
 
 
 def pick_problem(arguments: Mapping[str, Any], known: bool = True) -> Unsupported | None:
-    """What is wrong with `pick` and the pairs; also the ops' own error, which lets pass what is not `known`."""
+    """What is wrong with `pick` and the rows; also the ops' own error, which lets pass what is not `known`."""
 
     def is_not(size: Any, wanted: int) -> bool:
         return not statically_known_true(size == wanted) if known else statically_known_true(size != wanted)
@@ -42,24 +46,32 @@ def pick_problem(arguments: Mapping[str, Any], known: bool = True) -> Unsupporte
     pick = arguments.get("pick")
     if pick is None:
         return None
-    if pick.dtype != torch.bool:
-        return Unsupported("pick", f"pick has dtype {pick.dtype}; use bool, true where a token takes the first row.")
+    if pick.dtype not in (torch.bool, *NUMBERS):
+        text = "use bool, true where a token takes the first of two rows, or the number of its row, int32 or int64"
+        return Unsupported("pick", f"pick has dtype {pick.dtype}; {text}.")
     if pick.dim() > 0 and is_not(pick.shape[-1], 1):
         return Unsupported(
             "pick", f"pick has shape {tuple(pick.shape)}; its last dim must be 1, a row is picked whole."
         )
-    for name in PICKED:
-        if is_pair(name, arguments) and is_not(arguments[name].shape[0], 2):
-            shape = tuple(arguments[name].shape)
+    names = [name for name in PICKED if has_rows(name, arguments)]
+    for name in names:
+        shape, first = tuple(arguments[name].shape), tuple(arguments[names[0]].shape)
+        if pick.dtype == torch.bool and is_not(shape[0], 2):
             return Unsupported("pick", f"{name} has shape {shape}; pick chooses between two rows, in a first dim of 2.")
+        if is_not(shape[0], first[0]) or is_not(shape[0] > 0, True):
+            text = f"{name} has {shape[0]} rows, {names[0]} {first[0]}; pick chooses one of equally many, at least one"
+            return Unsupported("pick", f"{text}.")
     return None
 
 
 def picked(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with every pair resolved, in plain torch."""
-    values = {
-        name: torch.where(arguments["pick"], arguments[name][0], arguments[name][1])
-        for name in PICKED
-        if is_pair(name, arguments)
-    }
-    return {**arguments, **values}
+    """The arguments with all rows resolved, in plain torch."""
+    names = [name for name in PICKED if has_rows(name, arguments)]
+    return {**arguments, **{name: _taken(arguments[name], arguments["pick"], arguments["x"]) for name in names}}
+
+
+def _taken(rows: torch.Tensor, pick: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    if pick.dtype == torch.bool:
+        return torch.where(pick, rows[0], rows[1])
+    numbers = pick.long().expand(1, *x.shape[:-1], rows.shape[-1])
+    return rows.expand(rows.shape[0], *x.shape[:-1], rows.shape[-1]).gather(0, numbers)[0]

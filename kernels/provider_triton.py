@@ -26,7 +26,7 @@ _COMMON = {
     "outer_dims": "row dims that collapse to three",
 }
 _ADALN = {
-    "pick": "pick is bool [..., 1], and chooses between two rows",
+    "pick": "pick [..., 1] is bool and chooses between two rows, or int32 or int64 and their number",
     "branch_norm": "a branch norm by its name, with its weight",
     "table": "a table only with what it is added to",
 }

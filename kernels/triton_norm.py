@@ -28,10 +28,10 @@ from .triton_rows import (
     load_operand,
     load_row,
     modulated,
+    number_of_row,
     picked,
     place,
     rounded,
-    second_row,
     shifted,
     store_chunk,
 )
@@ -161,18 +161,18 @@ def row_norm(
 ):
     DTYPE: tl.constexpr = x.dtype.element_ty
     i0, i1, i2 = indices(n0, n1, AXES)
-    second = second_row(pick, place(i0, i1, i2, pick_s0, pick_s1, pick_s2))
+    number = number_of_row(pick, place(i0, i1, i2, pick_s0, pick_s1, pick_s2))
     x_at = place(i0, i1, i2, x_s0, x_s1, x_s2)
     residual_at = place(i0, i1, i2, residual_s0, residual_s1, residual_s2)
-    gate_at = picked(place(i0, i1, i2, gate_s0, gate_s1, gate_s2), second, gate_sp)
+    gate_at = picked(place(i0, i1, i2, gate_s0, gate_s1, gate_s2), number, gate_sp)
     branch_bias_at = place(i0, i1, i2, branch_bias_s0, branch_bias_s1, branch_bias_s2)
     branch_weight_at = place(i0, i1, i2, branch_weight_s0, branch_weight_s1, branch_weight_s2)
     weight_at = place(i0, i1, i2, weight_s0, weight_s1, weight_s2)
     bias_at = place(i0, i1, i2, bias_s0, bias_s1, bias_s2)
-    scale_at = picked(place(i0, i1, i2, scale_s0, scale_s1, scale_s2), second, scale_sp)
-    shift_at = picked(place(i0, i1, i2, shift_s0, shift_s1, shift_s2), second, shift_sp)
-    scale2_at = picked(place(i0, i1, i2, scale2_s0, scale2_s1, scale2_s2), second, scale2_sp)
-    shift2_at = picked(place(i0, i1, i2, shift2_s0, shift2_s1, shift2_s2), second, shift2_sp)
+    scale_at = picked(place(i0, i1, i2, scale_s0, scale_s1, scale_s2), number, scale_sp)
+    shift_at = picked(place(i0, i1, i2, shift_s0, shift_s1, shift_s2), number, shift_sp)
+    scale2_at = picked(place(i0, i1, i2, scale2_s0, scale2_s1, scale2_s2), number, scale2_sp)
+    shift2_at = picked(place(i0, i1, i2, shift2_s0, shift2_s1, shift2_s2), number, shift2_sp)
     gate_table_at = place(i0, i1, i2, gate_table_s0, gate_table_s1, gate_table_s2)
     scale_table_at = place(i0, i1, i2, scale_table_s0, scale_table_s1, scale_table_s2)
     shift_table_at = place(i0, i1, i2, shift_table_s0, shift_table_s1, shift_table_s2)

@@ -52,19 +52,21 @@ def shifted(offset, by):
 
 
 @triton.jit
-def second_row(pick, offset):
-    """1 where this row takes the second of two rows, else 0, int64; None without `pick`."""
-    second = None
+def number_of_row(pick, offset):
+    """Which of several rows this token takes, int64; None without `pick`. A bool is true for the first of two."""
+    number = None
     if pick is not None:
-        second = 1 - tl.load(pick + offset).to(tl.int64)
-    return second
+        number = tl.load(pick + offset).to(tl.int64)
+        if pick.dtype.element_ty == tl.int1:
+            number = 1 - number
+    return number
 
 
 @triton.jit
-def picked(offset, second, step):
-    """`offset`, or that of the second row, `step` elements further; a step of None: there is one row for all."""
+def picked(offset, number, step):
+    """`offset` plus that of the row of this number, each `step` elements; a step of None: there is one row for all."""
     if step is not None:
-        offset += second * step
+        offset += number * step
     return offset
 
 

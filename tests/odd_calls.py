@@ -134,6 +134,13 @@ def picked_rows() -> tuple[dict[str, Any], dict[str, Tensor]]:
     return norm(at_end(2, 3, 72), **_two_rows("scale shift", 72)), {}
 
 
+def rows_by_number() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Of three rows the last ends where the memory does, and so do the numbers."""
+    scale, shift = at_end(3, 1, 2 * 72).chunk(2, -1)
+    numbers = torch.tensor([[2], [0], [2], [1], [2]]).to(scale.device)
+    return norm(at_end(5, 72), scale=scale, shift=shift, pick=numbers), {}
+
+
 def added_rms() -> tuple[dict[str, Any], dict[str, Tensor]]:
     return added(random(1, 257, 1160), "rms", weight=random(1160)), {"sum": joint(1, 5, 257, 1160)}
 
@@ -248,7 +255,16 @@ def in_place() -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 _MAKERS = {
-    "norm_modulate": (rms_rows, rms_shifted, modulated, odd_width, longest_rows, narrowest_rows, picked_rows),
+    "norm_modulate": (
+        rms_rows,
+        rms_shifted,
+        modulated,
+        odd_width,
+        longest_rows,
+        narrowest_rows,
+        picked_rows,
+        rows_by_number,
+    ),
     "residual_norm_modulate": (added_rms, added_shifted, added_modulated, added_branches, sandwich),
     "norm_modulate_dual": (dual,),
     "residual_norm_modulate_dual": (added_dual,),

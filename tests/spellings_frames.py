@@ -126,9 +126,9 @@ def frames_repeated(h: T, y: T, g: T, s: T, t: T, w: T) -> tuple[T, T]:
     return h, (ln(h) * (1 + s) + t) @ w
 
 
-@spelling("gated_residual left:pointwise_producer", "h:LD y:LD g:HD s:HD t:HD i:L:i w:DD")
+@spelling(WIDE, "h:LD y:LD g:HD s:HD t:HD i:L:i w:DD")
 def rows_picked_by_number(h: T, y: T, g: T, s: T, t: T, i: T, w: T) -> tuple[T, T]:
-    """MiniMax H3, a row for each modality and timestep: the picked rows would have to be written to memory."""
+    """MiniMax-H3: a row for each modality and timestep."""
     h = h + g.index_select(0, i) * y
     return h, (ln(h) * (1 + s.index_select(0, i)) + t.index_select(0, i)) @ w
 

@@ -161,6 +161,80 @@ def picked_beside_a_row_of_all_samples(h: T, y: T, e: T, m: T, w: T) -> tuple[T,
     return h, modulated(h, scale, shift) @ w
 
 
+# -- by number ---------------------------------------------------------------------------------------------------------
+
+
+def number(m: T) -> T:
+    """0, 1 or 2 for each token."""
+    return (m > -0.5).long() + (m > 0.5).long()
+
+
+def indexed(rows: T, m: T, parts: int) -> list[T]:
+    """MiniMax-H3: rows of several timesteps and modalities, one after the other."""
+    return [part.index_select(0, number(m)) for part in rows.chunk(parts, dim=-1)]
+
+
+@spelling("norm_modulate", "x:LD e:3P m:L w:DD")
+def indexed_modulation(x: T, e: T, m: T, w: T) -> T:
+    shift, scale, *_ = indexed(e, m, 6)
+    return (rms0(x) * (1.0 + scale) + shift).to(x.dtype) @ w
+
+
+@spelling("residual_gate_norm_modulate=2 norm_modulate absorbed=2", "h:LD e:3P m:L w:DD", FP16)
+def indexed_gates_and_modulations(h: T, e: T, m: T, w: T) -> tuple[T, T]:
+    s0, t0, g0, s1, t1, g1 = indexed(e, m, 6)
+    h = h + g0 * (modulated(h, s0, t0) @ w)
+    h = h + g1 * (modulated(h, s1, t1) @ w)
+    return h, modulated(h, g0, t1) @ w
+
+
+@spelling("norm_modulate", "x:BLD e:3D f:3D m:BL w:DD")
+def indexed_for_each_sample(x: T, e: T, f: T, m: T, w: T) -> T:
+    return modulated(x, e[number(m)], f[number(m)]) @ w
+
+
+@spelling("norm_modulate", "x:BLD e:3D f:3D m:L w:DD")
+def indexed_for_all_samples(x: T, e: T, f: T, m: T, w: T) -> T:
+    n = number(m)
+    return modulated(x, torch.nn.functional.embedding(n, e), f[n.int()].unsqueeze(0)) @ w
+
+
+@spelling(WIDE, "h:BLD y:BLD e:3FD m:BL w:DD")
+def indexed_parts_of_a_row(h: T, y: T, e: T, m: T, w: T) -> tuple[T, T]:
+    gate, shift, scale = (part.squeeze(2) for part in e[number(m)].chunk(3, dim=2))
+    h = h + gate * y
+    return h, modulated(h, scale, shift) @ w
+
+
+@spelling("norm_modulate", "x:BLTD e:3D f:3D m:BL w:DD")
+def indexed_for_frames(x: T, e: T, f: T, m: T, w: T) -> T:
+    n = number(m)
+    return modulated(x, e[n].unsqueeze(2), f[n].unsqueeze(2)) @ w
+
+
+@spelling(WIDE, "h:LD y:LD e:3P s:1D m:L w:DD")
+def indexed_beside_one_row(h: T, y: T, e: T, s: T, m: T, w: T) -> tuple[T, T]:
+    gate, scale, *_ = indexed(e, m, 6)
+    h = h + y * gate
+    return h, modulated(h, scale, s) @ w
+
+
+@spelling("gated_residual", "h:LD y:LD e:3P m:L w:DD")
+def indexed_gate_alone(h: T, y: T, e: T, m: T, w: T) -> T:
+    return (h + indexed(e, m, 6)[2] * (y @ w)) @ w
+
+
+@spelling("left:pointwise_producer", "x:LD e:LD t:1D m:L w:DD")
+def indexed_in_another_order(x: T, e: T, t: T, m: T, w: T) -> T:
+    """As many rows as tokens."""
+    return modulated(x, e[number(m)], t) @ w
+
+
+@spelling("left:pointwise_producer", "x:LD e:3D f:3D m:L w:DD")
+def indexed_by_two_tensors(x: T, e: T, f: T, m: T, w: T) -> T:
+    return modulated(x, e[number(m)], f[number(-m)]) @ w
+
+
 # -- rows of two tensors -----------------------------------------------------------------------------------------------
 
 TWO = "h:BLD y:BLD e:BP f:BP m:BL w:DD"

@@ -27,7 +27,7 @@ def test_inductor_sees_that_only_outputs_are_written(sm90: Any, branch_norm: str
     arguments.update(branch_bias=row[0, 0], scale=torch.stack([row, row]), pick=row[..., :1] > 0)
     launch = planned(arguments, "residual_norm_modulate")
     assert written(launch, {**arguments, "out": x, "sum": x}) == {"sum", "out"}
-    arguments.update(gate_table=row, scale_table=row, shift_table=row[0, 0])
+    arguments.update(gate_table=row, scale_table=row, shift_table=row[0, 0], pick=torch.ones(2, 8, 1).long())
     launch = planned(arguments, "residual_norm_modulate")
     assert written(launch, {**arguments, "out": x, "sum": x}) == {"sum", "out"}
 
@@ -44,9 +44,10 @@ def test_branch_norms_read_every_row_once(sm90: Any, width: int, roundings: int)
     assert "fma.rn.bf16" not in ptx
 
 
-def test_a_picked_row_costs_one_byte_more(sm90: Any) -> None:
-    pairs = {name: meta(2, 1, 1, 3072) for name in ("scale", "shift")}
-    launch = planned(norm_call(meta(1, 4096, 3072), **pairs, pick=meta(1, 4096, 1, dtype=torch.bool)))
+@pytest.mark.parametrize(("rows", "dtype"), [(2, torch.bool), (6, torch.int64), (6, torch.int32)])
+def test_a_picked_row_costs_one_load_more(sm90: Any, rows: int, dtype: torch.dtype) -> None:
+    pairs = {name: meta(rows, 1, 1, 3072) for name in ("scale", "shift")}
+    launch = planned(norm_call(meta(1, 4096, 3072), **pairs, pick=meta(1, 4096, 1, dtype=dtype)))
     ptx = ptx_of(launch, sm90)
     chunks = launch.constants["CHUNKS"]
     assert sum("ld.global" in line and ".v4." in line for line in ptx.splitlines()) == 3 * chunks

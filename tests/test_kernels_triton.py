@@ -82,14 +82,17 @@ else:
         }
 
     def picks(draw: Any, shape: tuple[int, ...], arguments: dict[str, Any]) -> dict[str, Any]:
-        """A mask of rows, and two rows in place of some gates, scales and shifts."""
+        """A mask of rows or their numbers, and rows in place of some gates, scales and shifts."""
         kept = shape[draw(st.integers(0, len(shape) - 1)) : -1]
         sizes = [draw(st.sampled_from([1, size])) for size in kept]
-        pairs: dict[str, Any] = {"pick": strided(draw, (*sizes, 1), torch.float32, False) > 0}
+        dtype = draw(st.sampled_from([torch.bool, torch.int32, torch.int64]))
+        count = 2 if dtype == torch.bool else draw(st.integers(1, 4))
+        number = strided(draw, (*sizes, 1), torch.float32, False).abs().mul(7).long() % count
+        pairs: dict[str, Any] = {"pick": number.to(dtype)}
         for name in PICKED:
             operand = arguments.get(name)
             if operand is not None and draw(st.booleans()):
-                padded = (2, *(1,) * (len(shape) - operand.dim()), *operand.shape)
+                padded = (count, *(1,) * (len(shape) - operand.dim()), *operand.shape)
                 pairs[name] = strided(draw, padded, operand.dtype, False)
         return pairs
 
@@ -222,6 +225,19 @@ else:
         call = norm_call(x, **more, **pairs, branch_norm=branch_norm, branch_eps=1e-6)
         assert_same("residual_norm_modulate_dual", call)
         chosen = {name: torch.where(mask, *pair) for name, pair in pairs.items()}
+        same = ours("residual_norm_modulate_dual", {**call, **chosen, "pick": None})
+        for name, value in ours("residual_norm_modulate_dual", call).items():
+            assert torch.equal(value, same[name])
+
+    @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+    def test_rows_picked_by_number(dtype: torch.dtype) -> None:
+        """As MiniMax-H3 lays them out: slices of one vector for each timestep and modality, a number for each token."""
+        x, vectors = random(7, 40), random(3, 5 * 40, seed=1).unsqueeze(1).chunk(5, dim=-1)
+        numbers = torch.tensor([2, 0, 1, 1, 2, 0, 2], dtype=dtype).unsqueeze(1)
+        rows = dict(zip(("gate", "scale", "shift", "scale2", "shift2"), vectors, strict=True))
+        call = norm_call(x, residual=random(7, 40, seed=3), pick=numbers, sum_dtype=x.dtype, branch_weight=None, **rows)
+        assert_same("residual_norm_modulate_dual", call)
+        chosen = {name: row[numbers[:, 0], 0] for name, row in rows.items()}
         same = ours("residual_norm_modulate_dual", {**call, **chosen, "pick": None})
         for name, value in ours("residual_norm_modulate_dual", call).items():
             assert torch.equal(value, same[name])

@@ -25,6 +25,8 @@ from .test_kernels_ops import call
 B, L, D = SHAPE
 MASK = torch.rand((B, L, 1), generator=torch.Generator().manual_seed(5)) > 0.5
 
+NUMBERS = torch.randint(0, 3, (B, L, 1), generator=torch.Generator().manual_seed(6))
+
 
 def pairs_of(op: str) -> dict[str, torch.Tensor]:
     return {name: random(2, B, 1, D, seed=i) for i, name in enumerate(PICKED) if name in OPERANDS[op][1]}
@@ -41,6 +43,17 @@ def test_a_pick_is_a_where(op: str, mask: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("op", ops.OPS)
+@pytest.mark.parametrize("numbers", [NUMBERS, NUMBERS[:1].int(), NUMBERS[0], torch.tensor(2)])
+def test_a_pick_by_number_is_an_index(op: str, numbers: torch.Tensor) -> None:
+    rows = {name: random(3, B, 1, D, seed=i) for i, name in enumerate(PICKED) if name in OPERANDS[op][1]}
+    each = numbers.expand(B, L, 1)[..., 0].tolist()
+    chosen = {n: torch.stack([r[numbers, b, 0] for b, numbers in enumerate(each)]) for n, r in rows.items()}
+    ours = call(op, {**arguments_of(op), **rows, "pick": numbers})
+    for name, value in call(op, {**arguments_of(op), **chosen}).items():
+        assert torch.equal(ours[name], value)
+
+
+@pytest.mark.parametrize("op", ops.OPS)
 def test_opcheck(op: str) -> None:
     arguments = {**arguments_of(op), **pairs_of(op), "pick": MASK}
     schema = getattr(torch.ops.dkfuse, op).default._schema
@@ -52,7 +65,11 @@ def test_opcheck(op: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"pick": MASK.int()}, "pick has dtype torch.int32"),
+        ({"pick": MASK.half()}, "pick has dtype torch.float16; use bool, true where a token takes the first of two"),
+        (
+            {"pick": MASK.int(), "scale": random(3, B, 1, D)},
+            "shift has 2 rows, scale 3; pick chooses one of equally many",
+        ),
         ({"pick": MASK.expand(SHAPE)}, "its last dim must be 1"),
         ({"pick": MASK[:, :2]}, "pick of shape (2, 2, 1) does not broadcast"),
         ({"scale": random(3, B, 1, D)}, "scale has shape (3, 2, 1, 96); pick chooses between two rows"),
@@ -187,3 +204,71 @@ def test_what_gains_no_site_is_left(function: Any) -> None:
     assert count(graph, aten.cat.default) == 0
     assert count(graph, aten.where.self) == 1
     check_numerics(function, inputs, run(function, inputs)[0])
+
+
+# -- by number ---------------------------------------------------------------------------------------------------------
+
+
+def numbered(h: Tensor, y: Tensor, e: Tensor, n: Tensor, w: Tensor) -> Tensor:
+    """Two blocks that look up, in tables of their own, the rows of the same numbers."""
+    for table in e.unbind():
+        shift, scale, gate = (part.index_select(0, n) for part in table.chunk(3, dim=-1))
+        h = h + gate * y
+        y = modulated(h, scale, shift) @ w
+    return h + y
+
+
+def numbered_args(tokens: int = 9) -> list[Tensor]:
+    return [
+        random(tokens, 36, seed=1), random(tokens, 36, seed=2), random(2, 4, 108, seed=3),
+        torch.arange(tokens) % 4, random(36, 36, seed=4),
+    ]  # fmt: skip
+
+
+def test_numbers_are_checked_once_for_all_sites() -> None:
+    """And no row is written for a token."""
+    graph = fused(numbered, numbered_args())
+    calls = list(graph.find_nodes(op="call_function", target=torch.ops.dkfuse.residual_norm_modulate.default))
+    (every,) = graph.find_nodes(op="call_function", target=torch.ops.prims.iota.default)
+    (checked,) = graph.find_nodes(op="call_function", target=aten.index.Tensor)
+    assert len(calls) == 2 and every.args == (4,) and checked.args[0] is every
+    for call_ in calls:
+        given = bound_arguments(call_)
+        assert given["pick"].args[0] is checked and given["pick"].meta["val"].shape == (9, 1)
+        assert [given[name].meta["val"].shape for name in ("gate", "scale", "shift")] == 3 * [(4, 1, 36)]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_rows_by_number_for_any_number_of_tokens(dynamic: bool) -> None:
+    args = numbered_args()
+    for tensor in (args[0], args[1], args[3]) if dynamic else ():
+        torch._dynamo.mark_dynamic(tensor, 0)
+    results, coverage = run(numbered, args, dynamic=None)
+    assert counts(coverage) == {"residual_gate_norm_modulate": 2, "absorbed": 2}, str(coverage)
+    check_numerics(numbered, args, results)
+    exact, _ = run(numbered, numbered_args(), roundings="eager")
+    assert torch.equal(exact[0], numbered(*numbered_args()))
+
+
+@pytest.mark.parametrize("wrong", [4, 1000, -5])
+def test_a_number_without_a_row_is_an_error(wrong: int) -> None:
+    args = numbered_args()
+    compiled = torch.compile(numbered, backend="dkfuse", options={"dkfuse.remainder": "eager"})
+    with torch.no_grad():
+        compiled(*args)
+        args[3] = args[3].clone()
+        args[3][2] = wrong
+        with pytest.raises(IndexError, match=r"out of (bounds|range)"):
+            compiled(*args)
+
+
+def test_negative_numbers_count_from_the_end() -> None:
+    def function(h: Tensor, y: Tensor, e: Tensor, n: Tensor, w: Tensor) -> Tensor:
+        shift, scale, _ = e[0].chunk(3, dim=-1)
+        return modulated(h, scale[n], shift[n]) @ w
+
+    args = numbered_args()
+    args[3] = args[3] - 4
+    results, coverage = run(function, args)
+    assert counts(coverage) == {"norm_modulate": 1}, str(coverage)
+    check_numerics(function, args, results)

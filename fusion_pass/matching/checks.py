@@ -105,7 +105,7 @@ def _check_operands(site: Candidate) -> None:
             if not same_shape(term.shape, shape):
                 text = f"{name} has shape {text_shape(term.shape)}, the result {text_shape(shape)}"
                 raise Reject(Code.BROADCAST, text + "; both must be the same")
-        elif not same_shape(broadcast_shape([term.shape[picks.is_pair(site, name) :], shape]), shape):
+        elif not same_shape(broadcast_shape([term.shape[picks.has_rows(site, name) :], shape]), shape):
             text = f"{name} of shape {text_shape(term.shape)} does not broadcast to {text_shape(shape)}"
             raise Reject(Code.BROADCAST, text)
     if (norm := site.norm) is not None:
@@ -174,6 +174,14 @@ def check_eps(view: TermView, norm: Term) -> None:
         raise Reject(Code.EPS, f"eps={eps:g} is below {limit}")
 
 
+def check_statistics(view: TermView, norm: Term) -> None:
+    """For roundings=eager: a kernel computes the statistics in fp32, whatever they were rounded to."""
+    dtype = view.statistics_dtype.get(norm, torch.float32)
+    if dtype.itemsize < 4:
+        text = f"the norm's statistics are rounded to {short_dtype(dtype)}, the kernel computes them in fp32"
+        raise Reject(Code.ROUNDING, text, Stage.KERNEL)
+
+
 def check_mutation(site: Replaceable) -> None:
     """No operand is (a view of) an input that the graph writes to."""
     for name, term in site.operands.items():
@@ -207,6 +215,9 @@ def rounding_flags(labels: dict[str, torch.dtype], x_dtype: torch.dtype) -> int:
 def _set_attributes(site: Candidate, roundings: str) -> None:
     """The op's keyword arguments, from the binding."""
     view, binding, terms = site.view, site.binding, site.binding.terms
+    for statistic in (site.norm, site.branch_norm) if roundings == "eager" else ():
+        if statistic is not None:
+            check_statistics(view, statistic)
     flags = rounding_flags(binding.roundings, fake(view, terms["x"]).dtype) if roundings == "eager" else 0
     attributes: dict[str, Any] = {}
     if site.norm is not None:

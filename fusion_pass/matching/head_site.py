@@ -16,7 +16,7 @@ from torch import fx
 from dkfuse.patterns.heads import NORM_ROPE, QK_NORM, ROPE
 
 from ..reporting.report import Reason
-from .checks import check_eps, check_layout, check_mutation, rounding_flags
+from .checks import check_eps, check_layout, check_mutation, check_statistics, rounding_flags
 from .escapes import served
 from .gain import CASTS, is_view, widens
 from .heads import Heads, Part
@@ -125,6 +125,8 @@ def _call(site: HeadSite, part: Part, out_dtype: torch.dtype, roundings: str) ->
     labels: dict[str, torch.dtype] = {}
     if norm is not None:
         check_eps(view, norm.term)
+        if roundings == "eager":
+            check_statistics(view, norm.term)
         operands.update((n, t) for n, t in (("weight", norm.weight), ("bias", norm.bias)) if t is not None)
         attributes["norm"] = "layer" if norm.term.op == "layer_norm" else "rms"
         attributes.update(eps=norm.term.attrs[0], weight_offset=norm.weight_offset, across=norm.across)

@@ -1,47 +1,67 @@
-"""Gates, scales and shifts that are picked per token: ``where(mask, row0, row1)`` with one row of each per sample.
+"""Gates, scales and shifts that are picked per token, from few rows that are the same for many tokens.
 
-The op takes both rows as one operand and the mask as `pick`, so that the picked rows, one for every token, need not be
-written to memory. The two rows must be neighbours in one tensor (``mod[:b]`` and ``mod[b:]``): then both together are a
-view of it. Masks that every block computes anew are found equal by what computes them; the first one serves all sites.
+    where(mask, row0, row1)      one of two rows of each sample
+    table[numbers]               one of the rows of a table; also index_select and embedding, and parts of what comes
+
+The op takes the rows as one operand and the mask or the numbers as `pick`, so that the picked rows, one for each token,
+need not be written to memory. The two rows must be neighbours in one tensor (``mod[:b]`` and ``mod[b:]``): then both
+together are a view of it. Masks that every block computes anew are found equal by what computes them; the first one
+serves all sites. Numbers reach the kernel through `rewriting.row_numbers`, where a wrong one is an error as before.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
-from dkfuse.kernels.picks import PICKED
+from dkfuse.kernels.picks import NUMBERS, PICKED
 
 from .pattern import Binding
-from .rules import Candidate
+from .rules import Candidate, NotThisRule
 from .terms import Term, TermView, same_shape, same_size
 
 aten = torch.ops.aten
+FEW = 64  # rows, beside a number of tokens that is a symbol
+
+
+class Choice(NamedTuple):
+    """What picks the rows, for whom it is the same where the keys are, and the rows, in dim 0."""
+
+    key: Any
+    pick: Term
+    rows: Term
 
 
 def resolve(site: Candidate) -> None:
-    """Bind the pair of rows in place of each operand of the site that is picked by the mask of the first such one."""
+    """Bind the rows in place of each operand of the site that is picked as the first such one is."""
     view, binding = site.view, site.binding
-    found: dict[str, tuple[fx.Node, Term]] = {}
+    found: dict[str, Choice] = {}
     for name in PICKED:
         if name in binding.terms and (choice := _choice(view, binding.terms[name], site.shape)) is not None:
             found[name] = choice
+    if "gate" in binding.terms and "gate" not in found and _choice(view, binding.terms["x"], site.shape) is not None:
+        raise NotThisRule("of two factors of one shape the rows that are picked are the gate")
     if found:
-        mask = next(iter(found.values()))[0]
-        pairs = {name: rows for name, (own, rows) in found.items() if own is mask}
-        terms = {**binding.terms, **pairs, "pick": view.leaf(mask)}
+        first = next(iter(found.values()))
+        rows = {name: choice.rows for name, choice in found.items() if choice.key == first.key}
+        terms = {**binding.terms, **rows, "pick": first.pick}
         site.binding = Binding(terms, binding.numbers, binding.roundings, binding.interior)
 
 
-def is_pair(site: Candidate, name: str) -> bool:
-    """The operand holds two rows."""
+def has_rows(site: Candidate, name: str) -> bool:
+    """The operand holds rows to pick from."""
     operands = site.operands
     return "pick" in operands and name in PICKED and len(operands[name].shape) == len(site.shape) + 1
 
 
-def _choice(view: TermView, term: Term, shape: tuple) -> tuple[fx.Node, Term] | None:
+def _choice(view: TermView, term: Term, shape: tuple) -> Choice | None:
+    return _by_mask(view, term, shape) or _by_number(view, term, shape)
+
+
+def _by_mask(view: TermView, term: Term, shape: tuple) -> Choice | None:
     """The mask and the rows of ``where(mask, row0, row1)``, or None."""
     node = term.attrs[0] if term.op == "leaf" else None
     if node is None or node.target is not aten.where.self or not all(isinstance(a, fx.Node) for a in node.args):
@@ -55,9 +75,69 @@ def _choice(view: TermView, term: Term, shape: tuple) -> tuple[fx.Node, Term] | 
     if same_shape(first.shape, shape) or not first.shape or not same_size(first.shape[-1], shape[-1]):
         return None
     rows = _halves(view, *parts) or _together(view, first, second)
-    while rows is not None and len(rows.shape) <= len(shape):
-        rows = view.view(rows, ("unsqueeze", 1), (2, 1, *rows.shape[1:]))
-    return (masks(view)[_meaning(mask)], rows) if rows is not None else None
+    if rows is None:
+        return None
+    known = masks(view)[_meaning(mask)]
+    return Choice(known, view.leaf(known), _with_dims(view, rows, shape))
+
+
+def _with_dims(view: TermView, rows: Term, shape: tuple) -> Term:
+    """`rows` with one dim more than `shape`."""
+    while len(rows.shape) <= len(shape):
+        rows = view.view(rows, ("unsqueeze", 1), (rows.shape[0], 1, *rows.shape[1:]))
+    return rows
+
+
+# -- by number ---------------------------------------------------------------------------------------------------------
+
+
+def _by_number(view: TermView, term: Term, shape: tuple) -> Choice | None:
+    """The numbers and the rows of ``table[numbers]``, or of a view of it that leaves tokens as they are; or None."""
+    above: list[tuple[tuple, tuple]] = []
+    while term.op == "view" and term.attrs[0] in ("slice", "squeeze", "unsqueeze"):
+        above.append((term.attrs, term.shape))
+        term = term.args[0]
+    source = table_and_numbers(term.attrs[0]) if term.op == "leaf" else None
+    if source is None or (rows := view.term(source[0])) is None:
+        return None
+    numbers = masks(view)[_meaning(source[1])]
+    pick, tokens = view.leaf(numbers), numbers.meta["val"].dim()
+    for (kind, dim, *rest), seen in reversed(above):
+        if kind == "unsqueeze" and dim <= tokens:
+            pick = view.view(pick, (kind, dim), (*pick.shape[:dim], 1, *pick.shape[dim:]))
+            tokens += 1
+        elif dim < tokens:
+            return None
+        else:
+            rows = view.view(rows, (kind, dim - tokens + 1, *rest), (rows.shape[0], *seen[tokens:]))
+    for _ in rows.shape[1:]:
+        pick = view.view(pick, ("unsqueeze", len(pick.shape)), (*pick.shape, 1))
+    if len(rows.shape) < 2 or len(pick.shape) > len(shape) or not same_size(rows.shape[-1], shape[-1]):
+        return None
+    return Choice((numbers, rows.shape[0]), pick, _with_dims(view, rows, shape))
+
+
+def table_and_numbers(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """What rows are picked from and by, where there are fewer of them than tokens."""
+    if node.target is aten.index.Tensor:
+        table, picks = node.args
+        numbers = picks[0] if len(picks) == 1 else None  # type: ignore[arg-type, index]
+    elif node.target is aten.index_select.default and node.args[1] == 0:
+        table, _, numbers = node.args
+    elif node.target is aten.embedding.default:
+        table, numbers = node.args[:2]
+    else:
+        return None
+    if not isinstance(table, fx.Node) or not isinstance(numbers, fx.Node):
+        return None
+    rows, many = table.meta["val"], numbers.meta["val"]
+    if many.dtype not in NUMBERS or rows.dim() < 2 or not isinstance(rows.shape[0], int) or not rows.shape[0]:
+        return None
+    few = rows.shape[0] < math.prod(many.shape) if all(isinstance(n, int) for n in many.shape) else rows.shape[0] <= FEW
+    return (table, numbers) if few else None
+
+
+# -- by a mask ---------------------------------------------------------------------------------------------------------
 
 
 def unexpanded(node: Any) -> fx.Node:
@@ -126,12 +206,13 @@ def _behind_one_more_dim(attrs: tuple) -> tuple:
 
 
 def masks(view: TermView) -> dict[Any, fx.Node]:
-    """What a mask computes -> the first node that computes it."""
+    """What a mask, or numbers of rows, computes -> the first node that computes it."""
     if view.masks is None:
         view.masks = {}
         for node in view.order:
-            if node.target is aten.where.self and isinstance(node.args[0], fx.Node):
-                view.masks.setdefault(_meaning(node.args[0]), node.args[0])
+            pick = node.args[0] if node.target is aten.where.self else (table_and_numbers(node) or (None, None))[1]
+            if isinstance(pick, fx.Node):
+                view.masks.setdefault(_meaning(pick), pick)
     return view.masks
 
 

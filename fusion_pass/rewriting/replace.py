@@ -69,10 +69,14 @@ def op_call(
     """A call of ``dkfuse::op`` on the nodes of `terms`, with everything that torch wants to know about it."""
     import dkfuse.kernels.ops  # noqa: F401  (registers torch.ops.dkfuse)
 
+    from .row_numbers import checked
+
     overload = getattr(torch.ops.dkfuse, op).default
     operands = {
         name: realize(graph, view, term, renamed, tables if name in TABLES else None) for name, term in terms.items()
     }
+    if "pick" in operands:
+        operands["pick"] = checked(graph, operands)
     args = tuple(operands.get(a.name) for a in overload._schema.arguments if not a.kwarg_only)
     call = graph.call_function(overload, args, dict(attributes))
     call.meta["val"] = overload(*(a.meta["val"] if a is not None else None for a in args), **attributes)

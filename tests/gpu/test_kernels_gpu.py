@@ -143,6 +143,19 @@ def test_rows_picked_per_token(branch_norm: str, parameters: torch.dtype) -> Non
     compare("gated_residual", {**pointwise, "gate": pairs["gate"]})
 
 
+@pytest.mark.parametrize("branch_norm", ["none", "rms"])
+def test_rows_picked_by_number(branch_norm: str) -> None:
+    """Gate, scale and shift of three timesteps and modalities, and the number of each token's."""
+    vectors = random(3, 6 * 5376).unsqueeze(1).chunk(6, dim=-1)
+    rows = dict(zip(("gate", "scale", "shift", "scale2", "shift2"), vectors, strict=False))
+    numbers = torch.arange(100, device="cuda").unsqueeze(1) % 3
+    arguments = norm_arguments((100, 5376), BF16, BF16, pick=numbers)
+    arguments.update(residual=random(100, 5376, seed=7), branch_weight=None, sum_dtype=BF16)
+    compare("residual_norm_modulate_dual", {**arguments, **rows, "branch_norm": branch_norm, "branch_eps": 1e-6})
+    pointwise = {name: arguments[name] for name in ("x", "residual", "out_dtype")}
+    compare("gated_residual", {**pointwise, "pick": numbers.int(), "gate": rows["gate"]})
+
+
 def test_branch_roundings_on_the_gpu() -> None:
     """Z-Image's sandwich: all but sums on the other side of a tie are eager's bits."""
     from dkfuse.kernels.rounding import Rounding
