@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,7 @@ from dkfuse.kernels.support import OPERANDS
 from . import compat, compat_direct, compat_triton, epsilons, fuse, memory, seams
 from .choosing import building, watch
 from .choosing.choose import check_installed, resolve_target
+from .errors import PassedThroughWarning
 from .reporting.recording import publish, withdraw
 from .reporting.report import Graph
 from .reporting.store import Record, graph_key
@@ -58,6 +60,7 @@ def dkfuse(gm: fx.GraphModule, example_inputs: Any, *, mode: str | None = None, 
         return _plain(gm, example_inputs, inductor_options, settings, "disabled by dkfuse.disable or DKFUSE_DISABLE")
     if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs):
         note = "training: inputs require grad, and the fused ops have no backward (use torch.no_grad())"
+        warnings.warn(f"dkfuse: a graph is left to Inductor unchanged: {note}", PassedThroughWarning, stacklevel=2)
         return _plain(gm, example_inputs, inductor_options, settings, note)
     epsilons.make_constants(gm)
     if settings.remainder == "eager":

@@ -76,6 +76,7 @@ def lower_with(gm: fx.GraphModule, inputs: Any, inner: Callable[[fx.GraphModule,
     def inner_compile(graph_module: fx.GraphModule, example_inputs: Any, **_: Any) -> Any:
         view_to_reshape(graph_module)
         graph_module.graph.eliminate_dead_code()
+        _count_in_int32(graph_module.graph)
         compiled = inner(graph_module, example_inputs)
 
         def run(*args: Any) -> Any:
@@ -89,6 +90,13 @@ def lower_with(gm: fx.GraphModule, inputs: Any, inner: Callable[[fx.GraphModule,
 
     disabled = {"freezing": False, "cpp_wrapper": False, "force_disable_caches": True}
     return compile_fx(gm, inputs, inner_compile=inner_compile, config_patches={**options, **disabled})
+
+
+def _count_in_int32(graph: fx.Graph) -> None:
+    """Torch writes `torch.eye` as uint16 numbers that are compared, which Inductor can count and eager mode cannot."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.prims.iota.default):
+        if node.kwargs.get("dtype") == torch.uint16:
+            node.kwargs = {**node.kwargs, "dtype": torch.int32}
 
 
 def inductor_config(name: str) -> Any:

@@ -42,6 +42,10 @@ class DkfuseWarning(UserWarning):
     """Base of every warning that dkfuse emits."""
 
 
+class PassedThroughWarning(DkfuseWarning):
+    """A graph was left to Inductor unchanged, though the call could be made so that it is not."""
+
+
 class UntestedTorchWarning(DkfuseWarning):
     """The installed torch is newer than the newest tested one."""
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 
+import torch
 from torch import fx
 
 from . import seams
@@ -34,6 +35,7 @@ def decided(graph: fx.Graph, settings: Settings, built: bool = False) -> Plan:
     built: build the kernels that can be built ahead; a site whose kernel cannot is planned once more without it.
     """
     started = time.perf_counter()
+    without_assertions(graph)
     products = padded.without_padding(graph)
     picked.functions_of_rows(graph)
     taken = seams.run(graph, settings)
@@ -44,6 +46,15 @@ def decided(graph: fx.Graph, settings: Settings, built: bool = False) -> Plan:
     result.record.seams, result.products = taken, products
     result.record.seconds = time.perf_counter() - started
     return result
+
+
+def without_assertions(graph: fx.Graph) -> None:
+    """Drop what exported programs assert of dtypes and devices, which were known when this graph was made.
+
+    Inductor drops it later in its passes; until then it would be a reader of every value that is cast.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        graph.erase_node(node)
 
 
 def settled(graph: fx.Graph, settings: Settings, spent: int = 0) -> Plan:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import dkfuse
 from dkfuse import compat, fuse
-from dkfuse.errors import SettingsError
+from dkfuse.errors import PassedThroughWarning, SettingsError
 
 D = 32
 
@@ -90,9 +90,13 @@ def test_disabled_by_the_environment(inductor_calls, monkeypatch):
 
 
 def test_training_graphs_pass_through_with_a_reason(inductor_calls):
-    with dkfuse.record() as coverage:
+    """A model from a file has parameters that require grad: without torch.no_grad() nothing is fused."""
+    words = r"a graph is left to Inductor unchanged: training: .* \(use torch.no_grad\(\)\)"
+    warned = pytest.warns(PassedThroughWarning, match=words)
+    with warned, dkfuse.record() as coverage:
         torch.compile(block, backend="dkfuse")(*inputs(requires_grad=True))
     assert "training" in (coverage.graphs[0].note or "")
+    assert "nothing was fused: 1 of 1 graph passed through unchanged" in str(coverage)
 
 
 def test_parameters_that_require_grad_are_fine_without_grad(inductor_calls):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import dkfuse
 from dkfuse.fuse import plan, run
 from dkfuse.reporting.report import Status
 from dkfuse.settings import Settings
@@ -57,3 +58,27 @@ def test_an_exported_program_runs_fused(exported):
     with torch.no_grad():
         for ours, eager in zip(program.module()(*values), module(*values), strict=True):
             torch.testing.assert_close(ours, eager, atol=0.05, rtol=0.02)
+
+
+class Casting(torch.nn.Module):
+    """Wan's norm in fp32, whose casts an exported program asserts."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = torch.nn.Linear(D, D)
+
+    def forward(self, x, shift, scale):
+        h = F.layer_norm(x.float(), (D,)).to(torch.float32)
+        return self.project((h * (1 + scale) + shift).type_as(x))
+
+
+def test_what_an_exported_program_asserts_is_no_reader(fresh_compiler):
+    row = torch.randn(1, 1, D)
+    values = torch.randn(2, 6, D).bfloat16(), row, row.flip(-1)
+    module = Casting().bfloat16().eval()
+    program = torch.export.export(module, values)
+    assert "_assert_tensor_metadata" in str(program.graph)
+    with torch.no_grad(), dkfuse.record() as coverage:
+        compiled = torch.compile(program.module(), backend="dkfuse", options={"dkfuse.remainder": "eager"})
+        torch.testing.assert_close(compiled(*values), module(*values), atol=0.05, rtol=0.02)
+    coverage.assert_fused("norm_modulate", exactly=1)

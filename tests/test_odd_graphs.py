@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import dkfuse
 
-from .harness import compiled, counts
+from .harness import compiled, counts, run
 
 Function = Callable[[Tensor], Tensor]
 BF16 = torch.bfloat16
@@ -174,3 +174,16 @@ def test_an_eps_that_is_an_argument_stays_one() -> None:
         for eps in (1e-6, 0.1, 0.5):
             torch.testing.assert_close(call(x, eps), function(x, eps), rtol=2e-2, atol=4e-2)
     assert len(coverage.graphs) == 1
+
+
+@pytest.mark.parametrize("rows", [64, 300])
+def test_a_unit_matrix_of_any_size(rows: int) -> None:
+    """torch.eye, as DoRA multiplies by it, counts in numbers that eager mode has not."""
+
+    def function(x: Tensor) -> Tensor:
+        return F.layer_norm(x, (64,)) @ (torch.eye(64, dtype=BF16) @ torch.eye(rows, dtype=BF16)[:64, :64])
+
+    x = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0)).to(BF16)
+    (result,), coverage = run(function, [x])
+    assert counts(coverage) == {"norm": 1}
+    torch.testing.assert_close(result, function(x))

@@ -45,6 +45,7 @@ def test_a_group_shows_the_message_that_most_of_its_sites_have() -> None:
 
 def test_headline(sample: Coverage) -> None:
     expected = "4 of 7 sites fused (57.1 %) by 3 kernel calls; their memory traffic: 300 MB op by op, 150 MB fused"
+    expected += "; 1 of 3 graphs passed through unchanged"
     assert summary.headline(sample) == expected
     assert "no norm or gated residual" in summary.headline(Coverage())
 

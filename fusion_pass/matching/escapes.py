@@ -48,7 +48,7 @@ def _shared_factor(site: Candidate, node: fx.Node) -> bool:
     if term is None or term.op != "add" or term.args[0].op != "const" or not same_shape(term.shape, site.shape):
         return False
     ours = site.interior | site.roots
-    return term.args[1] in site.operands.values() and any(user not in ours for user in node.users)
+    return term.args[1] in (*site.operands.values(), *site.picked) and any(user not in ours for user in node.users)
 
 
 def _below_norm_input(term: Term, norm_input: Term) -> bool:

@@ -48,6 +48,7 @@ def resolve(site: Candidate) -> None:
         first = next(iter(found.values()))
         rows = {name: choice.rows for name, choice in found.items() if choice.key == first.key}
         terms = {**binding.terms, **rows, "pick": first.pick}
+        site.picked = [binding.terms[name] for name in rows]
         site.binding = Binding(terms, binding.numbers, binding.roundings, binding.interior)
 
 

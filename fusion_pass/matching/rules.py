@@ -141,6 +141,7 @@ class Candidate:
     outputs: dict[str, Term] = field(default_factory=dict)  # "out", "sum": what the op returns and somebody reads
     attributes: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the op
     sums: dict[str, Term] = field(default_factory=dict)  # operands that were taken apart, by name, see `tables`
+    picked: list[Term] = field(default_factory=list)  # operands in place of which rows are read, see `picks`
     dual: bool = False  # a second modulation of the same norm is a result too ("out2")
     kernel: Any = None  # the provider of the implementation, once chosen
     passed_over: tuple[Reason, ...] = ()  # why the providers before it, and those not measured, were not

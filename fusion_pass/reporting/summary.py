@@ -139,8 +139,11 @@ def traffic(sites: Iterable[Site]) -> Traffic:
 def headline(coverage: Coverage) -> str:
     """The result in one sentence."""
     totals = coverage.totals
+    passed = sum(graph.note is not None for graph in coverage.graphs)
+    through = f"{passed} of {count(len(coverage.graphs), 'graph')} passed through unchanged"
     if not totals["sites"]:
-        return "no norm or gated residual was found in " + count(len(coverage.graphs), "graph")
+        text = "no norm or gated residual was found in " + count(len(coverage.graphs), "graph")
+        return f"nothing was fused: {through}" if passed else text
     text = f"{totals['fused']} of {count(totals['sites'], 'site')} fused ({percent(totals['coverage'])})"
     if totals["fused"]:
         text += f" by {count(totals['kernels'], 'kernel call')}"
@@ -149,7 +152,7 @@ def headline(coverage: Coverage) -> str:
         text += f"; their memory traffic: {bytes_text(moved.before)} op by op, {bytes_text(moved.after)} fused"
     if totals["seams_taken"]:
         text += f"; {totals['seams_taken']} of {count(totals['seams'], 'seam')} to GEMMs and attention taken"
-    return text
+    return f"{text}; {through}" if passed else text
 
 
 def about(coverage: Coverage) -> str:
