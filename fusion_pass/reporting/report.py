@@ -39,7 +39,7 @@ FAMILIES = (
 )
 SEAMS = (
     "attention", "swiglu_epilogue", "packed_projection", "split_projection", "gelu_epilogue", "gemm_kernel",
-    "joint_projection", "patch_embedding", "repeated_rows",
+    "joint_projection", "patch_embedding", "repeated_rows", "adapted_linear",
 )  # fmt: skip
 STAGES = ("structure", "semantics", "kernel")
 

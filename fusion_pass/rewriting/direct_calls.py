@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+import dkfuse.kernels.adapted_linear
 import dkfuse.kernels.attention
 import dkfuse.kernels.gemm
 import dkfuse.kernels.linear_ops  # noqa: F401  (all of them register ops)
@@ -81,6 +82,14 @@ def _in_pieces(streams: list[list[Any]], batch: int, tiles: Sequence[str]) -> Ca
     return Call("joint_linear.into_pieces", tensors, {"pieces": pieces})
 
 
+def adapted_linear(
+    x: Any, weight: Any, bias: Any, downs: Any, ups: Any, alphas: Sequence[float], tiles: str = ""
+) -> Call:
+    added = [bias] if bias is not None else []
+    tensors = [realized(t) for t in (x, weight, *downs, *ups, *added)]
+    return Call("adapted_linear.into", tensors, {"alphas": list(alphas), "tiles": tiles})
+
+
 def split_linear(parts: Any, weight: Any, bias: Any) -> Call | None:
     tensors, matrix, start = [realized(t) for t in parts], realized(weight), 0
     (outputs, _), (outer, inner) = size(matrix), matrix.get_layout().stride
@@ -132,6 +141,7 @@ OPS: dict[Any, Callable[..., Call | None]] = {  # their arguments as those of a 
     torch.ops.dkfuse.linear.default: linear,
     torch.ops.dkfuse.joint_linear.default: joint_linear,
     torch.ops.dkfuse.split_linear.default: split_linear,
+    torch.ops.dkfuse.adapted_linear.default: adapted_linear,
     torch.ops.dkfuse.attention.default: attention,
     aten._addmm_activation.default: addmm_gelu,
 }

@@ -3,6 +3,7 @@
     attention     which kernel computes an attention
     repeated      linears of a row that was repeated for all tokens, of the row
     swiglu        silu(linear) * linear in one GEMM
+    adapters      linears and what adapters of low rank add to them, as GEMMs that add up
     projections   linears of one input whose weights lie side by side, as one GEMM
     split         linear(cat([a, b])) as two GEMMs that add up
     epilogue      linear + tanh-GELU in one GEMM
@@ -27,7 +28,7 @@ from ..choosing.choose import resolve_target
 from ..matching.rules import Code, Stage
 from ..reporting.report import SEAMS, Reason, Site, Status
 from ..settings import Settings
-from . import attention, epilogue, gemm, joint, patches, projections, repeated, split, swiglu
+from . import adapters, attention, epilogue, gemm, joint, patches, projections, repeated, split, swiglu
 from .seam import Seam
 
 __all__ = ["FINDERS", "NAMES", "Seam", "run"]
@@ -36,6 +37,7 @@ FINDERS: tuple[Callable[[fx.Graph, Settings], Iterator[Seam]], ...] = (
     attention.find,
     repeated.find,
     swiglu.find,
+    adapters.find,
     projections.find,
     split.find,
     epilogue.find,
