@@ -23,7 +23,7 @@ from .choosing import building
 from .planner import Plan, plan
 from .reporting import records
 from .reporting.report import Graph, Status
-from .rewriting import layouts, padded, picked
+from .rewriting import known_ops, layouts, padded, picked
 from .settings import Settings
 
 __all__ = ["Plan", "decided", "plan", "run", "settled"]
@@ -36,6 +36,7 @@ def decided(graph: fx.Graph, settings: Settings, built: bool = False) -> Plan:
     """
     started = time.perf_counter()
     without_assertions(graph)
+    known_ops.expand(graph)
     products = padded.without_padding(graph)
     picked.functions_of_rows(graph)
     taken = seams.run(graph, settings)

@@ -71,7 +71,7 @@ def _checked(site: Candidate, roundings: str, apart: bool) -> Candidate:
     _check_operands(site)
     collect_interior(site)
     check_escapes(site)
-    check_mutation(site)
+    check_mutation(site, max(site.view.order[node] for name in site.outputs for node in site.output_nodes(name)))
     check_layout(site)
     _set_attributes(site, roundings)
     return site
@@ -182,12 +182,17 @@ def check_statistics(view: TermView, norm: Term) -> None:
         raise Reject(Code.ROUNDING, text, Stage.KERNEL)
 
 
-def check_mutation(site: Replaceable) -> None:
-    """No operand is (a view of) an input that the graph writes to."""
+def check_mutation(site: Replaceable, last: int | None = None) -> None:
+    """No operand is (a view of) an input that the graph writes to before it is read.
+
+    last: the place in the graph where it is read at the latest; None where that is not known. AOTAutograd has a graph
+    write to its inputs at its end (`copy_`), as for a block that adds to its stream in place.
+    """
     for name, term in site.operands.items():
         source = is_view_of_input(base_node(site.view, term))
-        if source is not None and source in site.view.written_inputs:
-            raise Reject(Code.MUTATED, f"{name} is a view of the input {source.name}, which the graph writes to")
+        writer = site.view.written_inputs.get(source) if source is not None else None
+        if writer is not None and (last is None or site.view.order[writer] < last):
+            raise Reject(Code.MUTATED, f"{name} is a view of the input {source}, which the graph writes to before")
 
 
 def check_layout(site: Replaceable) -> None:

@@ -86,6 +86,15 @@ def _readers(view: TermView, node: fx.Node, reshaped: Container[Term]) -> Iterat
             yield user
 
 
+def _has_rows(value: torch.Tensor, shape: tuple) -> bool:
+    """Whether `value` has all elements of the site, in any shape, or rows of more tokens than the site is about."""
+    size, whole = value.numel(), math.prod(shape)
+    if same_size(size, whole):
+        return True
+    known = isinstance(size, int) and isinstance(whole, int) and bool(value.shape)
+    return known and size > whole and same_size(value.shape[-1], shape[-1])
+
+
 def check_escapes(site: Candidate) -> None:
     """Raise Reject where a value inside the site is read outside of it; a sum that is becomes a result."""
     view = site.view
@@ -104,7 +113,7 @@ def check_escapes(site: Candidate) -> None:
 
     for node in site.interior:
         val = node.meta.get("val")
-        full = isinstance(val, torch.Tensor) and same_size(val.numel(), math.prod(site.shape))  # in any shape
+        full = isinstance(val, torch.Tensor) and _has_rows(val, site.shape)
         statistic = view.term(node) is None or (bool(val.shape) and same_size(val.shape[-1], 1) and val.dim() > 1)
         if not (full or statistic):
             continue  # a row parameter such as 1 + scale: cheap to compute twice

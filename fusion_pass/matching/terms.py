@@ -135,7 +135,7 @@ class TermView:
         self.reductions: dict[Term, Term] = {}  # norm term -> the reduction it was recognised by
         self.statistics_dtype: dict[Term, torch.dtype] = {}  # norm term -> dtype of its statistics, where narrow
         self.masks: dict[Any, fx.Node] | None = None  # see `picks.masks`
-        self.written_inputs: set[fx.Node] = set()  # placeholders that some node of the graph writes to
+        self.written_inputs: dict[fx.Node, fx.Node] = {}  # placeholders that are written to -> the first that does
         for i, node in enumerate(graph.nodes):
             self.order[node] = i
             self._note_writes(node)
@@ -207,7 +207,7 @@ class TermView:
         if schema is not None and schema.is_mutable:
             for argument, value in zip(schema.arguments, node.args, strict=False):
                 if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, fx.Node):
-                    self.written_inputs.add(value)
+                    self.written_inputs.setdefault(value, node)
 
     def _read(self, node: fx.Node) -> Term:
         from .readers import READERS
