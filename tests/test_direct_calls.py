@@ -99,6 +99,16 @@ CALLS: dict[str, tuple[str, Callable[..., Any], tuple[torch.Tensor, ...]]] = {
         lambda x, w: ops.split_linear([x[:, :32], x], w, None),
         (X, WIDE),
     ),
+    "adapted_linear": (
+        "adapted_linear.into",
+        lambda x, w, b: ops.adapted_linear(x, w, b, [x[:, :8], x * 2], [w[:, :8], w], [0.5, -1.0], "128x192"),
+        (X, W, B),
+    ),
+    "adapted_linear, no bias": (
+        "adapted_linear.into",
+        lambda x, w: ops.adapted_linear(x, w, None, [x[:, 3:7]], [w[:, 3:7]], [2.0]),
+        (X, W),
+    ),
     "addmm_gelu": (
         "torch._addmm_activation",
         lambda x, w, b: aten._addmm_activation.default(b, x, w.t(), use_gelu=True),

@@ -130,3 +130,36 @@ def test_symbolic_tokens() -> None:
             assert error(compiled(x, attention), eager) < 1e-2
     assert taken(coverage) == ["gelu_epilogue", "split_projection"]
     assert len(coverage.graphs) == 1
+
+
+class Adapted(nn.Module):
+    """A linear with an unmerged LoRA, and what reads its result."""
+
+    def __init__(self, width: int = 3072, rank: int = 16):
+        super().__init__()
+        self.base, self.up = nn.Linear(width, width), nn.Linear(rank, width, bias=False)
+        self.down = nn.Linear(width, rank, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x) + self.up(self.down(x)) * 0.5
+        return F.rms_norm(y.unflatten(-1, (-1, 128)), (128,), None, 1e-6).flatten(2)
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("gemm", ["cublas", "auto"])
+def test_adapters_compiled(gemm: str, mode: str | None) -> None:
+    """The update is added by a GEMM: nothing but the norm reads its result, and there is no sum."""
+    torch.manual_seed(0)
+    module = Adapted().to("cuda", torch.bfloat16).requires_grad_(False)
+    (x,) = tensors((1, 4096, 3072))
+    torch.compiler.reset()
+    with torch.no_grad(), dkfuse.record() as coverage:
+        options = {"dkfuse.gemm": gemm, **({"mode": mode} if mode else {})}
+        compiled = torch.compile(module, backend="dkfuse", dynamic=False, options=options)
+        for _ in range(3):
+            result = compiled(x).clone()
+        names = [n for n in kernels(lambda: compiled(x)) if "Mem" not in n and "splitK" not in n]
+        eager, exact = module(x), module.float()(x.float())
+    assert "adapted_linear" in taken(coverage), str(coverage)
+    assert error(result, exact) <= 1.02 * error(eager, exact)
+    assert sum(map(is_gemm, names)) == 3 and not any("add" in n for n in names if "triton" in n), names
