@@ -15,7 +15,7 @@ from . import (
     spellings_streams,
     spellings_tables,
 )
-from .harness import Spelling, check_numerics, counts, run, spell
+from .harness import Spelling, check_numerics, counts, flat, run, spell
 
 TABLES = (
     spellings,
@@ -36,6 +36,19 @@ def test_spelling(row: Spelling) -> None:
     results, coverage = run(row.function, args)
     assert counts(coverage) == row.expected, str(coverage)
     check_numerics(row.function, args, results)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+def test_eagers_roundings_are_kept_or_the_site_is_left(row: Spelling) -> None:
+    """Bit for bit; in fp32, where nothing is rounded but sums add up in another order, and fp16 near enough."""
+    args = spell(row.inputs, row.dtype)
+    results, coverage = run(row.function, args, roundings="eager")
+    tolerance = {torch.bfloat16: 0.0, torch.float16: 2e-3, torch.float32: 1e-5}[row.dtype]
+    with torch.no_grad():
+        expected = flat(row.function(*args))
+    for ours, eager in zip(results, expected, strict=True):
+        size = eager.abs().max().item()
+        torch.testing.assert_close(ours, eager, rtol=0, atol=tolerance * size, msg=lambda text: f"{text}\n{coverage}")
 
 
 INDUCTOR = ("a1_b2", "from_table_unbind", "g1_dual", "g4_fp32")

@@ -48,7 +48,9 @@ def distribute_norm(view: TermView, args, attrs) -> Term | None:
         p = bare(product)
         if n.norm_reach is not None and p.op == "mul" and n in p.args:
             other = p.args[1] if p.args[0] is n else p.args[0]
-            return view.make("mul", n, view.make("add", view.const(1.0), other))
+            total = view.make("mul", n, view.make("add", view.const(1.0), other))
+            view.inexact.add(total)
+            return total
     return None
 
 
@@ -141,6 +143,7 @@ def inverse_constants(view: TermView, args, attrs) -> Term | None:
             continue
         n = product.args[1]
         if n.op in ("layer_norm", "rms_norm") and abs(own.value * product.args[0].value - 1.0) < 1e-6:
+            view.inexact.add(n)
             return view.make("mul", n, *weights) if weights else n
     return None
 

@@ -176,9 +176,17 @@ def check_eps(view: TermView, norm: Term) -> None:
 
 def check_statistics(view: TermView, norm: Term) -> None:
     """For roundings=eager: a kernel computes the statistics in fp32, whatever they were rounded to."""
+    check_exact(view, norm)
     dtype = view.statistics_dtype.get(norm, torch.float32)
     if dtype.itemsize < 4:
         text = f"the norm's statistics are rounded to {short_dtype(dtype)}, the kernel computes them in fp32"
+        raise Reject(Code.ROUNDING, text, Stage.KERNEL)
+
+
+def check_exact(view: TermView, *terms: Term) -> None:
+    """For roundings=eager: what was factored out, or a unit vector times the root of D, was rounded in between."""
+    if any(bare(term) in view.inexact for term in terms):
+        text = "the same value was computed in steps, whose roundings a kernel does not have"
         raise Reject(Code.ROUNDING, text, Stage.KERNEL)
 
 
@@ -220,6 +228,8 @@ def rounding_flags(labels: dict[str, torch.dtype], x_dtype: torch.dtype) -> int:
 def _set_attributes(site: Candidate, roundings: str) -> None:
     """The op's keyword arguments, from the binding."""
     view, binding, terms = site.view, site.binding, site.binding.terms
+    if roundings == "eager":
+        check_exact(view, *binding.interior)
     for statistic in (site.norm, site.branch_norm) if roundings == "eager" else ():
         if statistic is not None:
             check_statistics(view, statistic)

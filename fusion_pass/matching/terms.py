@@ -134,6 +134,7 @@ class TermView:
         self._exposed: dict[Term, Term] = {}
         self.reductions: dict[Term, Term] = {}  # norm term -> the reduction it was recognised by
         self.statistics_dtype: dict[Term, torch.dtype] = {}  # norm term -> dtype of its statistics, where narrow
+        self.inexact: set[Term] = set()  # terms that were simplified across roundings which nobody records
         self.masks: dict[Any, fx.Node] | None = None  # see `picks.masks`
         self.written_inputs: dict[fx.Node, fx.Node] = {}  # placeholders that are written to -> the first that does
         for i, node in enumerate(graph.nodes):
