@@ -18,6 +18,11 @@ def is_float_of_a_module(node: fx.Node) -> bool:
     return hasattr(value.item_memo.node._expr, "name") and of_a_module()
 
 
+def value_of(node: fx.Node) -> float | None:
+    """What such a float was in the example inputs."""
+    return getattr(node.meta["example_value"].item_memo.node, "hint", None)
+
+
 def restart_with_constants(nodes: Iterable[fx.Node]) -> None:
     """Have Dynamo trace anew with the values of such floats, which it guards. Nothing where torch has no such way."""
     try:

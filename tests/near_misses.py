@@ -51,6 +51,14 @@ def product_doubled(x: T, s: T, t: T, w: T) -> T:
     return torch.add(t, ln(x) * (1 + s), alpha=2) @ w
 
 
+@near_miss("left:feeds_pointwise")
+def quantized_with_a_scale_for_each_row(x: T, s: T, t: T, w: T) -> T:
+    """torchao's int8: Inductor computes the norm, the largest value and the quotient in one kernel."""
+    h = ln(x) * (1 + s) + t
+    largest = torch.maximum(-h.amin(-1, keepdim=True), h.amax(-1, keepdim=True))
+    return (h / (largest / 127.5)).round().to(torch.int8).float() @ w
+
+
 @near_miss("left:feeds_pointwise", "x:BLD w:DD")
 def normed_value_squared(x: T, w: T) -> T:
     n = ln(x)

@@ -187,3 +187,33 @@ def test_a_unit_matrix_of_any_size(rows: int) -> None:
     (result,), coverage = run(function, [x])
     assert counts(coverage) == {"norm": 1}
     torch.testing.assert_close(result, function(x))
+
+
+class Divided(nn.Module):
+    """diffusers' attention divides its result by a number that is 1 in most models."""
+
+    def __init__(self, number: float) -> None:
+        super().__init__()
+        self.number, self.inner, self.outer = number, nn.Linear(64, 64, dtype=BF16), nn.Linear(64, 64, dtype=BF16)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + gate * (self.inner(x) / self.number)
+        return x, self.outer(F.layer_norm(x, (64,)) * (1 + gate))
+
+
+@pytest.mark.parametrize(("number", "fused"), [(1.0, 2), (2.0, 1)])
+def test_a_division_by_one_is_none_with_dynamic_shapes_too(number: float, fused: int) -> None:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    module, gate = Divided(number), torch.randn(1, 1, 64).to(BF16)
+    options = {"dkfuse.remainder": "eager", "dkfuse.target": "sm90"}
+    compiled = torch.compile(module, backend="dkfuse", dynamic=True, options=options)
+    with torch.no_grad(), dkfuse.record() as coverage:
+        for tokens in (8, 9):
+            x = torch.randn(1, tokens, 64).to(BF16)
+            for ours, eager in zip(compiled(x, gate), module(x, gate), strict=True):
+                torch.testing.assert_close(ours, eager, rtol=2e-2, atol=4e-2)
+        assert coverage.totals["fused"] == fused and len(coverage.graphs) == 1
+        module.number = 4.0
+        torch.testing.assert_close(compiled(x, gate)[0], module(x, gate)[0], rtol=2e-2, atol=4e-2)

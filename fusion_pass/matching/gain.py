@@ -3,7 +3,8 @@
 Inductor joins pointwise ops with the reductions around them, which an opaque kernel prevents. A site is left to it when
 
 * it has no reduction and removes no copy (``pointwise``);
-* every reader of its result is pointwise: Inductor would finish them in the same kernel (``feeds_pointwise``);
+* every reader of its result is pointwise, or reduces the same rows, as a quantization to int8 or fp8 with a scale for
+  each row: Inductor would finish them in the same kernel (``feeds_pointwise``);
 * a full-size operand is a pointwise result that exists only for this site and would have to be written to memory
   (``pointwise_producer``), for instance the stream of a wider rule that did not match;
 * there are very many short rows (``short_rows``): a program per row starts more slowly than memory delivers its row,
@@ -35,6 +36,7 @@ prims = torch.ops.prims
 
 CASTS = (prims.convert_element_type.default, aten._to_copy.default)
 
+ROW_REDUCTIONS = (aten.amax.default, aten.amin.default, aten.sum.dim_IntList, aten.mean.dim)
 PICKING = (  # rows by their numbers: Inductor reads them where they are used
     aten.index_select.default,
     aten.index.Tensor,
@@ -75,9 +77,11 @@ def check(site: Candidate, claimed: Collection[fx.Node] = ()) -> None:
         )
         raise _left(Code.POINTWISE, text)
     users = [u for n in site.roots for u in readers(n)]
-    if users and all(is_elementwise(u) and u not in claimed for u in users):
+    if users and all((is_elementwise(u) or _reduces_rows(u)) and u not in claimed for u in users):
         names = ", ".join(sorted({str(u.target) for u in users})[:3])
-        text = f"every reader of the result is pointwise ({names}): Inductor finishes them in the norm's own kernel"
+        text = (
+            f"every reader of the result is pointwise, or of its rows ({names}): Inductor finishes them in one kernel"
+        )
         raise _left(Code.FEEDS_POINTWISE, text)
     _check_rows(site)
     inside = site.interior | {n for name in site.outputs for n in site.output_nodes(name)}
@@ -96,6 +100,15 @@ def check(site: Candidate, claimed: Collection[fx.Node] = ()) -> None:
         if computed and node.target is not aten.clone.default and only_read_in(node, inside):
             text = f"{name} is the result of {node.target}, which Inductor computes inside the norm's kernel"
             raise _left(Code.POINTWISE_PRODUCER, text + " and which would have to be written to memory here")
+
+
+def _reduces_rows(node: fx.Node) -> bool:
+    """The largest, smallest, sum or mean of each row."""
+    if node.target not in ROW_REDUCTIONS or not isinstance(node.args[0], fx.Node):
+        return False
+    last = node.args[0].meta["val"].dim() - 1
+    dims = node.args[1] if len(node.args) > 1 else ()
+    return [d % (last + 1) for d in (dims if isinstance(dims, (list, tuple)) else ())] == [last]  # type: ignore[operator]
 
 
 def _without_ones(shape: tuple) -> tuple:
