@@ -1,0 +1,80 @@
+"""Biases that are added behind a product and views."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dkfuse.seams import biases
+from dkfuse.settings import Settings
+
+from .harness import FP32, exact, rms, run, spell, tally
+
+
+def of_fp8(x: Tensor, w: Tensor) -> Tensor:
+    """A product of weights that are widened for each call."""
+    return x @ (w.to(torch.float8_e4m3fn).to(x.dtype) * 0.5).t()
+
+
+def queries(x: Tensor, w: Tensor, b: Tensor, g: Tensor) -> Tensor:
+    q = (of_fp8(x, w) + b).unflatten(-1, (4, -1)).transpose(1, 2)
+    q = F.rms_norm(q, (q.shape[-1],), g, 1e-6)
+    return F.scaled_dot_product_attention(q, q, q)
+
+
+def read_twice(x: Tensor, w: Tensor, b: Tensor, g: Tensor) -> Tensor:
+    y = of_fp8(x, w)
+    return (y + b) * y.sigmoid()
+
+
+def of_a_row_for_each_sample(x: Tensor, w: Tensor, b: Tensor, g: Tensor) -> Tensor:
+    return of_fp8(x, w) + b.expand(x.shape[0], 1, -1) * 1.0
+
+
+def args(dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    return spell("x:BLD w:DD b:D g:K", dtype)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_norm_behind_a_bias_reads_a_product(dynamic: bool) -> None:
+    given = args()
+    if dynamic:
+        torch._dynamo.mark_dynamic(given[0], 1)
+    results, coverage = run(queries, given, target="sm90", dynamic=None if dynamic else False)
+    assert tally(coverage.sites) == {"qk_norm": 1}, str(coverage)
+    torch.testing.assert_close(results[0], queries(*given), rtol=0.02, atol=0.02)
+
+
+def sums(function: Any, settings: Settings, dtype: torch.dtype = torch.bfloat16) -> int:
+    """How many products with a bias there are once they are put in."""
+    found = []
+
+    def noted(graph: torch.fx.Graph, _: Settings) -> None:
+        before(graph, settings)
+        found.append(len(graph.find_nodes(op="call_function", target=torch.ops.aten.addmm.default)))
+
+    before = biases.into_products
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(biases, "into_products", noted)
+        given = args(dtype)
+        results, _ = run(function, given, target="sm90", roundings=settings.roundings)
+    (reference,) = exact(function, given)
+    assert rms(results[0] - reference) <= 1.02 * rms(function(*given) - reference)
+    (count,) = found
+    return count
+
+
+def plain(x: Tensor, w: Tensor, b: Tensor, g: Tensor) -> Tensor:
+    return of_fp8(x, w) + b
+
+
+def test_which_sums_are_products() -> None:
+    assert sums(plain, Settings()) == 1
+    assert sums(plain, Settings(roundings="eager")) == 0
+    assert sums(plain, Settings(), FP32) == 0
+    assert sums(read_twice, Settings()) == 0
+    assert sums(of_a_row_for_each_sample, Settings()) == 0
