@@ -173,9 +173,25 @@ class Broadcast(Adapted):
         return self.base(x) + self.up[0](self.down[0](x[:1]))
 
 
+class Activated(Adapted):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(super().forward(x), approximate="tanh") @ self.base.weight
+
+
+class GatedUnit(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = Adapted(), Adapted()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (F.silu(self.gate(x)) * self.up(x)) @ self.up.base.weight
+
+
 @pytest.mark.parametrize(
     ("module", "options", "expected"),
     [
+        (GatedUnit(), {}, {"left:no_gain": 2}),
+        (Activated(), {}, {"left:no_gain": 1}),
         (Adapted(), {"roundings": "eager"}, {"rejected:rounding": 1}),
         (Adapted((12,)), {}, {"left:layout": 1}),
         (Adapted((160,)), {}, {}),
@@ -183,7 +199,16 @@ class Broadcast(Adapted):
         (ReadTwice(), {}, {}),
         (Broadcast(), {}, {}),
     ],
-    ids=["eager roundings", "rank of 12", "rank of 160", "in fp32", "read twice", "of one sample"],
+    ids=[
+        "of a SwiGLU",
+        "before a GELU",
+        "eager roundings",
+        "rank of 12",
+        "rank of 160",
+        "in fp32",
+        "read twice",
+        "of one sample",
+    ],
 )
 def test_what_is_left(module: nn.Module, options: dict[str, Any], expected: dict[str, int]) -> None:
     module, x = module.requires_grad_(False), tokens()

@@ -6,7 +6,9 @@
                    N written by the linear, read and written by the update's product; one tensor to read
 
 Traffic is about the same. What is gained is what comes after: a norm, a rotation or a gate reads the result of a GEMM
-again, and not of a sum that Inductor would have to write for it, and the linear itself may be quack's.
+again, and not of a sum that Inductor would have to write for it, and the linear itself may be quack's. On an H200 the
+two products of 4096 x 3072 x 3072 and rank 16 took 121 us so, 118 without any sum and 138 with one that is written; of
+4096 x 12288 x 3072 518, 472 and 556. So what an activation reads is left: Inductor computes it with the sum.
 
 The sum is rounded once where eager rounds the product, its multiple and the sum. A factor that is a tensor of one
 element (an adapter whose weights are swapped without a new compilation) is multiplied into `down` instead, which is
@@ -26,6 +28,7 @@ from torch import fx
 import dkfuse.kernels.adapted_linear  # noqa: F401  (registers the op, also for compiled code that comes from a cache)
 
 from .. import compat
+from ..matching import gain
 from ..matching.rules import Code, Reject, Stage
 from ..matching.terms import same_shape
 from ..rewriting.replace import copy_origin, emit
@@ -38,6 +41,7 @@ from .seam import Seam
 FAMILY = "adapted_linear"
 OP = "dkfuse::adapted_linear"
 MIN_ROWS = 16  # of fewer, such as the samples of a modulation, there is nothing to gain behind the linear
+NO_ACTIVATION = (*gain.CASTS, aten.pow.Tensor_Scalar, aten.neg.default)
 MAX_RANK = 256  # an update of a higher rank takes the time of a linear of its own
 
 
@@ -165,12 +169,30 @@ def _check(adapted: Adapted, settings: Settings) -> None:
     if dtypes != {linear.dtype}:
         raise Reject(Code.DTYPE, "an update has another dtype than the linear", Stage.KERNEL, left=True)
     check_sizes(linear, *(update.linear.features[0] for update in adapted.updates))
+    if (reader := _activation(adapted.node)) is not None:
+        text = f"{reader.target} reads the sum: Inductor computes both in one kernel"
+        raise Reject(Code.NO_GAIN, text, Stage.KERNEL, left=True)
     if linear.batched or linear.x.meta["val"].dim() != 2:
         raise Reject(Code.LAYOUT, "rows of the input do not lie evenly", Stage.KERNEL, left=True)
     rows = compat.hint(linear.x.meta["val"].shape[0])
     if rows is None or rows < MIN_ROWS:
         text = f"{rows} rows: with fewer than {MIN_ROWS} no kernel behind the linear gains anything"
         raise Reject(Code.NO_GAIN, text, Stage.KERNEL, left=True)
+
+
+def _activation(node: fx.Node) -> fx.Node | None:
+    """A reader that is a function of single values, or multiplies by as many others: of an MLP, and not of a norm."""
+    for reader in gain.readers(node):
+        if not gain.is_elementwise(reader) or reader.target in NO_ACTIVATION:
+            continue
+        factors = {n for n in reader.all_input_nodes if n.meta["val"].dim()}
+        gated = (
+            reader.target in (aten.mul.Tensor, aten.div.Tensor) and len({n.meta["val"].numel() for n in factors}) == 1
+        )
+        square = reader.target is aten.mul.Tensor and reader.args[0] is reader.args[1]  # what a norm begins with
+        if (gated or len(factors) == 1) and not square:
+            return reader
+    return None
 
 
 def _tiles(linear: Linear, settings: Settings) -> str:

@@ -158,8 +158,8 @@ def test_adapters_compiled(gemm: str, mode: str | None) -> None:
         compiled = torch.compile(module, backend="dkfuse", dynamic=False, options=options)
         for _ in range(3):
             result = compiled(x).clone()
-        names = [n for n in kernels(lambda: compiled(x)) if "Mem" not in n and "splitK" not in n]
+        names = kernels(lambda: compiled(x))
         eager, exact = module(x), module.float()(x.float())
     assert "adapted_linear" in taken(coverage), str(coverage)
     assert error(result, exact) <= 1.02 * error(eager, exact)
-    assert sum(map(is_gemm, names)) == 3 and not any("add" in n for n in names if "triton" in n), names
+    assert len([n for n in names if "triton" in n or "dkfuse" in n]) == 1, names
