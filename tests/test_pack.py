@@ -306,7 +306,10 @@ def test_adapters_around_packed_linears(first: str):
     if first == "adapters":
         dkfuse.pack(model)
     out, coverage = run(model)
-    assert len(coverage.fused(FAMILY)) == 1
+    assert (len(coverage.fused("adapted_linear")), len(coverage.fused(FAMILY))) == (3, 0)
+    near(out, model)
+    out, coverage = run(model, rules="-adapted_linear")
+    assert (len(coverage.fused("adapted_linear")), len(coverage.fused(FAMILY))) == (0, 1)
     near(out, model)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from ..compat import statically_known_true
 from ..matching.terms import NARROW
 from ..rewriting.replace import copy_origin, emit, emit_like
 from ..settings import Settings
@@ -27,6 +28,8 @@ def into_products(graph: fx.Graph, settings: Settings) -> None:
             continue
         if linear.dtype not in NARROW or sum_.meta["val"].dtype != linear.dtype:
             continue
+        if not statically_known_true(linear.bias.meta["val"].stride(0) == 1):
+            continue  # cuBLAS's epilogue reads a dense one
         with graph.inserting_before(sum_):
             found = emit(graph, aten.addmm.default, linear.bias, *product.args)
             copy_origin(product, found)
