@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dkfuse import Settings
+from dkfuse.reporting.store import graph_key
 from dkfuse.rewriting import known_ops
 
 from .harness import BF16, counts, run
@@ -148,3 +150,11 @@ def test_ops_of_other_versions_stay(other: str | None, version: list[str | None]
     results, coverage = run(attention("apply_rope1"), args)
     assert "norm_rope" not in counts(coverage)
     torch.testing.assert_close(results[0], attention("apply_rope1")(*args), atol=0.02, rtol=0.02)
+
+
+def test_a_kept_graph_depends_on_the_version(version: list[str | None]) -> None:
+    module, keys = torch.fx.symbolic_trace(torch.nn.Identity()), set()
+    for found in ("0.2.40", "0.3.0", None):
+        version[0] = found
+        keys.add(graph_key(module, [], Settings()))
+    assert len(keys) == 3

@@ -86,13 +86,15 @@ def _readers(view: TermView, node: fx.Node, reshaped: Container[Term]) -> Iterat
             yield user
 
 
-def _has_rows(value: torch.Tensor, shape: tuple) -> bool:
-    """Whether `value` has all elements of the site, in any shape, or rows of more tokens than the site is about."""
+def _has_rows(view: TermView, node: fx.Node, shape: tuple) -> bool:
+    """Whether `node` has all elements of the site, in any shape, or belongs to a norm of more tokens than it has."""
+    value, term = node.meta["val"], view.term(node)
     size, whole = value.numel(), math.prod(shape)
     if same_size(size, whole):
         return True
-    known = isinstance(size, int) and isinstance(whole, int) and bool(value.shape)
-    return known and size > whole and same_size(value.shape[-1], shape[-1])
+    if not (isinstance(size, int) and isinstance(whole, int) and value.shape) or size <= whole:
+        return False
+    return same_size(value.shape[-1], shape[-1]) and (term is None or term.norm_reach is not None)
 
 
 def check_escapes(site: Candidate) -> None:
@@ -113,7 +115,7 @@ def check_escapes(site: Candidate) -> None:
 
     for node in site.interior:
         val = node.meta.get("val")
-        full = isinstance(val, torch.Tensor) and _has_rows(val, site.shape)
+        full = isinstance(val, torch.Tensor) and _has_rows(view, node, site.shape)
         statistic = view.term(node) is None or (bool(val.shape) and same_size(val.shape[-1], 1) and val.dim() > 1)
         if not (full or statistic):
             continue  # a row parameter such as 1 + scale: cheap to compute twice

@@ -55,8 +55,11 @@ def graph_key(gm: fx.GraphModule, inputs: Iterable[Any], settings: Settings, run
     `runs` says which inputs lie side by side, as the code may read them as one tensor, and what else it depends on.
     """
     digest = hashlib.sha256()
+    from ..rewriting import known_ops
+
     chosen = replace(settings, report=None, log=None, cache_dir=None)  # these change no graph
     kernels = (registry.fingerprint(), failures.fingerprint(), attention_kernels.versions(), gemm_kernels.fingerprint())
+    kernels += (known_ops.fingerprint(),)
     chosen_by = (compat.environment_fingerprint(), *kernels, repr(chosen), repr(runs))
     for part in (source_hash(), *chosen_by, gm.code):
         digest.update(part.encode())

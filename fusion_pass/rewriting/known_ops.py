@@ -41,6 +41,11 @@ def expand(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
+def fingerprint() -> str:
+    """What a compiled graph depends on."""
+    return f"{DISTRIBUTION}={installed(DISTRIBUTION)}"
+
+
 def _definition(target: Any) -> Callable[..., Any] | None:
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != LIBRARY:
         return None
