@@ -187,3 +187,11 @@ def test_every_status_has_a_colour() -> None:
     for status in Status:
         assert status in COLOURS
         assert f".{status.value} {{ --c:" in page
+
+
+def test_several_graphs_are_told() -> None:
+    """Layerwise casting leaves all linears to eager mode, and a report of what is left of the model looks healthy."""
+    graphs = [Graph(i, 10, 0.1) for i in range(28)]
+    assert summary.notes(Coverage(graphs=graphs[:1])) == []
+    (note,) = summary.notes(Coverage(graphs=graphs))
+    assert note.startswith("28 graphs: what a model runs between them") and "TORCH_LOGS=graph_breaks" in note

@@ -171,7 +171,7 @@ def about(coverage: Coverage) -> str:
 
 
 def notes(coverage: Coverage) -> list[str]:
-    """What is to be said about single graphs, for instance that one was passed through unchanged."""
+    """What is to be said about graphs, for instance that one was passed through unchanged, or that there are more."""
     by_note: dict[str, list[int]] = {}
     for graph in coverage.graphs:
         if graph.note:
@@ -182,6 +182,9 @@ def notes(coverage: Coverage) -> list[str]:
         lines.append(f"graph{'s' if len(found) > 1 else ''} {indices}: {note}")
     if (text := timed(coverage)) is not None:
         lines.append(text)
+    if len(coverage.graphs) > 1:
+        text = "what a model runs between them (graph breaks, hooks that cast or move weights) is not in this report"
+        lines.append(f"{len(coverage.graphs)} graphs: {text}; TORCH_LOGS=graph_breaks names the places")
     failed = Counter(r.message for site in coverage.sites for r in site.passed_over if r.code == "kernel_failed")
     return lines + [f"{count(times, 'site')}: {message}" for message, times in failed.items()]
 
