@@ -48,7 +48,8 @@ def test_branch_norms_read_every_row_once(sm90: Any, width: int, roundings: int)
 def test_a_picked_row_costs_one_load_more(sm90: Any, rows: int, dtype: torch.dtype) -> None:
     pairs = {name: meta(rows, 1, 1, 3072) for name in ("scale", "shift")}
     launch = planned(norm_call(meta(1, 4096, 3072), **pairs, pick=meta(1, 4096, 1, dtype=dtype)))
-    ptx = ptx_of(launch, sm90)
+    pointer = {torch.bool: "*i1", torch.int64: "*i64", torch.int32: "*i32"}[dtype]
+    ptx = ptx_of(launch, sm90, {"pick": pointer})
     chunks = launch.constants["CHUNKS"]
     assert sum("ld.global" in line and ".v4." in line for line in ptx.splitlines()) == 3 * chunks
     assert ptx.count("ld.global") == 3 * chunks + 1

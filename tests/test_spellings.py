@@ -53,7 +53,7 @@ def test_eagers_roundings_are_kept_or_the_site_is_left(row: Spelling) -> None:
         torch.testing.assert_close(ours, eager, rtol=0, atol=tolerance * size, msg=lambda text: f"{text}\n{coverage}")
 
 
-INDUCTOR = ("a1_b2", "from_table_unbind", "g1_dual", "g4_fp32")
+INDUCTOR = ("a1_b2", "from_table_unbind", "g1_dual", "g4_fp32", "indexed_parts_of_a_row")
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.name in INDUCTOR], ids=lambda row: row.name)
