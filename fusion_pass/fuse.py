@@ -23,7 +23,7 @@ from .choosing import building
 from .planner import Plan, plan
 from .reporting import records
 from .reporting.report import Graph, Status
-from .rewriting import known_ops, layouts, padded, picked
+from .rewriting import known_ops, layouts, padded, picked, segments
 from .settings import Settings
 
 __all__ = ["Plan", "decided", "plan", "run", "settled"]
@@ -64,7 +64,7 @@ def settled(graph: fx.Graph, settings: Settings, spent: int = 0) -> Plan:
     Without sites gained the copy is taken back.
     """
     first = plan(graph, settings, spent)
-    if picks := picked.side_by_side(graph):
+    if picks := [*segments.as_picks(graph), *picked.side_by_side(graph)]:
         again = plan(graph, settings, spent)
         if _fused(again) > _fused(first):
             first = again

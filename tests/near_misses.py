@@ -51,14 +51,6 @@ def product_doubled(x: T, s: T, t: T, w: T) -> T:
     return torch.add(t, ln(x) * (1 + s), alpha=2) @ w
 
 
-@near_miss("left:feeds_pointwise", "x:BLD s:B2D t:B2D w:DD")
-def segments_with_modulations_of_their_own(x: T, s: T, t: T, w: T) -> T:
-    """The norm is computed for all tokens in any case: a kernel for one segment would compute a part again."""
-    h = ln(x)
-    first = h[:, :4] * (1 + s[:, :1]) + t[:, :1]
-    return torch.cat([first, h[:, 4:] * (1 + s[:, 1:]) + t[:, 1:]], 1) @ w
-
-
 @near_miss("left:feeds_pointwise")
 def quantized_with_a_scale_for_each_row(x: T, s: T, t: T, w: T) -> T:
     """torchao's int8: Inductor computes the norm, the largest value and the quotient in one kernel."""

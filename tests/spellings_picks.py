@@ -161,6 +161,53 @@ def picked_beside_a_row_of_all_samples(h: T, y: T, e: T, m: T, w: T) -> tuple[T,
     return h, modulated(h, scale, shift) @ w
 
 
+# -- segments of tokens ------------------------------------------------------------------------------------------------
+
+
+def in_segments(h: T, at: int, scale: T, shift: T) -> T:
+    """ComfyUI's Qwen-Image-Edit: the first tokens and those of reference images, modulated one after the other."""
+    first = torch.addcmul(shift[:, :1], h[:, :at], 1 + scale[:, :1])
+    return torch.cat([first, torch.addcmul(shift[:, 1:], h[:, at:], 1 + scale[:, 1:])], 1)
+
+
+@spelling("norm_modulate", "x:BLD s:B2D t:B2D w:DD")
+def segments_modulated(x: T, s: T, t: T, w: T) -> T:
+    return in_segments(ln(x), 4, s, t) @ w
+
+
+@spelling(WIDE, "h:BLD y:BLD e:B2P w:DD", FP16)
+def segments_gated_and_modulated(h: T, y: T, e: T, w: T) -> tuple[T, T]:
+    gate, scale, shift, *_ = e.chunk(6, -1)
+    y = y @ w
+    h = h + torch.cat([y[:, :4] * gate[:, :1], y[:, 4:] * gate[:, 1:]], 1)
+    return h, in_segments(ln(h), 4, scale, shift) @ w
+
+
+@spelling("norm_modulate", "x:BLD s:BD u:BD t:BD v:BD w:DD")
+def segments_with_rows_of_two_tensors(x: T, s: T, u: T, t: T, v: T, w: T) -> T:
+    """Brought together by a copy."""
+    h, (s, u, t, v) = ln(x), (row.unsqueeze(1) for row in (s, u, t, v))
+    return torch.cat([h[:, :2] * (1 + s) + t, h[:, 2:] * (1 + u) + v], 1) @ w
+
+
+@spelling("left:feeds_pointwise", "x:BLD s:B2D t:B2D w:DD")
+def segments_in_another_order(x: T, s: T, t: T, w: T) -> T:
+    h = ln(x)
+    return torch.cat([h[:, 4:] * (1 + s[:, :1]) + t[:, :1], h[:, :4] * (1 + s[:, 1:]) + t[:, 1:]], 1) @ w
+
+
+@spelling("left:feeds_pointwise", "x:BLD s:B2D t:B2D w:DD")
+def segments_computed_in_two_ways(x: T, s: T, t: T, w: T) -> T:
+    h = ln(x)
+    return torch.cat([h[:, :4] * (1 + s[:, :1]) + t[:, :1], h[:, 4:] / (1 + s[:, 1:]) + t[:, 1:]], 1) @ w
+
+
+@spelling("left:feeds_pointwise", "x:BLD s:B2D t:B2D w:DD")
+def segments_that_leave_a_token_out(x: T, s: T, t: T, w: T) -> T:
+    h = ln(x)
+    return torch.cat([h[:, :3] * (1 + s[:, :1]) + t[:, :1], h[:, 4:] * (1 + s[:, 1:]) + t[:, 1:]], 1) @ w
+
+
 # -- by number ---------------------------------------------------------------------------------------------------------
 
 

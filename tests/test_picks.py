@@ -272,3 +272,52 @@ def test_negative_numbers_count_from_the_end() -> None:
     results, coverage = run(function, args)
     assert counts(coverage) == {"norm_modulate": 1}, str(coverage)
     check_numerics(function, args, results)
+
+
+# -- segments ----------------------------------------------------------------------------------------------------------
+
+
+def in_segments(h: Tensor, s: Tensor) -> Tensor:
+    return torch.cat([h[:, :4] * s[:, :1], h[:, 4:] * s[:, 1:]], 1)
+
+
+def test_segments_without_a_site_stay() -> None:
+    def function(h: Tensor, s: Tensor, w: Tensor) -> Tensor:
+        return in_segments(h, s) @ w
+
+    args = spell("h:BLD s:B2D w:DD")
+    graph = fused(function, args)
+    assert count(graph, aten.cat.default) == 1 and count(graph, aten.where.self) == 0
+    assert count(graph, torch.ops.prims.iota.default) == 0
+    check_numerics(function, args, run(function, args)[0])
+
+
+def test_segments_are_picked_by_one_mask() -> None:
+    """The cats are gone, and the norm is computed once, for all tokens."""
+
+    def function(h: Tensor, y: Tensor, e: Tensor, w: Tensor) -> Tensor:
+        gate, scale, *_ = e.chunk(6, -1)
+        h = h + in_segments(y, gate)
+        return in_segments(torch.nn.functional.layer_norm(h, (36,)), scale) @ w + h[..., :36]
+
+    args = spell("h:BLD y:BLD e:B2P w:DD")
+    graph = fused(function, args)
+    (call_,) = graph.find_nodes(op="call_function", target=torch.ops.dkfuse.residual_norm_modulate.default)
+    given = bound_arguments(call_)
+    assert given["pick"].meta["val"].shape == (6, 1) and given["x"].meta["val"].shape == (2, 6, 36)
+    assert [given[name].meta["val"].shape[0] for name in ("gate", "scale")] == [2, 2]
+    assert count(graph, aten.cat.default) == 0 and count(graph, torch.ops.prims.iota.default) == 1
+    check_numerics(function, args, run(function, args)[0])
+
+
+def test_a_number_for_each_segment_is_no_row() -> None:
+    """As a row it would make the product fp32."""
+
+    def function(h: Tensor, s: Tensor, w: Tensor) -> Tensor:
+        h = torch.nn.functional.layer_norm(h, (36,))
+        return torch.cat([h[:, :4] * s[0, 0, 0], h[:, 4:] * s[0, 1, 0]], 1) @ w
+
+    args = spell("h:BLD s:B2D:f w:DD")
+    results, coverage = run(function, args)
+    assert "norm_modulate" not in counts(coverage)
+    torch.testing.assert_close(results[0], function(*args), rtol=0.02, atol=0.05)
