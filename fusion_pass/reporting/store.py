@@ -59,8 +59,8 @@ def graph_key(gm: fx.GraphModule, inputs: Iterable[Any], settings: Settings, run
 
     chosen = replace(settings, report=None, log=None, cache_dir=None)  # these change no graph
     kernels = (registry.fingerprint(), failures.fingerprint(), attention_kernels.versions(), gemm_kernels.fingerprint())
-    kernels += (known_ops.fingerprint(),)
-    chosen_by = (compat.environment_fingerprint(), *kernels, repr(chosen), repr(runs))
+    others = (known_ops.fingerprint(), repr(chosen), repr(runs))
+    chosen_by = (compat.environment_fingerprint(), *kernels, *others)
     for part in (source_hash(), *chosen_by, gm.code):
         digest.update(part.encode())
     for value in inputs:
