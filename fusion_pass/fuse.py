@@ -1,5 +1,6 @@
 """The pass: one pure function over an `fx.Graph` with ``meta["val"]``, usable on any ATen graph.
 
+    ops of other libraries           as what they compute
     products as the model has them   what Inductor padded
     seams                            what touches a GEMM or an attention, rewritten at once
     TermView(graph)                  nothing mutated

@@ -3,7 +3,7 @@
     terms, views, readers, recombine    what each ATen op means
     simplify, push, canonical           equal meanings become equal terms; variances, selection: parts of that
     pattern, rules, checks              a rule's pattern, what it binds, and the checks that all rules share
-    picks, tables                       operands that the op takes apart: rows picked by a mask, sums with a row
+    picks, tables                       operands that the op takes apart: rows that tokens pick, sums with a row
     escapes, cycles, gain, operands     who else reads a site, what waits for what, whether a kernel of its own pays
     anchors, stream_, rotation_anchors  the denominator of coverage, found without the rules
     frames                              sites that are seen unflattened into the frames of a video

@@ -1,6 +1,8 @@
 """Changing the graph: a site becomes an op call, an op call becomes what runs it.
 
     layouts, strides                    a copy where a stream's rows are strided; new strides carried on
+    known_ops, padded                   ops of other libraries as what they compute; products as the model has them
+    picked, segments, row_numbers       rows that tokens pick, brought together, and their numbers, checked
     replace, replace_heads, calls       a site becomes one ``dkfuse::`` call a result
     joins, groups                       calls that write their part of a joint tensor, or share a launch
     parts                               parts of pointwise results get dense memory
