@@ -1,4 +1,4 @@
-"""`python -m dkfuse.bench.seams [--case TEXT]`: what a seam brings by itself, for joint tensors and patch embeddings.
+"""`python -m dkfuse.bench.seams [--case TEXT]`: what a seam brings by itself: joint tensors, patch embeddings, LoRAs.
 
 Each case is a module with the part of a model that the seam rewrites, at the model's size, bf16, compiled three times:
 by Inductor, by dkfuse without the seam, and by dkfuse. Times are medians of a call in a CUDA graph, cold inputs.
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..seams import joint, patches
+from ..seams import adapters, joint, patches
 from . import timing
 from .kernels import NO_GPU
 
@@ -47,6 +47,43 @@ class Tokens(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2) + 1
 
 
+class Adapted(nn.Linear):
+    """A linear with a LoRA that is not merged."""
+
+    def __init__(self, width: int, columns: int, rank: int):
+        super().__init__(width, columns)
+        self.down, self.up = nn.Linear(width, rank, bias=False), nn.Linear(rank, columns, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.up(self.down(x)) * 0.5
+
+
+class Queries(nn.Module):
+    """A projection with a LoRA, and the norm and the rotation of each head behind it."""
+
+    def __init__(self, width: int, rank: int, head: int = 128):
+        super().__init__()
+        self.proj, self.norm, self.head = Adapted(width, width, rank), nn.RMSNorm(head, eps=1e-6), head
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q = self.norm(self.proj(x).unflatten(-1, (-1, self.head)))
+        a, b = q.unflatten(-1, (-1, 2)).unbind(-1)
+        q = (q.float() * cos + torch.stack([-b, a], -1).flatten(-2).float() * sin).to(x.dtype)
+        return q.transpose(1, 2)
+
+
+class Output(nn.Module):
+    """A projection with a LoRA at the end of a branch, its gate, and the norm of the next one."""
+
+    def __init__(self, width: int, columns: int, rank: int):
+        super().__init__()
+        self.proj = Adapted(width, columns, rank)
+
+    def forward(self, x: Tensor, stream: Tensor, gate: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        stream = stream + gate * self.proj(x)
+        return stream, nn.functional.layer_norm(stream, stream.shape[-1:], eps=1e-6) * (1 + scale)
+
+
 @dataclass(frozen=True)
 class Case:
     """`seam` in the module that `make` builds, on inputs of `shapes`."""
@@ -66,6 +103,17 @@ def _patch(name: str, shape: tuple[int, ...], features: int, patch: tuple[int, .
     return Case(name, patches.FAMILY, lambda: Tokens(shape[1], features, patch), (shape,))
 
 
+def _queries(name: str, tokens: int, width: int, rank: int) -> Case:
+    tables = ((1, tokens, 1, 128),) * 2
+    return Case(name, adapters.FAMILY, lambda: Queries(width, rank), ((1, tokens, width), *tables))
+
+
+def _output(name: str, tokens: int, width: int, columns: int, rank: int) -> Case:
+    rows = ((1, 1, columns),) * 2
+    shapes = (1, tokens, width), (1, tokens, columns), *rows
+    return Case(name, adapters.FAMILY, lambda: Output(width, columns, rank), shapes)
+
+
 CASES = (
     _joint("FLUX.1, packed", 1, 4096, 512, 3072),
     _joint("FLUX.1", 1, 4096, 512, 3072, packed=1),
@@ -79,6 +127,10 @@ CASES = (
     _patch("SD3.5-Large, batch 2", (2, 16, 128, 128), 2432, (2, 2)),
     _patch("PixArt-Sigma", (1, 4, 128, 128), 1152, (2, 2)),
     _patch("ViT-B/16, batch 8", (8, 3, 224, 224), 768, (16, 16)),
+    _queries("FLUX.1's queries, rank 16", 4096, 3072, 16),
+    _queries("FLUX.1's queries of text, rank 16", 512, 3072, 16),
+    _queries("Wan2.1-14B's queries, rank 64", 32760, 5120, 64),
+    _output("FLUX.1's MLP, rank 16", 4096, 12288, 3072, 16),
 )
 
 
@@ -117,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 continue
             found = measured(case)
             times = "  ".join(f"{found[name]:8.1f}" for name in ("Inductor", "without", "with"))
-            print(f"{case.seam:18} {case.name:30} {times}   {found['Inductor'] / found['with']:.2f}x", flush=True)
+            print(f"{case.seam:18} {case.name:34} {times}   {found['Inductor'] / found['with']:.2f}x", flush=True)
     return 0
 
 
