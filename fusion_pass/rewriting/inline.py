@@ -18,16 +18,19 @@ def inline(graph: fx.Graph, call: fx.Node) -> None:
     nodes = {k: v for k, v in arguments.items() if isinstance(v, fx.Node)}
     constants = {k: v for k, v in arguments.items() if k not in nodes}
     body = definition(op_name(call), {k: v.meta["val"] for k, v in nodes.items()}, constants)
-    with graph.inserting_before(call):
-        environment = dict(zip((n for n in body.nodes if n.op == "placeholder"), nodes.values(), strict=True))
-        for node in body.nodes:
-            if node.op == "call_function":
-                copy = environment[node] = graph.node_copy(node, lambda n: environment[n])
-                copy_origin(call, copy)
-        (output,) = [n for n in body.nodes if n.op == "output"]
-        results = [environment[n] for n in output.args[0]]  # type: ignore[union-attr]
-    names = result_names(call)
+    known = dict(zip((n for n in body.nodes if n.op == "placeholder"), nodes.values(), strict=True))
+    results, names = spliced(graph, call, body, known), result_names(call)
     replace_results(graph, call, names, dict(zip(names, results, strict=True)))
+
+
+def spliced(graph: fx.Graph, call: fx.Node, body: fx.Graph, known: dict[fx.Node, fx.Node]) -> list[fx.Node]:
+    """The results of `body`, copied before `call`. known: the graph's nodes for those of `body` that are not copied."""
+    with graph.inserting_before(call):
+        for node in body.nodes:
+            if node.op == "call_function" and node not in known:
+                copy = known[node] = graph.node_copy(node, known.__getitem__)
+                copy_origin(call, copy)
+    return [known[n] for n in body.output_node().args[0]]  # type: ignore[union-attr]
 
 
 def definition(op: str, tensors: dict[str, torch.Tensor], constants: dict[str, Any]) -> fx.Graph:

@@ -25,7 +25,7 @@ from torch import Tensor, fx
 from dkfuse.kernels.packages import between, installed
 
 from .. import compat
-from .replace import copy_origin
+from .inline import spliced
 
 aten = torch.ops.aten
 LIBRARY, DISTRIBUTION, VERSIONS = "comfy_kitchen", "comfy-kitchen", ("0.2.0", "0.2.40")
@@ -69,16 +69,12 @@ def _inline(graph: fx.Graph, call: fx.Node) -> None:
     body = make_fx(traced, decomposition_table=compat.decompositions())(*(n.meta["val"] for n in nodes.values())).graph
     known = dict(zip((n for n in body.nodes if n.op == "placeholder"), nodes.values(), strict=True))
     sizes = {n.meta["val"].node.expr: n for n in graph.nodes if n.op == "placeholder" and _is_symbol(n)}
-    with graph.inserting_before(call):
-        for node in body.nodes:
-            if _is_symbol(node) and node.meta["val"].node.expr in sizes:
-                known[node] = sizes[node.meta["val"].node.expr]  # and not the size of q for k, which would read q then
-            elif node.op == "call_function":
-                known[node] = copy = graph.node_copy(node, known.__getitem__)
-                if copy.target is aten.view.default:
-                    copy.target = aten.reshape.default  # as everywhere in graphs at this place: layouts may change
-                copy_origin(call, copy)
-    results = [known[n] for n in body.output_node().args[0]]  # type: ignore[union-attr]
+    for node in body.nodes:
+        if _is_symbol(node) and node.meta["val"].node.expr in sizes:
+            known[node] = sizes[node.meta["val"].node.expr]  # and not the size of q for k, which would read q then
+        elif node.target is aten.view.default:
+            node.target = aten.reshape.default  # as everywhere in graphs at this place: layouts may change
+    results = spliced(graph, call, body, known)
     if len(results) == 1:
         call.replace_all_uses_with(results[0])
         return

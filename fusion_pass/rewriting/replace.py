@@ -139,6 +139,14 @@ def emit_like(graph: fx.Graph, source: fx.Node, *args: Any) -> fx.Node:
     return node
 
 
+def emit_numbers(graph: fx.Graph, count: Any, like: torch.Tensor) -> fx.Node:
+    """0 to `count` - 1 in int64, as Inductor has aranges. like: a fake tensor of the device where they are."""
+    how = {"start": 0, "step": 1, "dtype": torch.int64, "device": like.device, "requires_grad": False}
+    node = graph.call_function(torch.ops.prims.iota.default, (count,), how)
+    node.meta["val"] = like.new_empty((count,), dtype=torch.int64)
+    return node
+
+
 def emit_copy(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """A copy of `node` in contiguous memory."""
     copy = graph.call_function(torch.ops.aten.clone.default, (node,), {"memory_format": torch.contiguous_format})

@@ -17,9 +17,9 @@ from torch import fx
 
 from dkfuse.kernels.picks import NUMBERS, PICKED
 
-from .replace import emit_like
+from .replace import emit_like, emit_numbers
 
-aten, prims = torch.ops.aten, torch.ops.prims
+aten = torch.ops.aten
 ROWS = "dkfuse_rows"  # in the meta of what was checked
 
 
@@ -42,12 +42,10 @@ def _seen_as(graph: fx.Graph, pick: fx.Node, rows: int) -> fx.Node:
 
 def _checked(graph: fx.Graph, numbers: fx.Node, rows: int) -> fx.Node:
     value = numbers.meta["val"]
-    given = {"start": 0, "step": 1, "dtype": torch.int64, "device": value.device, "requires_grad": False}
     with graph.inserting_after(numbers):
         found = graph.call_function(aten.index.Tensor, ())
     with graph.inserting_before(found):
-        every = graph.call_function(prims.iota.default, (rows,), given)
-    every.meta["val"] = value.new_empty((rows,), dtype=torch.int64)
+        every = emit_numbers(graph, rows, value)
     found.args = (every, [numbers])
     found.meta.update({"val": value.new_empty(value.shape, dtype=torch.int64), ROWS: rows})
     return found

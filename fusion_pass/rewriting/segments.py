@@ -18,9 +18,9 @@ from ..matching.gain import is_elementwise
 from ..matching.terms import same_shape, same_size
 from .calls import cat_dim
 from .picked import Picks, undo
-from .replace import copy_origin, emit, emit_like
+from .replace import copy_origin, emit, emit_like, emit_numbers
 
-aten, prims = torch.ops.aten, torch.ops.prims
+aten = torch.ops.aten
 DEPTH = 8  # ops from the cat to the slices: casts, factors and sums of a modulation
 
 
@@ -133,10 +133,7 @@ class _Merge:
         like = self.cat.meta["val"]
         key = (self.first, self.whole, like.dim() - self.dim, like.device)
         if key not in self.masks:
-            given = {"start": 0, "step": 1, "dtype": torch.int64, "device": like.device, "requires_grad": False}
-            numbers = self.graph.call_function(prims.iota.default, (self.whole,), given)
-            numbers.meta["val"] = like.new_empty((self.whole,), dtype=torch.int64)
-            mask = emit(self.graph, aten.lt.Scalar, numbers, self.first)
+            mask = emit(self.graph, aten.lt.Scalar, emit_numbers(self.graph, self.whole, like), self.first)
             for _ in range(like.dim() - self.dim - 1):
                 mask = emit(self.graph, aten.unsqueeze.default, mask, -1)
             self.masks[key] = mask
