@@ -115,7 +115,8 @@ def _compile(gm: fx.GraphModule, inputs: Any, way: _Way) -> Any:
     runs = known.runs() if known is not None else []
     context = _Context(settings, known)
     record = Record(graph_key(gm, inputs, settings, (runs, compat.modes(options))), settings.cache_dir)
-    early.start(gm, settings, record.stored)
+    if record.stored is None:
+        early.start(gm, settings)
     users = options.get(HOOK, compat.inductor_config(HOOK))
     users = [p for p in (users if isinstance(users, (list, tuple)) else [users]) if p is not None]
 

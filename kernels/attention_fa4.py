@@ -5,6 +5,7 @@ launch. They depend on nothing but the sizes, strides and dtypes of the operands
 
     first call of such a key    their function; what it gives to the compiled kernel is watched
     later calls of the key      the same compiled kernel with the same arguments, but these q, k, v, out and lengths
+    later processes             the same, without their function (`attention_fa4_kept`)
 
 The stream is what it was: the compiled kernel itself asks torch for its current one. Nothing is read by the host, and
 no logsumexp is allocated. A direct call is made only where
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention_kept, attention_lengths, attention_run, cute_ahead
+from . import attention_fa4_kept, attention_kept, attention_lengths, attention_run, cute_ahead
 from .attention_fa4_read import Direct, read, watched
 
 log = logging.getLogger("dkfuse")
@@ -67,10 +68,18 @@ def first(
     scale: float | None,
     bounded: bool = False,
 ) -> Tensor:
-    """The attention by FlashAttention's function; from it on, `again` may know the key. On the current device."""
+    """The attention by a call from disk, or by FlashAttention's function; from it on, `again` may know the key.
+
+    On the current device.
+    """
     key = _key(q, k, v, lengths, causal, scale)
     if lengths is not None:
         lengths = attention_lengths.within(lengths, k.shape[2], bounded)
+    if key not in _direct and _plain(q, k, v):
+        kept = attention_fa4_kept.find(q, k, v, lengths, causal, scale)
+        if kept is not None:
+            _remember(key, kept)
+            return kept(q, k, v, lengths)
     interface = _interface()
     learns = interface is not None and key not in _direct and _plain(q, k, v) and not _capturing()
     if not learns or any(attention_run.readable(t) is not t for t in (q, k, v)):
@@ -80,11 +89,17 @@ def first(
     direct = read(calls, q, k, v, out, lengths)
     if direct is not None and not _agrees(direct, interface, q, k, v, lengths, causal, scale):
         direct = None
+    if direct is not None:
+        attention_fa4_kept.keep(direct, q, k, lengths, causal, scale)
+    _remember(key, direct)
+    return out
+
+
+def _remember(key: Hashable, direct: Direct | None) -> None:
     if len(_direct) >= MOST:
         _direct.clear()
         _named.clear()
     _direct[key] = direct
-    return out
 
 
 def into(

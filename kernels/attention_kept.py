@@ -2,8 +2,11 @@
 
 Its own cache of kernels is a dict, unless a variable of its says otherwise before it is imported: each kind takes 2 to
 10 s in every process. `install` puts a cache in its place that also keeps them in dkfuse's (`disk_cache`), as object
-files that TVM-FFI loads in milliseconds. What is cut short is compiled again there, and a folder that cannot be written
-is no error, neither of which holds for theirs.
+files that its package loads in milliseconds. What is cut short is compiled again there, and a folder that cannot be
+written is no error, neither of which holds for theirs.
+
+A kernel that was called directly (`attention_fa4`) is kept once more, with that call: a later process makes it without
+importing the package (`shared_library`).
 
 Only of `VERSIONS`, whose sources were read; a cache of the user's choice stays.
 """
@@ -22,12 +25,12 @@ from typing import Any
 
 import torch
 
-from . import attention_kernels, compile_ahead, cute_ahead, disk_cache, gemm_ahead
+from . import attention_kernels, compile_ahead, cute_ahead, disk_cache, gemm_ahead, shared_library
 from .compile_ahead import Done, Job
+from .shared_library import Form, Function
 
 log = logging.getLogger("dkfuse")
 VERSIONS = cute_ahead.FA4_VERSIONS
-NAME = "func"  # of the function in an object file
 FEW = 128  # tokens of the call that makes a helper compile
 COMPILE = f"{__name__}:compile_kind"
 
@@ -60,7 +63,7 @@ class Kept:
     def __setitem__(self, key: Hashable, kernel: Any) -> None:
         self.cache[key] = kernel
         try:
-            disk_cache.put(self._parts(key), _exported(kernel))
+            disk_cache.put(self._parts(key), shared_library.exported(kernel))
         except Exception as error:  # no place for a temporary file, or a kernel that has no object file
             log.info("dkfuse: FlashAttention 4's kernel is not kept on disk: %s", error)
 
@@ -70,6 +73,11 @@ class Kept:
     def on_disk(self) -> bool:
         """Whether all that is known is on disk too."""
         return all(disk_cache.get(self._parts(key)) is not None for key in self.cache)
+
+    def object_file(self, kernel: Any) -> bytes | None:
+        """The object file of a kernel that is in the cache, from disk."""
+        key = next((key for key, known in self.cache.items() if known is kernel), None)
+        return None if key is None else disk_cache.get(self._parts(key))
 
     def _parts(self, key: Hashable) -> tuple[str, ...]:
         return *self.parts, hashlib.sha256(pickle.dumps(key)).hexdigest()
@@ -81,14 +89,7 @@ def _loaded(data: bytes) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.o"
         file.write_bytes(data)
-        return cute.runtime.load_module(str(file), enable_tvm_ffi=True)[NAME]
-
-
-def _exported(kernel: Any) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.o"
-        kernel.export_to_c(object_file_path=str(file), function_name=NAME)
-        return file.read_bytes()
+        return cute.runtime.load_module(str(file), enable_tvm_ffi=True)[shared_library.NAME]
 
 
 def install() -> Kept | None:
@@ -126,16 +127,16 @@ def submit(kind: Kind, capability: int) -> bool:
     """Have a helper compile the kernel. False where there is nothing to wait for: it is on disk, or no helper can."""
     if capability != gemm_ahead.CAPABILITY or not usable():
         return False
-    cute_ahead.import_meanwhile()
     if job(kind) not in compile_ahead.POOL.jobs and on_disk(kind):
         return False
+    cute_ahead.import_meanwhile()
     cute_ahead.start()
     return compile_ahead.POOL.submit(job(kind))
 
 
 def usable() -> bool:
     """Whether helpers may compile FlashAttention 4's kernels."""
-    return cute_ahead.fa4_is_known() and compile_ahead.allowed()
+    return cute_ahead.fa4_is_known() and compile_ahead.allowed() and disk_cache.writable()
 
 
 def wait(kind: Kind) -> Done | None:
@@ -143,24 +144,32 @@ def wait(kind: Kind) -> Done | None:
     return compile_ahead.POOL.wait(job(kind))
 
 
-def note(kind: Kind) -> None:
-    """Remember that the kernel, which this process has run, is on disk."""
-    kept = install()
-    if kept is not None and kept.on_disk() and not on_disk(kind):
-        disk_cache.put(_mark(kind), b"kept")
-
-
 def on_disk(kind: Kind) -> bool:
-    """Whether the kernel is on disk, as far as it is known without importing FlashAttention."""
-    return disk_cache.get(_mark(kind)) is not None
+    """Whether a direct call of the kernel is on disk."""
+    return shared_library.there(_parts(kind))
+
+
+def call(kind: Kind) -> tuple[Function, Form] | None:
+    """The kernel from disk, and the form of its direct call."""
+    return shared_library.get(_parts(kind))
+
+
+def keep_call(kind: Kind, kernel: Any, form: Form) -> None:
+    """Leave the kernel, which is in their cache, and the form of its direct call on disk."""
+    kept = install()
+    if kept is not None and (data := kept.object_file(kernel)) is not None:
+        shared_library.put(_parts(kind), data, form)
 
 
 def job(kind: Kind) -> Job:
     return COMPILE, *astuple(kind), os.path.abspath(disk_cache.root())
 
 
-def _mark(kind: Kind) -> tuple[str, ...]:
-    return "fa4 is on disk", repr(kind), str(attention_kernels.version_of("fa4")), *gemm_ahead.written_in()
+def _parts(kind: Kind) -> tuple[str, ...]:
+    """What a direct call depends on; variables change what the package does."""
+    variables = sorted(f"{k}={v}" for k, v in os.environ.items() if k.startswith(("FA_", "FLASH_ATTENTION_")))
+    version = str(attention_kernels.version_of("fa4"))
+    return "fa4", repr(kind), version, *gemm_ahead.written_in(), " ".join(variables)
 
 
 def compile_kind(dtype: str, head_dim: int, groups: int, causal: bool, lengths: bool, folder: str) -> None:

@@ -2,12 +2,14 @@
 
     start()             the helper (`compile_ahead`) begins to import those that are installed, for kernels to compile
     start_if_new()      the same before it is known whether there are any: where nothing was compiled yet
-    import_meanwhile()  this process imports them in a thread, while Inductor works
+    import_meanwhile()  this process imports FlashAttention 4 in a thread, while Inductor works
     importing()         whether it still does
     imported()          waits until it does not; what is imported behind it finds `cutlass` without JAX
 
-The packages take seconds to import. Nothing that torch has not loaded itself is among what they import, so that the
-thread and Inductor do not load the same modules, and a package that cannot be imported fails again where it is needed.
+The packages take seconds to import. This process needs FlashAttention 4 for the first call of a kind of kernel, and
+quack only to compile what no helper has compiled. Nothing that torch has not loaded itself is among what they import,
+so that the thread and Inductor do not load the same modules; a package that cannot be imported fails again where it is
+needed.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ def start_if_new() -> bool:
 
 
 def import_meanwhile() -> None:
-    """Begin to import what is installed, once, in a thread, which reads files while Inductor computes.
+    """Begin to import FlashAttention 4, once, in a thread, which reads files while Inductor computes.
 
     None where TORCHINDUCTOR_COMPILE_THREADS=1 asks for nothing that runs meanwhile, and where workers are forked, which
     would have locks of modules that nobody opens.
@@ -70,9 +72,9 @@ def import_meanwhile() -> None:
     from dkfuse import compat
 
     alone = compat.inductor_config("compile_threads") == 1 or compat.inductor_config("worker_start_method") == "fork"
-    if _thread or alone or not modules():
+    if _thread or alone or not fa4_is_known():
         return
-    _thread.append(threading.Thread(target=_import, args=(modules(),), name="dkfuse-import", daemon=True))
+    _thread.append(threading.Thread(target=_import, args=(FA4_MODULES,), name="dkfuse-import", daemon=True))
     _thread[0].start()
 
 

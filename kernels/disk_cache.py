@@ -98,6 +98,15 @@ def put(parts: tuple[str, ...], data: bytes, kind: str = "kernels", folder: str 
             log.debug("dkfuse: nothing is kept, %s cannot be written: %s", path.parent, error)
 
 
+def writable() -> bool:
+    """Whether something can be kept: the folder of everything is there, or can be made, and may be written to."""
+    try:
+        root().mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(root(), os.W_OK)
+
+
 def _path(parts: tuple[str, ...], kind: str, folder: str | None) -> Path:
     from dkfuse.reporting.store import source_hash
 
@@ -116,4 +125,4 @@ def contents() -> dict[str, list[Path]]:
     }
 
 
-__all__ = ["cached_bytes", "contents", "get", "put", "root", "use"]
+__all__ = ["cached_bytes", "contents", "get", "put", "root", "use", "writable"]

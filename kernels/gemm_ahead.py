@@ -1,30 +1,31 @@
-"""quack's kernels compiled ahead by the helper (`compile_ahead`), into quack's own folder of compiled kernels.
+"""quack's kernels compiled ahead by the helper (`compile_ahead`), and kept in dkfuse's cache (`shared_library`).
 
     submit(kind)                   the helper compiles the kernel, unless it is on disk already
-    wait(kind), then compile       `gemm_quack.compiled`: quack finds the file that the helper left
+    wait(kind), then kept(kind)    the kernel that it left there; None: it is for the caller to compile, and to `keep`
 
-quack names a file after the arguments of its function, its sources and the versions of what it is written in, and both
-processes run the same code, so a name that differed would mean a second compilation and not another kernel. What is on
-disk is known without importing quack: of each kernel that was compiled or loaded, dkfuse's cache keeps the file's path.
+A process that finds all its kernels on disk imports neither quack nor the CuTe DSL.
 """
 
 from __future__ import annotations
 
-import getpass
+import logging
 import os
 import sys
-import tempfile
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import compile_ahead, cute_ahead, disk_cache, gemm_kernels
+from . import compile_ahead, cute_ahead, disk_cache, gemm_kernels, shared_library
 from .compile_ahead import Done, Job
 from .gemm_kernels import CAPABILITY
 from .packages import installed
 
+if TYPE_CHECKING:
+    from .gemm_quack import Form
+
+log = logging.getLogger("dkfuse")
 COMPILE = f"{__name__}:compile_kind"
 WRITTEN_IN = ("nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-base", "apache-tvm-ffi")
 
@@ -45,10 +46,7 @@ class Kind:
 
 def submit(kind: Kind) -> bool:
     """Have a helper compile the kernel. False where there is nothing to wait for: it is on disk, or no helper can."""
-    if not usable():
-        return False
-    cute_ahead.import_meanwhile()
-    if on_disk(kind) and job(kind) not in compile_ahead.POOL.jobs:
+    if not usable() or (on_disk(kind) and job(kind) not in compile_ahead.POOL.jobs):
         return False
     cute_ahead.start()
     return compile_ahead.POOL.submit(job(kind))
@@ -60,65 +58,58 @@ def wait(kind: Kind) -> Done | None:
 
 
 def job(kind: Kind) -> Job:
-    return COMPILE, *astuple(kind), folder()
+    return COMPILE, *astuple(kind), os.path.abspath(disk_cache.root())
 
 
 def usable() -> bool:
-    """Whether helpers may compile quack's kernels: it can be used, and has a folder."""
+    """Whether helpers may compile quack's kernels: it can be used, and there is a place for them."""
     installed_well = gemm_kernels.version() is not None and gemm_kernels.untested() is None
-    return installed_well and compile_ahead.allowed() and folder() is not None
+    return installed_well and compile_ahead.allowed() and disk_cache.writable()
 
 
-def folder() -> str | None:
-    """Where quack keeps compiled kernels; None where it keeps none, or this process cannot write there."""
-    cache: Any = sys.modules.get("quack.cache")
-    kept = cache.CACHE_ENABLED if cache is not None else os.environ.get("QUACK_CACHE_ENABLED", "1") == "1"
-    chosen = cache.CACHE_DIR if cache is not None else os.environ.get("QUACK_CACHE_DIR")
-    if not kept:
-        return None
-    try:
-        path = Path(tempfile.gettempdir()) / getpass.getuser() / "quack_cache" if chosen is None else Path(chosen)
-        path.mkdir(parents=True, exist_ok=True)
-    except (OSError, KeyError):  # no such place, no such user
-        return None
-    return os.path.abspath(path) if os.access(path, os.W_OK) else None
-
-
-# -- in a helper -------------------------------------------------------------------------------------------------------
-
-
-def compile_kind(dtype: str, act: str, bias: bool, tiles: str, where: str) -> None:
-    """Leave the compiled kernel in the folder `where`, quack's of the process that asks."""
-    import quack.cache
-
-    from . import gemm_quack
-
-    quack.cache.CACHE_DIR = where
-    function, arguments = gemm_quack.asked(getattr(torch, dtype), act, bias, tiles, divmod(CAPABILITY, 10))
-    if not gemm_quack.file_of(function, function(**arguments)).exists():
-        raise RuntimeError(f"quack left no file in {where}")
-
-
-# -- what is on disk ---------------------------------------------------------------------------------------------------
+# -- on disk -----------------------------------------------------------------------------------------------------------
 
 
 def on_disk(kind: Kind) -> bool:
-    """Whether quack finds the kernel on disk, as far as it is known without importing quack."""
-    found = disk_cache.get(_parts(kind))
-    return found is not None and os.path.exists(found.decode())
+    """Whether the kernel is on disk."""
+    return shared_library.there(_parts(kind))
 
 
-def note(kind: Kind, file: Path) -> None:
-    """Remember that the kernel lies in `file`, if it does."""
-    path = os.path.abspath(file).encode()
-    if file.exists() and disk_cache.get(_parts(kind)) != path:
-        disk_cache.put(_parts(kind), path)
+def kept(kind: Kind) -> tuple[Callable[..., Any], Form] | None:
+    """The kernel from disk, and the form of its calls."""
+    from .gemm_quack import Form
+
+    found = shared_library.get(_parts(kind))
+    return None if found is None else (found[0], Form.read(found[1]))
+
+
+def keep(kind: Kind, kernel: Any, form: Form) -> None:
+    """Leave the kernel, which this process has compiled, on disk."""
+    try:
+        data = shared_library.exported(kernel)
+    except Exception as error:  # a kernel that has no object file, no place for a temporary one
+        log.info("dkfuse: quack's kernel is not kept on disk: %s", error)
+        return
+    shared_library.put(_parts(kind), data, vars(form))
 
 
 def _parts(kind: Kind) -> tuple[str, ...]:
-    return "quack's file", repr(kind), gemm_kernels.fingerprint(), *written_in(), str(folder())
+    return "quack", repr(kind), gemm_kernels.fingerprint(), *written_in()
 
 
 def written_in() -> list[str]:
     """Versions of what kernels are written in."""
     return [f"{sys.version_info[:2]}", *(f"{name}={installed(name)}" for name in WRITTEN_IN)]
+
+
+# -- in a helper -------------------------------------------------------------------------------------------------------
+
+
+def compile_kind(dtype: str, act: str, bias: bool, tiles: str, folder: str) -> None:
+    """Leave the compiled kernel in dkfuse's cache in `folder`."""
+    from . import gemm_quack
+
+    disk_cache.use(folder)
+    gemm_quack.compiled(getattr(torch, dtype), act, bias, tiles, divmod(CAPABILITY, 10))
+    if not on_disk(Kind(dtype, act, bias, tiles)):
+        raise RuntimeError(f"no kernel could be left in {folder}")

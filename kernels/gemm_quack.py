@@ -5,7 +5,8 @@
 A persistent, warp-specialised kernel: TMA loads, two consumer warp groups that take turns at the tensor cores, so that
 one's epilogue runs under the other's products ("pingpong", as in CUTLASS). How it is cut is named by `tiles`
 (`gemm_kernels.TILES`); quack's autotuner is not asked. Kernels are compiled once per dtype, act, bias and tiles, not
-per shape, in 2 to 3 s, ahead by helpers (`gemm_ahead`) or here, and kept on disk by quack.
+per shape, in 2 to 3 s, ahead by helpers (`gemm_ahead`) or here, and kept on disk as shared libraries: a process that
+finds one there calls it without importing quack or the CuTe DSL.
 
 A gated act takes the weight as it lies, [first half; second half]: TMA deals its rows out in turns, so that a thread
 has both values of a pair. A bias would have to lie like that too; it is dealt out by a copy of [N] elements a call.
@@ -15,10 +16,12 @@ Nothing synchronises or allocates here but that copy; launches go to PyTorch's c
 
 from __future__ import annotations
 
+import functools
+import inspect
 import threading
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -80,30 +83,60 @@ def vector(bias: Tensor, act: str) -> Tensor:
 
 def _made(dtype: torch.dtype, act: str, bias: bool, tiles: str, device: torch.device) -> Callable[..., None]:
     """A function that launches the kernel of this kind."""
-    cute_ahead.imported()
-    from quack.gemm_act import GemmActMixin
-    from quack.gemm_default_epi import GemmDefaultEpiMixin
-    from quack.gemm_tvm_ffi_utils import make_scheduler_args
-
+    kernel, form = compiled(dtype, act, bias, tiles, torch.cuda.get_device_capability(device))
     rows, columns = TILES[tiles].cluster
-    schedule = make_scheduler_args(clusters(rows * columns, device), SWIZZLE, None)
-    kernel = compiled(dtype, act, bias, tiles, torch.cuda.get_device_capability(device))
-    # values that are known when a kernel is compiled are None in its calls
+    schedule = (*form.schedule[: form.clusters], clusters(rows * columns, device), *form.schedule[form.clusters + 1 :])
+    before, after = (None,) * form.row, (None,) * (form.fields - form.row - 1)
     if act == "none":
 
         def plain(a: Tensor, b: Tensor, row: Tensor | None, out: Tensor) -> None:
-            epilogue = GemmDefaultEpiMixin.EpilogueArguments(
-                mRowVecBroadcast=row, add_to_output=None, rounding_mode=None
-            )
-            kernel(a, b, out, None, epilogue, schedule, None)
+            kernel(a, b, out, None, (*before, row, *after), schedule, None)
 
         return plain
 
+    before = before[1:]  # the result is the first of them
+
     def activated(a: Tensor, b: Tensor, row: Tensor | None, out: Tensor) -> None:
-        epilogue = GemmActMixin.EpilogueArguments(out, None, mRowVecBroadcast=row, rounding_mode=None)
-        kernel(a, b, None, None, epilogue, schedule, None)
+        kernel(a, b, None, None, (out, *before, row, *after), schedule, None)
 
     return activated
+
+
+@dataclass(frozen=True)
+class Form:
+    """What calls of a kernel have besides matrices, as quack's named tuples have it in the installed version.
+
+    fields: how many its epilogue's arguments are; row: which of them is the bias. schedule: the tile scheduler's
+    arguments; clusters: which of them says how many clusters run at once. What is known when a kernel is compiled is
+    None in its calls, and so are the other fields of the epilogue.
+    """
+
+    fields: int
+    row: int
+    schedule: tuple[int | None, ...]
+    clusters: int
+
+    @classmethod
+    def of(cls, act: str) -> Form:
+        """Of quack, which is imported."""
+        from quack.gemm_act import GemmActMixin
+        from quack.gemm_default_epi import GemmDefaultEpiMixin
+        from quack.gemm_tvm_ffi_utils import make_scheduler_args
+
+        fields = (GemmDefaultEpiMixin if act == "none" else GemmActMixin).EpilogueArguments._fields
+        options = make_scheduler_args(1, SWIZZLE, None)
+        schedule = tuple(options._replace(max_active_clusters=None))
+        if not all(value is None or type(value) is int for value in schedule):
+            raise TypeError(f"quack's scheduler takes other arguments than were read: {options}")
+        if act != "none" and fields[0] != "mAuxOut":
+            raise TypeError(f"quack's epilogue takes other arguments than were read: {', '.join(fields)}")
+        row, number = fields.index("mRowVecBroadcast"), options._fields.index("max_active_clusters")
+        return cls(len(fields), row, schedule, number)
+
+    @classmethod
+    def read(cls, kept: dict[str, Any]) -> Form:
+        """From a file: `vars` of one."""
+        return cls(**{**kept, "schedule": tuple(kept["schedule"])})
 
 
 def clusters(size: int, device: torch.device) -> int:
@@ -119,26 +152,31 @@ def clusters(size: int, device: torch.device) -> int:
     return get_max_active_clusters(size)
 
 
-def compiled(dtype: torch.dtype, act: str, bias: bool, tiles: str, capability: tuple[int, int]) -> Any:
-    """The compiled kernel, once for a process. It needs no GPU where QUACK_ARCH and CUTE_DSL_ARCH are set."""
-    from quack import cache
+@functools.cache
+def compiled(
+    dtype: torch.dtype, act: str, bias: bool, tiles: str, capability: tuple[int, int]
+) -> tuple[Callable[..., Any], Form]:
+    """The compiled kernel and the form of its calls, once for a process: from disk, else compiled and kept there.
 
+    To compile takes no GPU where QUACK_ARCH and CUTE_DSL_ARCH are set.
+    """
     kind = gemm_ahead.Kind.of(dtype, act, bias, tiles)
     gemm_ahead.wait(kind)
-    keeps = gemm_ahead.folder() is not None
-    if not keeps:
-        cache.CACHE_ENABLED = False  # else it raises where it cannot write
-    function, arguments = asked(dtype, act, bias, tiles, capability)
-    kernel = function(**arguments)
-    if keeps:
-        gemm_ahead.note(kind, file_of(function, kernel))
-    return kernel
+    found = gemm_ahead.kept(kind)
+    if found is None:
+        cute_ahead.imported()
+        function, arguments = asked(dtype, act, bias, tiles, capability)
+        kernel = inspect.unwrap(function)(**arguments)  # not by quack's cache, whose files take quack to be read
+        form = Form.of(act)
+        gemm_ahead.keep(kind, kernel, form)
+        found = gemm_ahead.kept(kind) or (kernel, form)  # the same way to call it in all processes
+    return found
 
 
 def asked(
     dtype: torch.dtype, act: str, bias: bool, tiles: str, capability: tuple[int, int]
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """The function of quack's that compiles or loads the kernel, and what it is called with."""
+    """The function of quack's that compiles the kernel, and what it is called with."""
     from quack.cute_dsl_utils import torch2cute_dtype_map
 
     warnings.filterwarnings("ignore", HARMLESS, UserWarning, r"cutlass\.base_dsl\.dsl$")
@@ -170,15 +208,6 @@ def asked(
         "activation": NAMES[act], "gemm_cls_name": "gated" if gated else "act",
         "concat_layout": ("B",) if gated else (),
     }  # fmt: skip
-
-
-def file_of(function: Any, kernel: Any) -> Path:
-    """Where quack keeps `kernel` on disk, which `function`, its cache, returned."""
-    from quack.cache import jit
-
-    key = next(key for key, known in function.cache.items() if known is kernel)
-    name = jit._key_to_hash((function.__qualname__, *key))
-    return jit.get_cache_path() / jit._compute_source_fingerprint() / f"{name}.o"
 
 
 def _add_second() -> None:

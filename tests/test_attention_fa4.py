@@ -6,6 +6,7 @@ sixteen arguments.
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 import types
@@ -14,7 +15,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dkfuse.kernels import attention, attention_fa4, attention_kernels, attention_lengths, attention_run, cute_ahead
+from dkfuse.kernels import (
+    attention,
+    attention_fa4,
+    attention_fa4_kept,
+    attention_kept,
+    attention_kernels,
+    attention_lengths,
+    attention_run,
+    cute_ahead,
+)
 
 BF16 = torch.bfloat16
 
@@ -75,6 +85,7 @@ def package(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
     monkeypatch.setitem(sys.modules, "flash_attn.cute", made.cute)
     monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", made.interface)
+    monkeypatch.delitem(sys.modules, "flash_attn.cute.cache_utils", raising=False)
     monkeypatch.setattr(attention_kernels, "version_of", lambda name: "4.0.0b20")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as of tensors on a CPU
     monkeypatch.setattr(attention_fa4, "_direct", {})
@@ -341,3 +352,82 @@ def test_into_of_another_version(package, monkeypatch):
     for seed in range(3):
         written("plain", "k", seed)
     assert package.calls == 3 and not cute_ahead.fa4_is_known()
+
+
+# -- from one process to the next --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(package, monkeypatch):
+    """What is kept of direct calls, on a GPU that has such kernels; `later()` is another process."""
+    entries = {}
+    monkeypatch.setattr(attention_fa4_kept, "_known", {})
+    monkeypatch.setattr(attention_fa4_kept, "_serves", lambda q: True)
+    monkeypatch.setattr(attention_kept, "on_disk", entries.__contains__)
+    monkeypatch.setattr(attention_kept, "call", entries.get)
+
+    def keep(kind, kernel, form):
+        entries[kind] = kernel, json.loads(json.dumps(form))
+
+    def later():
+        for known in (attention_fa4_kept._known, attention_fa4._direct, attention_fa4._named, attention_fa4._compared):
+            known.clear()
+        package.calls, package.launches = 0, []
+
+    monkeypatch.setattr(attention_kept, "keep_call", keep)
+    return types.SimpleNamespace(entries=entries, later=later)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_later_process_calls_the_kernel_itself(package, disk, case):
+    heads, sizes, options = CASES[case]
+    attention._cuda(*tensors(*heads, **sizes), using="fa4", **options)
+    (kind,) = disk.entries
+    lengths, causal = "key_lengths" in options, options.get("causal", False)
+    assert kind == attention_kept.Kind("bfloat16", 64, heads[0] // heads[1], causal, lengths)
+    disk.later()
+    for tokens in (sizes.get("tokens", 40), 72):  # and other sizes
+        q, k, v = tensors(*heads, **{**sizes, "tokens": tokens}, seed=3)
+        out = attention._cuda(q, k, v, using="fa4", **options)
+        torch.testing.assert_close(out, attention.reference(q, k, v, using="fa4", **options), rtol=0, atol=0)
+        assert package.launches[-1][-1] == options.get("scale", 1 / 8)
+    assert package.calls == 0 and len(package.launches) == 2
+    if "scale" in options:
+        out = attention._cuda(q, k, v, using="fa4", scale=0.7)
+        torch.testing.assert_close(out, attention.reference(q, k, v, using="fa4", scale=0.7), rtol=0, atol=0)
+        assert package.calls == 0
+
+
+def test_calls_of_more_than_tensors_and_the_scale_are_not_kept(package, disk):
+    kernel = package.kernel
+
+    def takes_two_more(causal):
+        compiled = kernel(causal)
+        return lambda *args: compiled(*args[:10])
+
+    package.kernel = takes_two_more
+    package.change = lambda kernel, args: kernel(*args[:-1], 7)
+    attention._cuda(*tensors(4, 4, 4), using="fa4")
+    assert len(attention_fa4._direct) == 1 and None not in attention_fa4._direct.values() and not disk.entries
+
+
+def test_operands_that_a_kept_call_does_not_take(package, disk, monkeypatch):
+    attention._cuda(*tensors(4, 4, 4), using="fa4")
+    assert len(disk.entries) == 1
+    disk.later()
+    q, k, v = tensors(4, 4, 4)
+    assert attention_fa4_kept.find(q, k, v, None, False, None) is not None
+    for other in (
+        (q, k, v[..., :32]),  # a kernel of another kind
+        (q[:, :, :0], k, v),
+        (q.half(), k, v),
+        (q.transpose(2, 3).contiguous().transpose(2, 3), k, v),  # it has to be copied
+        tensors(4, 2, 2),
+    ):
+        assert attention_fa4_kept.find(*other, None, False, None) is None
+    assert attention_fa4_kept.find(q, k, v, None, True, None) is None
+    assert attention_fa4_kept.find(q, k, v, torch.ones(2, dtype=torch.int32), False, None) is None
+    monkeypatch.setattr(attention_kernels, "version_of", lambda name: "4.0.0b21")
+    assert attention_fa4_kept.find(q, k, v, None, False, None) is None
+    monkeypatch.undo()
+    assert attention_fa4_kept.find(q, k, v, None, False, None) is None, "no such GPU"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch._inductor import config
 
-from dkfuse.kernels import attention_kept, attention_kernels, compile_ahead, cute_ahead, disk_cache
+from dkfuse.kernels import attention_kept, attention_kernels, compile_ahead, cute_ahead, disk_cache, shared_library
 from dkfuse.kernels.attention_kept import Kept, Kind
 from dkfuse.kernels.compile_ahead import Pool
 from dkfuse.seams import attention_measure, late
@@ -125,17 +125,24 @@ def test_where_a_helper_compiles(pool: Pool, monkeypatch: pytest.MonkeyPatch, fo
     assert attention_kept.wait(KIND) is None and not attention_kept.submit(KIND, 90), "it is the caller's"
 
 
-def test_on_disk_it_needs_no_helper(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    function = package(monkeypatch)
+def test_a_direct_call_is_kept(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, entries = package(monkeypatch), {}
+    monkeypatch.setattr(shared_library, "put", lambda parts, data, form: entries.update({parts: (data, form)}))
+    monkeypatch.setattr(shared_library, "there", entries.__contains__)
+    monkeypatch.setattr(shared_library, "get", entries.get)
     attention_kept.install()
-    function.compile_cache["key"] = object()
-    attention_kept.note(KIND)
-    assert attention_kept.submit(KIND, 90), "it could not be kept"
+    function.compile_cache["key"] = plain = object()  # it has no object file
+    attention_kept.keep_call(KIND, plain, {})
+    attention_kept.keep_call(KIND, object(), {})  # not of this cache
+    assert attention_kept.submit(KIND, 90) and not entries
     pool._reset()
-    function.compile_cache["key"] = Kernel()
-    attention_kept.note(KIND)
+    function.compile_cache["key"] = kernel = Kernel()
+    attention_kept.keep_call(KIND, kernel, {"after": []})
+    assert attention_kept.call(KIND) == (b"func", {"after": []})
     assert not attention_kept.submit(KIND, 90) and pool.jobs == {}
     assert attention_kept.submit(Kind("bfloat16", 64, 1, False, False), 90)
+    monkeypatch.setenv("FA_CLC", "1")
+    assert attention_kept.call(KIND) is None, "what the package does is another"
 
 
 def test_it_is_tried_when_inductor_is_done(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +186,14 @@ def test_the_package_finds_what_a_helper_compiled(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr("cutlass.cute.compile", lambda *_, **__: pytest.fail("it is compiled here"))
         interface._get_device_arch.cache_clear()
         attention_kept.compile_kind("float16", 64, 1, False, lengths, str(folder))
-        attention_kept.note(kind)
+        kept = attention_kept.install()
+        assert kept is not None
+        for kernel in kept.cache.values():
+            attention_kept.keep_call(kind, kernel, {"lengths": lengths})
         assert not attention_kept.submit(kind, 90)
+        function, form = attention_kept.call(kind) or (None, None)
+        assert form == {"lengths": lengths}
+        with pytest.raises(TypeError, match="Expects 16 parameters"):
+            function()
     pool.give_up("the test is over")
     pool.kill()

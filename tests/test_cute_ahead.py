@@ -30,10 +30,10 @@ from dkfuse.kernels import (
     gemm_ahead,
     gemm_kernels,
     gemm_quack,
+    shared_library,
 )
 from dkfuse.kernels.compile_ahead import Pool
 from dkfuse.kernels.gemm_kernels import TILES
-from dkfuse.reporting.report import Graph, Site, Status
 from dkfuse.seams import before, early
 from dkfuse.seams.gemm_table import TABLE
 
@@ -61,7 +61,6 @@ def pool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Recorder]:
     monkeypatch.setattr(attention_kernels, "version_of", lambda name: "4.0.0b20" if name == "fa4" else version(name))
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setenv("QUACK_CACHE_DIR", str(tmp_path / "quack"))
     disk_cache.use(str(tmp_path / "dkfuse"))
     with config.patch(compile_threads=8, worker_start_method="subprocess"):
         yield found
@@ -157,8 +156,9 @@ def test_importing_the_backend_starts_no_cuda() -> None:
 
 AT_COMPILE = """
     import sys, torch
-    from dkfuse.kernels import compile_ahead, gemm_kernels
+    from dkfuse.kernels import attention_kernels, compile_ahead, gemm_kernels
     gemm_kernels.version = lambda: "0.6.1"
+    attention_kernels.version_of = lambda name: None
     compile_ahead.allowed = lambda: True
     compile_ahead.POOL.start = lambda modules, environment: print("started", *modules)
     torch.cuda.is_initialized = lambda: True
@@ -273,12 +273,12 @@ def test_started_for_attention(
     with_a_gpu(monkeypatch)
     chosen = Settings(**{"target": "sm90", "gemm": "cublas", **settings})
     kind = attention_kept.Kind("bfloat16", 128, 1, False, bool(shape.get("masked")))
-    early.start(module, chosen, None)
+    early.start(module, chosen)
     assert bool(pool.started) == started and list(pool.jobs) == [attention_kept.job(kind)] * started
     if started:
         before = pool.started
-        disk_cache.put(attention_kept._mark(kind), b"kept")
-        early.start(module, chosen, None)
+        monkeypatch.setattr(shared_library, "there", lambda parts: parts == attention_kept._parts(kind))
+        early.start(module, chosen)
         assert pool.started == before, "its kernel is on disk"
 
 
@@ -288,38 +288,35 @@ def test_no_kernel_is_compiled_for_a_mask_that_may_be_any_bias(pool: Recorder, m
         if node.name == "mask":
             node.meta["example_value"] = node.meta["example_value"].to(BF16)
     with_a_gpu(monkeypatch)
-    early.start(module, Settings(target="sm90", gemm="cublas"), None)
+    early.start(module, Settings(target="sm90", gemm="cublas"))
     assert pool.started == 1 and not pool.jobs
 
 
 def test_without_a_gpu_nothing_is_begun(pool: Recorder) -> None:
-    early.start(attention(), Settings(target="sm90", attention="fa4"), None)
-    early.start(attention(), Settings(target="sm90"), [graph("quack")])
+    early.start(attention(), Settings(target="sm90", attention="fa4"))
     assert pool.started == 0 and not cute_ahead._thread
 
 
 # -- imported meanwhile ------------------------------------------------------------------------------------------------
 
 
-def graph(kernel: str) -> Graph:
-    return Graph(0, 1, 0.0, seams=[Site("a", "gemm_kernel", Status.FUSED, kernel=kernel)])
-
-
-def test_imported_for_a_graph_from_the_cache(pool: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_new_kernels_of_flash_attention_are_imported_for(pool: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, ...]] = []
     monkeypatch.setattr(cute_ahead, "_import", asked.append)
-    module = attention()
-    with_a_gpu(monkeypatch)
-    early.start(module, Settings(target="sm90"), [graph("cudnn")])
+    kind = attention_kept.Kind("bfloat16", 128, 1, False, False)
+    gemm_ahead.submit(gemm_ahead.Kind("bfloat16", "none", True, "128x192"))
+    with monkeypatch.context() as patch:
+        patch.setattr(shared_library, "there", lambda parts: True)
+        assert not attention_kept.submit(kind, 90)
     for patch in ({"compile_threads": 1}, {"worker_start_method": "fork"}):
         with config.patch(patch):
-            early.start(module, Settings(target="sm90"), [graph("quack")])
+            attention_kept.submit(kind, 90)
     assert asked == []
-    for kernel in ("quack", "fa4"):
-        early.start(module, Settings(target="sm90"), [graph(kernel)])
-    cute_ahead.imported()
-    assert asked == [(*cute_ahead.QUACK_MODULES, *cute_ahead.FA4_MODULES)], "once"
-    assert pool.started == 0, "there is nothing to compile"
+    for _ in range(2):
+        pool._reset()
+        assert attention_kept.submit(kind, 90)
+        cute_ahead.imported()
+    assert asked == [cute_ahead.FA4_MODULES], "once"
 
 
 def test_what_needs_an_import_waits_for_it(pool: Recorder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -332,7 +329,7 @@ def test_what_needs_an_import_waits_for_it(pool: Recorder, monkeypatch: pytest.M
     """)
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(cute_ahead, "modules", lambda: ("dkfuse_missing_module", "dkfuse_slow_module"))
+    monkeypatch.setattr(cute_ahead, "FA4_MODULES", ("dkfuse_missing_module", "dkfuse_slow_module"))
     cute_ahead.import_meanwhile()
     assert cute_ahead.importing()
     cute_ahead.imported()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
+import textwrap
 import time
-import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dkfuse
 from dkfuse import Settings, backend
-from dkfuse.kernels import compile_ahead, cute_ahead, disk_cache, gemm_ahead, gemm_quack
+from dkfuse.kernels import compile_ahead, cute_ahead, disk_cache, gemm_ahead, gemm_quack, shared_library
 from dkfuse.kernels.compile_ahead import Pool
 from dkfuse.kernels.gemm_ahead import Kind
 from dkfuse.seams import early, gemm_choice, gemm_measure, late
 from dkfuse.seams.gemm_measure import Product
 
+from .conftest import ROOT
 from .gemms import install, on_gpu, rewritten
 from .harness import BF16, spell
 
@@ -48,9 +51,6 @@ def pool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Recorder]:
     monkeypatch.setattr(cute_ahead, "import_meanwhile", lambda: None)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.delitem(sys.modules, "quack.cache", raising=False)
-    monkeypatch.setenv("QUACK_CACHE_DIR", str(tmp_path / "quack"))
-    monkeypatch.delenv("QUACK_CACHE_ENABLED", raising=False)
     disk_cache.use(str(tmp_path / "dkfuse"))
     with config.patch(compile_threads=8):
         yield found
@@ -76,49 +76,54 @@ def test_where_helpers_may_compile(pool: Recorder, monkeypatch: pytest.MonkeyPat
             install(patch, version)
             assert not gemm_ahead.usable()
     with monkeypatch.context() as patch:
-        patch.setenv("QUACK_CACHE_ENABLED", "0")
-        assert gemm_ahead.folder() is None and not gemm_ahead.usable()
-    with monkeypatch.context() as patch:
         (tmp_path / "file").touch()
-        patch.setenv("QUACK_CACHE_DIR", str(tmp_path / "file" / "folder"))
-        assert gemm_ahead.folder() is None and not gemm_ahead.usable()
+        patch.setattr(disk_cache, "_chosen", [str(tmp_path / "file" / "folder")])
+        assert not gemm_ahead.usable(), "nothing can be left there"
+    assert gemm_ahead.job(KIND)[-1] == str(tmp_path / "dkfuse")
     pool.give_up("a helper died")
     assert not gemm_ahead.usable() and gemm_ahead.wait(KIND) is None
     assert pool.started == 1
 
 
-def test_the_folder_is_quacks(pool: Recorder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert gemm_ahead.folder() == str(tmp_path / "quack")
-    loaded = types.SimpleNamespace(CACHE_ENABLED=True, CACHE_DIR=str(tmp_path / "set in the program"))
-    monkeypatch.setitem(sys.modules, "quack.cache", loaded)
-    assert gemm_ahead.folder() == str(tmp_path / "set in the program")
-    assert gemm_ahead.job(KIND)[-1] == gemm_ahead.folder()
-    monkeypatch.setitem(sys.modules, "quack.cache", types.SimpleNamespace(CACHE_ENABLED=False, CACHE_DIR=None))
-    assert gemm_ahead.folder() is None
-    monkeypatch.delitem(sys.modules, "quack.cache")
-    monkeypatch.delenv("QUACK_CACHE_DIR")
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert str(gemm_ahead.folder()).startswith(str(tmp_path)) and str(gemm_ahead.folder()).endswith("/quack_cache")
+def kept(monkeypatch: pytest.MonkeyPatch, *kinds: Kind) -> None:
+    """These are on disk."""
+    there = {gemm_ahead._parts(kind) for kind in kinds}
+    monkeypatch.setattr(shared_library, "there", there.__contains__)
 
 
-def test_a_kernel_that_is_on_disk_needs_no_helper(
-    pool: Recorder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    file = tmp_path / "kernel.o"
-    gemm_ahead.note(KIND, file)
-    assert not gemm_ahead.on_disk(KIND), "there is no file"
-    file.touch()
-    gemm_ahead.note(KIND, file)
-    assert gemm_ahead.on_disk(KIND) and not gemm_ahead.submit(KIND) and pool.started == 0
-    assert not gemm_ahead.on_disk(Kind("bfloat16", "none", False, "128x192"))
-    with monkeypatch.context() as patch:
-        patch.setattr(gemm_ahead, "installed", lambda name: "another")
-        assert not gemm_ahead.on_disk(KIND)
-    with monkeypatch.context() as patch:
-        patch.setenv("QUACK_CACHE_DIR", str(tmp_path / "elsewhere"))
-        assert not gemm_ahead.on_disk(KIND)
-    file.unlink()
+def test_a_kernel_that_is_on_disk_needs_no_helper(pool: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as disk:
+        kept(disk, KIND)
+        assert gemm_ahead.on_disk(KIND) and not gemm_ahead.submit(KIND) and pool.started == 0
+        assert not gemm_ahead.on_disk(Kind("bfloat16", "none", False, "128x192"))
+        with disk.context() as patch:
+            patch.setattr(gemm_ahead, "installed", lambda name: "another")
+            assert not gemm_ahead.on_disk(KIND)
+        with disk.context() as patch:
+            install(patch, "0.5.3")
+            assert not gemm_ahead.on_disk(KIND)
     assert not gemm_ahead.on_disk(KIND) and gemm_ahead.submit(KIND) and pool.started == 1
+
+
+class Compiled:
+    """A kernel of the CuTe DSL's."""
+
+    def export_to_c(self, object_file_path: str, function_name: str) -> None:
+        Path(object_file_path).write_bytes(b"machine code of " + function_name.encode())
+
+
+def test_a_kernel_and_its_calls_are_kept(pool: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries: dict[tuple[str, ...], Any] = {}
+    monkeypatch.setattr(shared_library, "put", lambda parts, data, form: entries.update({parts: (data, form)}))
+    monkeypatch.setattr(shared_library, "get", entries.get)
+    assert gemm_ahead.kept(KIND) is None
+    form = gemm_quack.Form(7, 2, (None, None, 8), 0)
+    gemm_ahead.keep(KIND, Compiled(), form)
+    entries.update({parts: (data, json.loads(json.dumps(given))) for parts, (data, given) in entries.items()})
+    function, found = gemm_ahead.kept(KIND) or (None, None)
+    assert function == b"machine code of func" and found == form
+    gemm_ahead.keep(Kind("float16", "none", True, "128x192"), object(), form)
+    assert len(entries) == 1, "it has no object file"
 
 
 # -- started early -----------------------------------------------------------------------------------------------------
@@ -165,23 +170,19 @@ def test_started_for_linears_that_quack_is_faster_at(
     module = traced(*shapes)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gemm_measure, "times", lambda *_: pytest.fail("nothing is timed that early"))
-    early.start(module, Settings(**{"target": "sm90", **settings}), None)
+    early.start(module, Settings(**{"target": "sm90", **settings}))
     assert bool(pool.started) == started
     assert ("gelu", True) in [job[2:4] for job in pool.jobs] or not started
     assert settings.get("gemm") != "quack" or ("none", False) in [job[2:4] for job in pool.jobs]
     assert bool(pool.jobs) == started
 
 
-def test_not_started_where_their_kernels_are_on_disk(
-    pool: Recorder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_not_started_where_their_kernels_are_on_disk(pool: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     module = traced(*LARGE)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    (tmp_path / "kernel.o").touch()
-    for act, bias in (("gelu", True), ("none", False)):
-        for tiles in gemm_choice.TILES:
-            gemm_ahead.note(Kind("bfloat16", act, bias, tiles), tmp_path / "kernel.o")
-    early.start(module, Settings(target="sm90"), None)
+    acts = ("gelu", True), ("none", False)
+    kept(monkeypatch, *(Kind("bfloat16", *act, tiles) for act in acts for tiles in gemm_choice.TILES))
+    early.start(module, Settings(target="sm90"))
     assert pool.started == 0
 
 
@@ -196,12 +197,12 @@ def test_odd_linears(pool: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     module = traced(*LARGE)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for each, started in modules:
-        early.start(each, Settings(target="sm90"), None)
+        early.start(each, Settings(target="sm90"))
         assert bool(pool.started) == started
     before = pool.started
     for node in module.graph.nodes:
         node.meta.clear()
-    early.start(module, Settings(target="sm90"), None)
+    early.start(module, Settings(target="sm90"))
     assert pool.started == before
 
 
@@ -213,12 +214,12 @@ def test_what_may_be_packed_is_not_compiled_yet(pool: Recorder, monkeypatch: pyt
 
     module = traced((4096, 3072), (9216, 3072), (9216, 3072), function=projections)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    early.start(module, Settings(target="sm90"), None)
+    early.start(module, Settings(target="sm90"))
     assert pool.started == 1 and not pool.jobs
 
 
 def test_without_a_gpu_nothing_is_started(pool: Recorder) -> None:
-    early.start(traced(*LARGE), Settings(target="sm90"), None)
+    early.start(traced(*LARGE), Settings(target="sm90"))
     assert pool.started == 0
 
 
@@ -319,31 +320,44 @@ def test_a_kernel_that_fails_late_is_left_out(pool: Recorder, monkeypatch: pytes
 # -- the real thing ----------------------------------------------------------------------------------------------------
 
 
+WITHOUT_QUACK = """
+    import sys, torch
+    from dkfuse.kernels import gemm_ahead, disk_cache
+    disk_cache.use(sys.argv[1])
+    kernel, form = gemm_ahead.kept(gemm_ahead.Kind("float16", "none", True, "128x160"))
+    try:
+        kernel(torch.ones(2, 2), None)
+    except TypeError as error:
+        print(str(error)[:30])
+    print([name for name in sys.modules if name.split(".")[0] in ("quack", "cutlass")])
+"""
+
+
 @pytest.mark.slow
 @config.patch(compile_threads=8)
-def test_quack_finds_what_a_helper_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """For a GPU that need not be there: the parent loads a file and compiles nothing."""
+def test_what_a_helper_compiled_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """For a GPU that need not be there: the parent loads it and compiles nothing, a later process imports nothing."""
     pytest.importorskip("quack")
     monkeypatch.setenv("QUACK_ARCH", "sm_90a")
     monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
     monkeypatch.setattr(compile_ahead, "POOL", pool := Pool())
-    from quack import cache
-
-    monkeypatch.setattr(cache, "CACHE_DIR", str(tmp_path))
-    disk_cache.use(str(tmp_path / "dkfuse"))
+    disk_cache.use(str(tmp_path))
     for act, bias in (("silu_second", False), ("none", True)):
         kind = Kind("float16", act, bias, "128x160")
-        function, arguments = gemm_quack.asked(torch.float16, act, bias, "128x160", (9, 0))
-        misses = function.cache_info().misses
         assert gemm_ahead.submit(kind)
         job = gemm_ahead.job(kind)
         while not (pool.jobs[job].running() or pool.jobs[job].done()):
             time.sleep(0.05)
-        kernel = gemm_quack.compiled(torch.float16, act, bias, "128x160", (9, 0))
-        done = pool.finished()[job]
-        assert done.error is None and function.cache_info().misses == misses
-        assert gemm_ahead.on_disk(kind) and gemm_quack.file_of(function, kernel).parent.parent == tmp_path
-        assert arguments["device_capacity"] == (9, 0) and not gemm_ahead.submit(kind)
+        with monkeypatch.context() as patch:
+            patch.setattr(gemm_quack, "asked", lambda *_: pytest.fail("it is compiled here"))
+            kernel, form = gemm_quack.compiled(torch.float16, act, bias, "128x160", (9, 0))
+        assert pool.finished()[job].error is None and gemm_ahead.on_disk(kind) and not gemm_ahead.submit(kind)
+        assert form == gemm_quack.Form.of(act)
+        with pytest.raises(TypeError, match="Expects 7 parameters"):
+            kernel()
     disk_cache.use(None)
+    command = [sys.executable, "-c", textwrap.dedent(WITHOUT_QUACK), str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["Expects 7 parameters when call", "[]"], done.stderr
     pool.give_up("the test is over")
     pool.kill()

@@ -6,6 +6,8 @@ import json
 import logging
 import sys
 import types
+from collections import namedtuple
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -377,15 +379,16 @@ def test_a_bias_lies_as_the_columns_of_the_product() -> None:
     ]
 
 
-def test_a_fake_quack_is_given_what_its_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fake_quack_is_given_what_its_kernels_take(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The arguments, in the order and with the None where a value is compiled in, and one kernel for each kind."""
     built: list[dict[str, Any]] = []
 
-    def kernel(a: Tensor, b: Tensor, d: Any, c: Any, epilogue: dict[str, Any], schedule: Any, lengths: Any) -> None:
-        assert (c, schedule, lengths) == (None, ("schedule", 66, 8, None), None) and a.shape[2] == b.shape[2] == 1
-        row, kind = epilogue["mRowVecBroadcast"], built[-1]
+    def kernel(a: Tensor, b: Tensor, d: Any, c: Any, epilogue: Any, schedule: Any, lengths: Any) -> None:
+        assert (c, schedule, lengths) == (None, (66, None, 8, None), None) and a.shape[2] == b.shape[2] == 1
+        given, kind = (Plain if d is not None else Act)(*epilogue), built[-1]
+        row, out = given.mRowVecBroadcast, d if d is not None else given.mAuxOut
+        assert sum(value is not None for value in given) == (row is not None) + (d is None)
         h = a[..., 0].float() @ b[..., 0].float().t()
-        out = d if d is not None else epilogue["out"]
         if kind.get("concat_layout") == ("B",):
             assert kind["gemm_cls_name"] == "gated"
             h = torch.stack(h.chunk(2, -1), -1).flatten(1)
@@ -405,21 +408,22 @@ def test_a_fake_quack_is_given_what_its_kernels_take(monkeypatch: pytest.MonkeyP
         built.append({**kwargs, "function": table.get(kwargs.get("activation", ""))})
         return kernel
 
-    class Epilogue:
-        @staticmethod
-        def EpilogueArguments(*args: Any, **kwargs: Any) -> dict[str, Any]:
-            assert kwargs["rounding_mode"] is None and kwargs.get("add_to_output") is None
-            return {"out": args[0] if args else None, **kwargs}
+    Plain = namedtuple("Plain", "alpha beta mRowVecBroadcast add_to_output")
+    Act = namedtuple("Act", "mAuxOut act_fn alpha mRowVecBroadcast rounding_mode")
+    Options = namedtuple("Options", "max_active_clusters raster_order max_swizzle_size semaphore")
 
+    def schedule(clusters: int, swizzle: int, semaphore: None) -> tuple[Any, ...]:
+        return Options(object(), None, swizzle, semaphore)  # the first is a number of the CuTe DSL's
+
+    of = types.SimpleNamespace
     modules: dict[str, dict[str, Any]] = {
         "quack": {},
-        "quack.cache": {"CACHE_ENABLED": False, "CACHE_DIR": None},
         "quack.cute_dsl_utils": {"torch2cute_dtype_map": {BF16: "bf16"}},
         "quack.gemm": {"_compile_gemm": compile_gemm},
-        "quack.gemm_act": {"_compile_gemm_act": compile_gemm, "GemmActMixin": Epilogue},
-        "quack.gemm_default_epi": {"GemmDefaultEpiMixin": Epilogue},
-        "quack.gemm_tvm_ffi_utils": {"make_scheduler_args": lambda *args: ("schedule", *args)},
-        "quack.rounding": {"RoundingMode": types.SimpleNamespace(RN=0)},
+        "quack.gemm_act": {"_compile_gemm_act": compile_gemm, "GemmActMixin": of(EpilogueArguments=Act)},
+        "quack.gemm_default_epi": {"GemmDefaultEpiMixin": of(EpilogueArguments=Plain)},
+        "quack.gemm_tvm_ffi_utils": {"make_scheduler_args": schedule},
+        "quack.rounding": {"RoundingMode": of(RN=0)},
         "quack.activation": {"gate_fn_map": table, "swiglu": silu_product},
     }
     for name, content in modules.items():
@@ -430,6 +434,8 @@ def test_a_fake_quack_is_given_what_its_kernels_take(monkeypatch: pytest.MonkeyP
     properties = types.SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(gemm_quack, "_calls", {})
+    monkeypatch.setattr(gemm_quack, "compiled", gemm_quack.compiled.__wrapped__)
+    disk_cache.use(str(tmp_path))
     x, w, b = spell("x:LI w:QI b:Q")
     for act in gemm_kernels.ACTIVATIONS:
         for bias in (None, b):
@@ -440,6 +446,12 @@ def test_a_fake_quack_is_given_what_its_kernels_take(monkeypatch: pytest.MonkeyP
     assert len(built) == 8 and {(k["tile_shape_mn"], k["cluster_shape_mnk"]) for k in built} == {
         ((128, 192), (2, 1, 1))
     }
+    monkeypatch.setattr(
+        sys.modules["quack.gemm_tvm_ffi_utils"], "make_scheduler_args", lambda *_: Options(1, 2.5, 8, None)
+    )
+    with pytest.raises(TypeError, match="scheduler takes other arguments than were read"):
+        gemm_quack.Form.of("none")
+    disk_cache.use(None)
 
 
 # -- the bench ---------------------------------------------------------------------------------------------------------

@@ -36,7 +36,6 @@ from .targets import Target, build, depth
 
 SCHEMA = "dkfuse.bench.start/1"
 LIMIT = 1800.0  # seconds of one process
-OTHERS = {"QUACK_CACHE_DIR": "quack"}  # caches of what Inductor and dkfuse use
 _START = "import json, sys; job = json.loads(sys.argv[1]); sys.path[:] = job['path']; from {} import main; main(job)"
 
 
@@ -80,7 +79,7 @@ def report(rows: Sequence[dict[str, Any]], device: str) -> dict[str, Any]:
 
 def seconds(target: Target, options: Options, side: str, device: str, folder: Path) -> float:
     """The time of one process, with its caches in `folder`. Raises StartError where it failed."""
-    caches = {name: str(folder / part) for name, part in {**CACHES, **OTHERS}.items()}
+    caches = {name: str(folder / part) for name, part in CACHES.items()}
     job = {"path": sys.path, "target": asdict(target), "options": asdict(options), "side": side, "device": device}
     command = [sys.executable, "-c", _START.format(__name__), json.dumps(job)]
     environment = {**os.environ, **caches}

@@ -3,8 +3,8 @@
 Dynamo's graph has the linears and attentions, not yet which kernels compute them: those that the tables give to quack
 and to FlashAttention 4 as they stand are looked at. Where a kernel of one is not on disk the helper is started that can
 compile it, and told to, if nothing that the pass may do changes the call: a kernel takes as long as all that Inductor
-does for a few blocks. Where the graph comes from the cache and calls such kernels, this process begins to import them.
-Which kernels there are to be the pass decides.
+does for a few blocks. Which kernels there are to be the pass decides. A graph that comes from the cache finds its
+kernels on disk, which need no import (`kernels.shared_library`).
 """
 
 from __future__ import annotations
@@ -23,13 +23,10 @@ from dkfuse.kernels import attention_kept, compile_ahead, cute_ahead, gemm_ahead
 from .. import compat
 from ..choosing.choose import resolve_target
 from ..matching.rules import Reject
-from ..reporting.report import Graph
 from ..settings import Settings
 from . import attention_choice, attention_table, gemm_choice
 from .before import FA4
 from .gemm import FAMILY
-
-CUTE = (gemm_kernels.QUACK, "fa4")
 
 
 @dataclass(frozen=True)
@@ -43,24 +40,17 @@ class Call:
     act: str
 
 
-def start(gm: fx.GraphModule, settings: Settings, stored: list[Graph] | None) -> None:
-    """Begin what the kernels of Dynamo's graph need. stored: what the cache says of the graph, if it comes from there.
-
-    Without a GPU there is nothing to begin.
-    """
-    if not torch.cuda.is_available():
+def start(gm: fx.GraphModule, settings: Settings) -> None:
+    """Begin what the kernels of Dynamo's graph need. Without a GPU there is nothing to begin."""
+    if not torch.cuda.is_available() or not compile_ahead.allowed():
         return
-    if stored is not None:
-        if any(site.kernel in CUTE for graph in stored for site in graph.seams):
-            cute_ahead.import_meanwhile()
-    elif compile_ahead.allowed():
-        attentions, linears = _attentions(gm.graph, settings), _linears(gm.graph, settings)
-        if attentions or linears:
-            cute_ahead.start()
-        for attention in (kind for kind, sure in attentions.items() if sure):
-            attention_kept.submit(attention, gemm_kernels.CAPABILITY)
-        for linear in (kind for kind, sure in linears.items() if sure):
-            gemm_ahead.submit(linear)
+    attentions, linears = _attentions(gm.graph, settings), _linears(gm.graph, settings)
+    if attentions or linears:
+        cute_ahead.start()
+    for attention in (kind for kind, sure in attentions.items() if sure):
+        attention_kept.submit(attention, gemm_kernels.CAPABILITY)
+    for linear in (kind for kind, sure in linears.items() if sure):
+        gemm_ahead.submit(linear)
 
 
 # -- linears -----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dkfuse.kernels import cute_ahead, gemm, gemm_ahead, gemm_kernels
+from dkfuse.kernels import gemm, gemm_ahead, gemm_kernels
 from dkfuse.kernels.gemm_kernels import CUBLAS, GATED, QUACK
 
 from .. import compat
@@ -81,9 +81,8 @@ def failure(product: Product, tiles: str) -> str | None:
 
 
 def submit(product: Product, tiles: str) -> bool:
-    """Have a helper compile quack's kernel; whether that, or the import of quack, is to be waited for."""
-    asked = gemm_ahead.submit(gemm_ahead.Kind.of(product.dtype, product.act, product.bias, tiles))
-    return asked or cute_ahead.importing()
+    """Have a helper compile quack's kernel; whether that is to be waited for."""
+    return gemm_ahead.submit(gemm_ahead.Kind.of(product.dtype, product.act, product.bias, tiles))
 
 
 def _try(key: Key, few: Product) -> str | None:

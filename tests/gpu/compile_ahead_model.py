@@ -1,11 +1,11 @@
-"""`python tests/gpu/compile_ahead_model.py OUT ATTENTION [wait] [broken]`: a model compiled in a process of its own.
+"""`compile_ahead_model.py OUT ATTENTION [wait] [broken] [unlinked]`: a model compiled in a process of its own.
 
 Its linears take quack's GEMM; its attention takes the kernel ATTENTION. What came of it is printed as JSON: how many
-helpers were started, what they compiled, what was compiled here, and whether one had the GPU open. The result of
-the model is saved to OUT.
+helpers were started, what they compiled, how many kernels of quack's were called here, how many of all were compiled
+here, what this process imported, and whether a helper had the GPU open. The result of the model is saved to OUT.
 
 wait: the helper is waited for before anything is compiled here, as a longer compilation would. broken: it cannot
-compile anything.
+compile anything. unlinked: no kernel can be kept on disk.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import dkfuse
 from dkfuse import Status
-from dkfuse.kernels import attention_kept, gemm_ahead
+from dkfuse.kernels import attention_kept, gemm_ahead, gemm_quack, shared_library
 from dkfuse.kernels.compile_ahead import POOL
 from dkfuse.seams import late
 
@@ -79,12 +79,14 @@ def main(out: str, attention: str, *how: str) -> None:
         wait_first()
     if "broken" in how:
         gemm_ahead.COMPILE = attention_kept.COMPILE = "no_such_module_of_dkfuse:compile_kind"
+    if "unlinked" in how:
+        shared_library.compiler = lambda: "/no/such/compiler"
     torch.manual_seed(0)
     model = Model().to("cuda", torch.bfloat16).requires_grad_(False)
     x = torch.randn(1, TOKENS, WIDTH, device="cuda", dtype=torch.bfloat16)
     exported: list[Any] = []
-    export = attention_kept._exported
-    attention_kept._exported = lambda kernel: exported.append(kernel) or export(kernel)  # type: ignore[assignment]
+    export = shared_library.exported  # of every kernel that is compiled here
+    shared_library.exported = lambda kernel: exported.append(kernel) or export(kernel)  # type: ignore[assignment]
     started = time.perf_counter()
     options = {"dkfuse.gemm": "quack", "dkfuse.attention": attention}
     with torch.no_grad(), dkfuse.record() as coverage:
@@ -97,13 +99,6 @@ def main(out: str, attention: str, *how: str) -> None:
     right = exact(x.double())
     errors = [((value.double() - right).norm() / right.norm()).item() for value in (found, model(x))]
     finished = POOL.finished()
-    quack: dict[str, int] = {}
-    if "quack.gemm" in sys.modules:
-        from quack.gemm import _compile_gemm
-        from quack.gemm_act import _compile_gemm_act
-
-        infos = [f.cache_info() for f in (_compile_gemm, _compile_gemm_act)]
-        quack = {"compiled": sum(i.misses for i in infos), "loaded": sum(i.hits for i in infos)}
     result = {
         "seconds": seconds,
         "error": errors[0] / errors[1],
@@ -113,8 +108,9 @@ def main(out: str, attention: str, *how: str) -> None:
         "helped": {" ".join(map(str, job[1:-1])): [d.pid, d.seconds, d.error] for job, d in finished.items()},
         "pid": os.getpid(),
         "gpu": POOL.helper is not None and POOL.helper.process is not None and opens_a_gpu(POOL.helper.process.pid),
-        "quack": quack,
-        "fa4 compiled": len(exported),
+        "kernels": gemm_quack.compiled.cache_info().misses,
+        "compiled": len(exported),
+        "imported": sorted({"quack", "cutlass", "flash_attn"} & {name.partition(".")[0] for name in sys.modules}),
     }
     print(json.dumps(result))
 

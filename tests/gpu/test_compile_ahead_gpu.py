@@ -31,7 +31,6 @@ def compiled(folder: Path, *how: str, attention: str = "sdpa", threads: int | No
     """What the program says, with the caches in `folder`; "result": the model's."""
     environment = {
         **os.environ,
-        "QUACK_CACHE_DIR": str(folder / "quack"),
         "DKFUSE_CACHE_DIR": str(folder / "dkfuse"),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         "TRITON_CACHE_DIR": str(folder / "triton"),
@@ -52,51 +51,61 @@ def compiled(folder: Path, *how: str, attention: str = "sdpa", threads: int | No
 def test_a_helper_compiles_quacks_kernels(tmp_path: Path) -> None:
     alone = compiled(tmp_path / "alone", threads=1)
     assert alone["started"] == 0 and alone["helped"] == {}
-    kinds = alone["quack"]["compiled"]
-    assert kinds >= 4 and alone["quack"]["loaded"] == 0
+    kinds = alone["kernels"]
+    assert kinds >= 4 and alone["compiled"] == kinds
 
     cold = compiled(tmp_path / "cold", "wait")
     assert cold["started"] == 1 and not cold["gpu"]
     assert len(cold["helped"]) == kinds and all(error is None for *_, error in cold["helped"].values())
     assert cold["pid"] not in {pid for pid, *_ in cold["helped"].values()}
-    assert cold["quack"] == {"compiled": 0, "loaded": kinds}, "helpers' files are the same kernels by the same names"
+    assert (cold["kernels"], cold["compiled"], cold["imported"]) == (kinds, 0, []), "as the helper left them"
     assert torch.equal(cold["result"], alone["result"])
 
     warm = compiled(tmp_path / "cold")
-    assert (warm["started"], warm["helped"]) == (0, {}) and warm["quack"] == {"compiled": 0, "loaded": kinds}
-    assert torch.equal(warm["result"], alone["result"])
+    assert (warm["started"], warm["helped"], warm["kernels"], warm["compiled"]) == (0, {}, kinds, 0)
+    assert warm["imported"] == [] and torch.equal(warm["result"], alone["result"])
 
-    # another model, with kernels of the same kinds: Inductor's cache is cold, quack's is not
+    # another model, with kernels of the same kinds: Inductor's cache is cold, that of kernels is not
     (tmp_path / "cold" / "inductor").rename(tmp_path / "inductor")
     (tmp_path / "cold" / "dkfuse" / "records").rename(tmp_path / "records")
     again = compiled(tmp_path / "cold")
-    assert again["started"] == 0 and again["quack"] == {"compiled": 0, "loaded": kinds}
+    assert (again["started"], again["kernels"], again["compiled"], again["imported"]) == (0, kinds, 0, [])
     assert torch.equal(again["result"], alone["result"])
 
 
 def test_whoever_is_first_compiles(tmp_path: Path) -> None:
     """As it is used: what the helper has not begun when Inductor is done is compiled here, and nothing twice."""
     found = compiled(tmp_path)
-    assert found["started"] >= 1 and found["quack"]["compiled"] + len(found["helped"]) >= 4
-    assert found["quack"]["compiled"] + found["quack"]["loaded"] == compiled(tmp_path)["quack"]["loaded"]
+    assert found["started"] >= 1 and found["compiled"] + len(found["helped"]) >= 4
+    assert found["kernels"] == compiled(tmp_path)["kernels"]
 
 
 def test_a_helper_that_compiles_nothing(tmp_path: Path) -> None:
     found = compiled(tmp_path, "wait", "broken")
     assert all("no_such_module_of_dkfuse" in error for *_, error in found["helped"].values()) and found["helped"]
-    assert found["quack"]["loaded"] == 0 and found["quack"]["compiled"] >= 4
+    assert found["compiled"] == found["kernels"] >= 4
+
+
+def test_without_a_linker_it_is_compiled_each_time(tmp_path: Path) -> None:
+    """What is not kept is called as it was compiled."""
+    kept = compiled(tmp_path / "kept", threads=1)
+    for _ in range(2):
+        found = compiled(tmp_path / "not", "unlinked", threads=1)
+        assert found["compiled"] == found["kernels"] == kept["kernels"]
+        assert torch.equal(found["result"], kept["result"])
 
 
 @needs_fa4
 def test_a_helper_compiles_flash_attention(tmp_path: Path) -> None:
     alone = compiled(tmp_path / "alone", attention="fa4", threads=1)
-    assert "attention" in alone["fused"] and alone["fa4 compiled"] == 1
+    assert "attention" in alone["fused"] and alone["compiled"] == alone["kernels"] + 1
 
     cold = compiled(tmp_path / "cold", "wait", attention="fa4")
-    assert "attention" in cold["fused"] and cold["fa4 compiled"] == 0 and not cold["gpu"]
+    assert "attention" in cold["fused"] and cold["compiled"] == 0 and not cold["gpu"]
     assert any(name.startswith("bfloat16 128 1 False False") for name in cold["helped"]), cold["helped"]
     assert all(error is None for *_, error in cold["helped"].values())
     assert torch.equal(cold["result"], alone["result"])
 
     warm = compiled(tmp_path / "cold", attention="fa4")
-    assert warm["started"] == 0 and warm["fa4 compiled"] == 0 and torch.equal(warm["result"], alone["result"])
+    assert (warm["started"], warm["compiled"], warm["imported"]) == (0, 0, []), "the call that was read, from disk"
+    assert torch.equal(warm["result"], alone["result"])
