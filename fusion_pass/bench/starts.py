@@ -12,7 +12,8 @@ As JSON under schema "dkfuse.bench.start/1":
     {schema, torch, device, date, versions, models: [{model, batch, layers, depth, size, dtype, mode, pack, attention,
      sides: {NAME: {cold, warm}}, ratios: {RIVAL: {cold, warm}}}]}
 
-Times are medians of `rounds` pairs of processes, in seconds; a ratio is dkfuse / rival, less is better.
+Times are medians, in seconds, of `rounds` cold processes, each followed by `WARM` warm ones; a ratio is dkfuse / rival,
+less is better.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from .sides import CACHES, Options, runner
 from .targets import Target, build, depth
 
 SCHEMA = "dkfuse.bench.start/1"
+WARM = 3  # starts of a few seconds differ by a fifth
 LIMIT = 1800.0  # seconds of one process
 _START = "import json, sys; job = json.loads(sys.argv[1]); sys.path[:] = job['path']; from {} import main; main(job)"
 
@@ -50,9 +52,9 @@ def measure(target: Target, options: Options, device: str, say: Callable[[str], 
         found: dict[str, list[float]] = {"cold": [], "warm": []}
         for _ in range(options.rounds):
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-                for which, times in found.items():
+                for which in ("cold", *("warm",) * WARM):
                     say(f"{target.label}: {side}, {which}")
-                    times.append(seconds(target, options, side, device, Path(folder)))
+                    found[which].append(seconds(target, options, side, device, Path(folder)))
         sides[side] = {which: median(times) for which, times in found.items()}
     chosen = ("layers", "size", "dtype", "mode", "pack", "attention")
     return {

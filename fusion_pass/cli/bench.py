@@ -113,7 +113,7 @@ def start(
     layers: Layers = None,
     size: Widths = Size.full,
     dtype: Weights = Dtype.bf16,
-    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Pairs of processes of each side.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Times that each side starts with empty caches.")] = 1,
     mode: Mode = None,
     pack: Pack = False,
     attention: Attention = None,

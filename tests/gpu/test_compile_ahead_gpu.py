@@ -56,7 +56,8 @@ def test_a_helper_compiles_quacks_kernels(tmp_path: Path) -> None:
 
     cold = compiled(tmp_path / "cold", "wait")
     assert cold["started"] == 1 and not cold["gpu"]
-    assert len(cold["helped"]) == kinds and all(error is None for *_, error in cold["helped"].values())
+    assert len(cold["helped"]) >= kinds, "and those that are likely"
+    assert all(error is None for *_, error in cold["helped"].values())
     assert cold["pid"] not in {pid for pid, *_ in cold["helped"].values()}
     assert (cold["kernels"], cold["compiled"], cold["imported"]) == (kinds, 0, []), "as the helper left them"
     assert torch.equal(cold["result"], alone["result"])
