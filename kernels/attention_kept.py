@@ -158,7 +158,7 @@ def keep_call(kind: Kind, kernel: Any, form: Form) -> None:
     """Leave the kernel, which is in their cache, and the form of its direct call on disk."""
     kept = install()
     if kept is not None and (data := kept.object_file(kernel)) is not None:
-        shared_library.put(_parts(kind), data, form)
+        shared_library.put(_parts(kind), lambda: data, form)
 
 
 def job(kind: Kind) -> Job:

@@ -8,11 +8,11 @@ A process that finds all its kernels on disk imports neither quack nor the CuTe 
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +25,6 @@ from .packages import installed
 if TYPE_CHECKING:
     from .gemm_quack import Form
 
-log = logging.getLogger("dkfuse")
 COMPILE = f"{__name__}:compile_kind"
 WRITTEN_IN = ("nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-base", "apache-tvm-ffi")
 
@@ -85,12 +84,7 @@ def kept(kind: Kind) -> tuple[Callable[..., Any], Form] | None:
 
 def keep(kind: Kind, kernel: Any, form: Form) -> None:
     """Leave the kernel, which this process has compiled, on disk."""
-    try:
-        data = shared_library.exported(kernel)
-    except Exception as error:  # a kernel that has no object file, no place for a temporary one
-        log.info("dkfuse: quack's kernel is not kept on disk: %s", error)
-        return
-    shared_library.put(_parts(kind), data, vars(form))
+    shared_library.put(_parts(kind), partial(shared_library.exported, kernel), vars(form))
 
 
 def _parts(kind: Kind) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Compiled kernels of CuTe DSL on disk, as shared libraries that a process calls without CuTe DSL.
 
-    put(parts, object, form)     the kernel as a library, with what a call of it looks like, in dkfuse's cache
+    put(parts, objects, form)    the kernel as a library, with what a call of it looks like, in dkfuse's cache
     get(parts)                   (function, form), or None where there is none; function(*arguments) by TVM-FFI
 
 CuTe DSL loads what it exported with its own packages, whose import takes one to two seconds of every process. Linked
@@ -34,13 +34,13 @@ Form = dict[str, Any]  # of what JSON can carry
 _runtimes: dict[str, ctypes.CDLL] = {}  # CuTe DSL's runtime libraries, by path; they stay loaded
 
 
-def put(parts: tuple[str, ...], object_file: bytes, form: Form) -> None:
-    """Keep the kernel of an object file. Where that cannot be it is logged, and the kernel is compiled each time."""
+def put(parts: tuple[str, ...], object_file: Callable[[], bytes], form: Form) -> None:
+    """Keep the kernel of the object file that is returned. Where that cannot be it is logged, and nothing is kept."""
     try:
         from cutlass import cute
 
         runtime, ffi = cute.runtime.find_runtime_libraries(enable_tvm_ffi=True)
-        library = link(object_file, [runtime, ffi])
+        library = link(object_file(), [runtime, ffi])
     except Exception as error:  # whatever the packages or the linker raise
         log.info("dkfuse: a compiled kernel is not kept on disk: %s", error)
         return

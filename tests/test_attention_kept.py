@@ -127,7 +127,7 @@ def test_where_a_helper_compiles(pool: Pool, monkeypatch: pytest.MonkeyPatch, fo
 
 def test_a_direct_call_is_kept(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     function, entries = package(monkeypatch), {}
-    monkeypatch.setattr(shared_library, "put", lambda parts, data, form: entries.update({parts: (data, form)}))
+    monkeypatch.setattr(shared_library, "put", lambda parts, data, form: entries.update({parts: (data(), form)}))
     monkeypatch.setattr(shared_library, "there", entries.__contains__)
     monkeypatch.setattr(shared_library, "get", entries.get)
     attention_kept.install()

