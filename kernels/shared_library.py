@@ -101,7 +101,8 @@ def loaded(library: bytes, runtime: str) -> Function:
 
     if runtime not in _runtimes:
         _runtimes[runtime] = ctypes.CDLL(runtime)
-    with tempfile.TemporaryDirectory() as folder:
+    place = disk_cache.root() if disk_cache.writable() else None  # /tmp may be mounted so that nothing in it can run
+    with tempfile.TemporaryDirectory(dir=place, prefix="load-") as folder:
         file = Path(folder) / "kernel.so"
         file.write_bytes(library)
         return tvm_ffi.load_module(str(file))[NAME]

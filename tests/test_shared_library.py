@@ -44,7 +44,12 @@ def packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, built: tuple[bytes
         runtime=types.SimpleNamespace(find_runtime_libraries=lambda enable_tvm_ffi: [runtime, runtime])
     )
     ffi = types.ModuleType("tvm_ffi")
-    ffi.load_module = lambda path: {"func": ctypes.CDLL(path).func}  # type: ignore[attr-defined]
+
+    def load_module(path: str) -> dict[str, Any]:
+        assert path.startswith(str(tmp_path)), "beside what is kept"
+        return {"func": ctypes.CDLL(path).func}
+
+    ffi.load_module = load_module  # type: ignore[attr-defined]
     cutlass = types.ModuleType("cutlass")
     cutlass.cute = cute  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "cutlass", cutlass)
@@ -63,6 +68,7 @@ def test_a_kernel_is_kept_with_the_form_of_its_calls(built: tuple[bytes, str], m
     monkeypatch.delitem(sys.modules, "cutlass")  # it is not needed any more
     found = shared_library.get(PARTS)
     assert found is not None and found[0](20) == 41 and found[1] == FORM
+    assert [path.name for path in disk_cache.root().iterdir()] == ["kernels"], "nothing is left behind"
 
 
 def broken(**changes: Any) -> Any:
