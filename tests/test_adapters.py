@@ -173,6 +173,15 @@ class Broadcast(Adapted):
         return self.base(x) + self.up[0](self.down[0](x[:1]))
 
 
+class InHalves(Adapted):
+    """An update of each half of a row: as many elements as the linear has, in rows of their own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = WIDTH // 2
+        down, up = self.down[0].weight[:, :half], self.up[0].weight[:half]
+        return self.base(x) + F.linear(F.linear(x.unflatten(-1, (2, -1)), down), up).flatten(-2)
+
+
 class Activated(Adapted):
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(super().forward(x), approximate="tanh") @ self.base.weight
@@ -198,6 +207,7 @@ class GatedUnit(nn.Module):
         (Adapted(dtype=FP32), {}, {"left:dtype": 1}),
         (ReadTwice(), {}, {}),
         (Broadcast(), {}, {}),
+        (InHalves(), {}, {}),
     ],
     ids=[
         "of a SwiGLU",
@@ -208,6 +218,7 @@ class GatedUnit(nn.Module):
         "in fp32",
         "read twice",
         "of one sample",
+        "of half rows",
     ],
 )
 def test_what_is_left(module: nn.Module, options: dict[str, Any], expected: dict[str, int]) -> None:

@@ -217,3 +217,40 @@ def test_a_division_by_one_is_none_with_dynamic_shapes_too(number: float, fused:
         assert coverage.totals["fused"] == fused and len(coverage.graphs) == 1
         module.number = 4.0
         torch.testing.assert_close(compiled(x, gate)[0], module(x, gate)[0], rtol=2e-2, atol=4e-2)
+
+
+# -- results that the caller may write to ------------------------------------------------------------------------------
+
+
+def a_sum_and_its_clone(x: Tensor) -> tuple[Tensor, ...]:
+    h = x + S * (x @ W)
+    return h, h.clone(), modulated(h)
+
+
+def halves_and_the_whole(x: Tensor) -> tuple[Tensor, ...]:
+    n = F.layer_norm(x, (64,)) * (1 + S) + T
+    return torch.cat([n[:, :3], n[:, 3:]], 1), n.view(-1, 64), n @ W
+
+
+def computed_twice(x: Tensor) -> tuple[Tensor, ...]:
+    first, second = (F.layer_norm(x, (64,)) * (1 + S) + T for _ in range(2))
+    return first[:, 1:], second.unflatten(-1, (2, -1)), first @ W
+
+
+def queries_and_a_copy(x: Tensor) -> tuple[Tensor, ...]:
+    q = F.rms_norm(x.unflatten(-1, (2, 32)), (32,), eps=1e-6).float()
+    a, b = q.unflatten(-1, (-1, 2)).unbind(-1)
+    c, s = COS[: x.shape[1]], SIN[: x.shape[1]]
+    q = torch.stack([a * c - b * s, a * s + b * c], -1).flatten(-2).to(BF16).transpose(1, 2)
+    return q.contiguous(), q.contiguous().flatten(1, 2)
+
+
+@pytest.mark.parametrize("remainder", ["eager", "inductor"])
+@pytest.mark.parametrize("function", [a_sum_and_its_clone, halves_and_the_whole, computed_twice, queries_and_a_copy])
+def test_results_share_no_memory(function: Callable[[Tensor], tuple[Tensor, ...]], remainder: str) -> None:
+    x = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0)).to(BF16)
+    results, coverage = run(function, [x], target="sm90", remainder=remainder)
+    assert coverage.totals["fused"] >= 1, str(coverage)
+    assert len({result.untyped_storage().data_ptr() for result in results}) == len(results)
+    for ours, eager in zip(results, function(x), strict=True):
+        torch.testing.assert_close(ours, eager, rtol=2e-2, atol=4e-2)

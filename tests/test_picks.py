@@ -274,6 +274,26 @@ def test_negative_numbers_count_from_the_end() -> None:
     check_numerics(function, args, results)
 
 
+def of_samples_and_of_tokens(h: Tensor, e: Tensor, n: Tensor, w: Tensor) -> Tensor:
+    shift, scale, *_ = e.chunk(6, dim=-1)
+    return modulated(h, scale[n].unsqueeze(1), shift[n]) @ w
+
+
+def of_tokens_and_of_samples(h: Tensor, e: Tensor, n: Tensor, w: Tensor) -> Tensor:
+    shift, scale, *_ = e.chunk(6, dim=-1)
+    return modulated(h, scale[n], shift[n].unsqueeze(1)) @ w
+
+
+@pytest.mark.parametrize("function", [of_samples_and_of_tokens, of_tokens_and_of_samples])
+def test_the_same_numbers_of_samples_and_of_tokens(function: Any) -> None:
+    """As many samples as tokens: both fit."""
+    args = spell("h:44D e:3P n:4:i w:DD")
+    args[2] = torch.tensor([0, 2, 1, 0])
+    results, coverage = run(function, args)
+    assert counts(coverage) == {"norm_modulate": 1}, str(coverage)
+    check_numerics(function, args, results)
+
+
 # -- segments ----------------------------------------------------------------------------------------------------------
 
 

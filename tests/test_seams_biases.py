@@ -78,3 +78,11 @@ def test_which_sums_are_products() -> None:
     assert sums(plain, Settings(), FP32) == 0
     assert sums(read_twice, Settings()) == 0
     assert sums(of_a_row_for_each_sample, Settings()) == 0
+
+
+def test_a_bias_that_is_a_sum_itself() -> None:
+    def function(x: Tensor, w: Tensor, b: Tensor, g: Tensor) -> Tensor:
+        own = (of_fp8(x[0, :1], w)).view(-1) + b
+        return of_fp8(x, w) + own
+
+    assert sums(function, Settings()) == 2

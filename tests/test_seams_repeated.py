@@ -158,3 +158,17 @@ def test_left_as_it_is(options: dict[str, Any], expected: dict[str, int]) -> Non
     dtype = options.pop("dtype", BF16)
     _, coverage = run(built(Modulated, dtype), inputs(dtype=dtype), **options)
     assert tally(seams(coverage)) == expected
+
+
+def test_rows_that_are_returned_lie_apart() -> None:
+    """The caller may write into one of them."""
+    module, (_, _, e) = built(Modulated), inputs()
+
+    def function(e: Tensor) -> Tensor:
+        return module.mod(e[:, None].expand(-1, TOKENS, -1))
+
+    (result,), coverage = run(function, [e], target="sm90")
+    assert tally(seams(coverage)) == {FAMILY: 1}
+    result[:, 0] = 0
+    assert result[:, 1:].any()
+    torch.testing.assert_close(result[:, 1:], function(e)[:, 1:], rtol=0.02, atol=0.02)

@@ -46,10 +46,17 @@ def resolve(site: Candidate) -> None:
         raise NotThisRule("of two factors of one shape the rows that are picked are the gate")
     if found:
         first = next(iter(found.values()))
-        rows = {name: choice.rows for name, choice in found.items() if choice.key == first.key}
+        rows = {name: choice.rows for name, choice in found.items() if _picks_alike(choice, first)}
         terms = {**binding.terms, **rows, "pick": first.pick}
         site.picked = [binding.terms[name] for name in rows]
         site.binding = Binding(terms, binding.numbers, binding.roundings, binding.interior)
+
+
+def _picks_alike(one: Choice, other: Choice) -> bool:
+    """The same numbers may be those of samples for one operand and those of tokens for another."""
+    shapes = [choice.pick.shape for choice in (one, other)]
+    rank = max(map(len, shapes))
+    return one.key == other.key and same_shape(*((1,) * (rank - len(shape)) + shape for shape in shapes))
 
 
 def has_rows(site: Candidate, name: str) -> bool:

@@ -18,7 +18,7 @@ from ..matching.operands import own_node
 from ..matching.rules import Candidate
 from ..matching.terms import Term, TermView, same_shape
 from ..matching.views import replay
-from .strides import spread
+from .strides import is_returned, owner, spread
 from .symbols import arguments
 
 TABLES = ("cos", "sin")
@@ -92,11 +92,23 @@ def _insert(graph: fx.Graph, view: TermView, site: Candidate, renamed: dict[fx.N
         copy_origin(anchor, call)
         results = _results(graph, call)
         shaped = {name: _shaped(graph, results[name], site.output_nodes(name)[0]) for name in site.outputs}
-    for name in site.outputs:
-        for old in site.output_nodes(name):
-            old.replace_all_uses_with(shaped[name])
-            renamed[old] = shaped[name]
+        instead = {old: new for name in shaped for old, new in apart(graph, site.output_nodes(name), shaped[name])}
+    for old, new in instead.items():
+        old.replace_all_uses_with(new)
+        renamed[old] = new
     return call
+
+
+def apart(graph: fx.Graph, nodes: list[fx.Node], result: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """`nodes`, which `result` is to replace, with what does: a copy where the caller gets more than one of them.
+
+    A model may return a value and a clone of it, and go on in one of them in place.
+    """
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in dict.fromkeys(map(owner, nodes)):
+        if is_returned(node):
+            copies[node] = emit_copy(graph, result) if copies else result
+    return [(node, copies.get(owner(node), result)) for node in nodes]
 
 
 def _shaped(graph: fx.Graph, result: fx.Node, old: fx.Node) -> fx.Node:

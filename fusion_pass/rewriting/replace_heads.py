@@ -20,8 +20,8 @@ from ..matching.head_site import HeadSite, reads_a_size
 from ..matching.operands import fake
 from ..matching.terms import Term, TermView, same_size
 from ..seams.attention_call import OPS
-from .replace import copy_origin, emit, op_call
-from .strides import read_by_strides
+from .replace import apart, copy_origin, emit, op_call
+from .strides import is_returned, read_by_strides
 from .symbols import arguments
 
 aten = torch.ops.aten
@@ -56,10 +56,11 @@ def insert(
         for cast, path in site.casts.items():
             renamed[cast] = _views_again(graph, result, path)
             cast.replace_all_uses_with(renamed[cast])
+        instead = apart(graph, nodes, result)
     _keep_sizes(graph, site, calls)
-    for old in nodes:
-        old.replace_all_uses_with(result)
-        renamed[old] = result
+    for old, new in instead:
+        old.replace_all_uses_with(new)
+        renamed[old] = new
     for copy, source in copies.items():
         copy.replace_all_uses_with(source)
         renamed[copy] = source
@@ -140,7 +141,7 @@ def _copies(nodes: list[fx.Node]) -> dict[fx.Node, fx.Node]:
                     return {}
                 orders.add(tuple(dims[d] for d in order))
                 found[copy] = copy.args[0]  # type: ignore[assignment]
-    return found if len(orders) == 1 else {}
+    return found if len(orders) == 1 and sum(map(is_returned, found)) < 2 else {}
 
 
 def _permuted_dims(node: fx.Node) -> list[int] | None:

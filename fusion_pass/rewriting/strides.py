@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,6 +20,39 @@ VIEWS = {
     aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.expand.default,
     aten.alias.default, aten.detach.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int,
 }  # fmt: skip
+
+
+def owner(node: fx.Node) -> fx.Node:
+    """What `node` is a view of, or itself."""
+    while _is_view(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def is_returned(node: fx.Node) -> bool:
+    """Whether who calls the graph gets the memory of `node`, by whatever view, and may write to it."""
+    return any(user.op == "output" or (_is_view(user) and is_returned(user)) for user in node.users)
+
+
+def renew_returned_views(graph: fx.Graph) -> None:
+    """Let the views that `graph` returns have the storages of what they are views of now.
+
+    Inductor tells by them whether a copy would be returned beside what it is of, and may go otherwise.
+    """
+    for node in graph.output_node().all_input_nodes:
+        views = []
+        while _is_view(node):
+            views.append(node)
+            node = node.args[0]  # type: ignore[assignment]
+        if views and node.op == "call_function":
+            for view in reversed(views):
+                _recompute(view)
+
+
+def _is_view(node: fx.Node) -> bool:
+    """A reshape counts as one, also where it copies; so do the parts of a split."""
+    of = node.args[0] if node.target is operator.getitem else node
+    return isinstance(of, fx.Node) and (of.target in VIEWS or of.target in RESHAPES)
 
 
 def propagate(
@@ -64,6 +98,7 @@ def _source_of_needless_copy(clone: fx.Node) -> fx.Node | None:
         and source.op == "call_function"
         and all(user.op == "call_function" for user in clone.users)
         and same_layout(source.meta["val"], clone.meta["val"])
+        and not (is_returned(clone) and is_returned(owner(source)))
     )
     return source if needless else None  # type: ignore[return-value]
 

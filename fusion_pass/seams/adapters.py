@@ -31,7 +31,7 @@ import dkfuse.kernels.adapted_linear  # noqa: F401  (registers the op, also for 
 from .. import compat
 from ..matching import gain
 from ..matching.rules import Code, Reject, Stage
-from ..matching.terms import same_shape
+from ..matching.terms import same_shape, same_size
 from ..rewriting.replace import copy_origin, emit
 from ..settings import Settings
 from . import gemm, gemm_choice
@@ -106,12 +106,20 @@ def _read_sum(
         found, views = _through_views(base)  # type: ignore[arg-type]
         if found is None:
             continue
-        if found in known and known[found].product is not update.linear.product:
+        if found in known and _fits(update, known[found]):
             return Adapted(node, known[found], (update,), views)
         if found.target is aten.add.Tensor and (below := _read_sum(found, known, products, inner)) is not None:
+            if not _fits(update, below.linear):
+                continue
             inner.add(found)
             return Adapted(node, below.linear, (*below.updates, update), (*below.views, *views))
     return None
+
+
+def _fits(update: Update, linear: Linear) -> bool:
+    """Whether the update has the linear's rows and columns, and is not the linear itself."""
+    columns = [one.features[1] for one in (update.linear, linear)]
+    return same_size(*columns) and linear.product is not update.linear.product
 
 
 def _read_update(node: fx.Node, products: dict[fx.Node, Linear]) -> Update | None:

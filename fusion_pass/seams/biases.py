@@ -15,14 +15,16 @@ from ..matching.terms import NARROW
 from ..rewriting.replace import copy_origin, emit, emit_like
 from ..settings import Settings
 from .common import aten
-from .linear import linears
+from .linear import linears, read
 
 
 def into_products(graph: fx.Graph, settings: Settings) -> None:
     """Rewrite every such sum in `graph`."""
     if settings.roundings == "eager":
         return
-    for linear in list(linears(graph)):
+    for each in list(linears(graph)):
+        linear = read(each.product)  # anew: its bias may be what a sum before this one became
+        assert linear is not None
         product, sum_ = linear.product, linear.node
         if linear.bias is None or product is sum_ or product.target is not aten.mm.default:
             continue

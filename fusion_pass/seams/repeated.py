@@ -22,8 +22,8 @@ from torch import fx
 from ..matching.gain import footprint, is_elementwise, total_bytes
 from ..matching.rules import Code, Reject
 from ..matching.terms import same_shape, same_size
-from ..rewriting.replace import copy_origin, emit, emit_like
-from ..rewriting.strides import RESHAPES, spread
+from ..rewriting.replace import copy_origin, emit, emit_copy, emit_like
+from ..rewriting.strides import RESHAPES, is_returned, spread
 from ..settings import Settings
 from .common import aten, check_allowed, is_tensor, record
 from .linear import linears, read
@@ -113,6 +113,8 @@ def _apply(graph: fx.Graph, product: fx.Node) -> None:
         one = emit(graph, aten.reshape.default, made, [*outer, columns])
         many = emit(graph, aten.expand.default, one, [*expand.args[1][:-1], columns])  # type: ignore[index]
         copy_origin(product, many)
+        if is_returned(linear.node):  # to who may write into one row
+            many = emit_copy(graph, many)
     for user in [u for u in linear.node.users if u.target in RESHAPES]:
         if same_shape(user.meta["val"].shape, many.meta["val"].shape):
             user.replace_all_uses_with(many)
