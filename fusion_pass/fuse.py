@@ -89,7 +89,7 @@ def run(graph: fx.Graph, settings: Settings, lowered: bool = True) -> Graph:
     from .rewriting.lower import lower
     from .rewriting.opaque import lower_opaque
     from .rewriting.replace import replace
-    from .rewriting.strides import renew_returned_views
+    from .rewriting.strides import renew_views
 
     started = time.perf_counter()
     what = decided(graph, settings, built=True)
@@ -97,7 +97,7 @@ def run(graph: fx.Graph, settings: Settings, lowered: bool = True) -> Graph:
     padded.pad_again(graph, what.products)
     if lowered:
         lower(graph, calls)
-        renew_returned_views(graph)
+        renew_views(graph)
         records.add_launches(what.record.sites, what.states)
     else:
         lower_opaque(graph, calls, eager=True)

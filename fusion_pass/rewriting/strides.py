@@ -34,19 +34,21 @@ def is_returned(node: fx.Node) -> bool:
     return any(user.op == "output" or (_is_view(user) and is_returned(user)) for user in node.users)
 
 
-def renew_returned_views(graph: fx.Graph) -> None:
-    """Let the views that `graph` returns have the storages of what they are views of now.
+def renew_views(graph: fx.Graph) -> None:
+    """Let views have the storages of what they are views of now.
 
-    Inductor tells by them whether a copy would be returned beside what it is of, and may go otherwise.
+    Inductor tells by the storages of fake values whether a copy would be returned beside what it is of, and may go
+    otherwise, and whether a value that an op overwrites is read later by a view.
     """
-    for node in graph.output_node().all_input_nodes:
-        views = []
-        while _is_view(node):
-            views.append(node)
-            node = node.args[0]  # type: ignore[assignment]
-        if views and node.op == "call_function":
-            for view in reversed(views):
-                _recompute(view)
+    for node in graph.nodes:
+        if _is_view(node) and _storage(node) != _storage(node.args[0]):
+            _recompute(node)
+
+
+def _storage(node: fx.Node) -> int:
+    value = node.meta["val"]
+    first = value[0] if isinstance(value, (tuple, list)) else value
+    return first.untyped_storage()._cdata
 
 
 def _is_view(node: fx.Node) -> bool:
