@@ -24,7 +24,7 @@ from .choosing import building
 from .planner import Plan, plan
 from .reporting import records
 from .reporting.report import Graph, Status
-from .rewriting import known_ops, layouts, padded, picked, segments
+from .rewriting import known_ops, layouts, padded, picked, segments, unit_vectors
 from .settings import Settings
 
 __all__ = ["Plan", "decided", "plan", "run", "settled"]
@@ -60,11 +60,18 @@ def without_assertions(graph: fx.Graph) -> None:
 
 
 def settled(graph: fx.Graph, settings: Settings, spent: int = 0) -> Plan:
-    """`plan`, and once more where a copy brings rows together, or gives sites the layout that they were refused for.
+    """`plan`, and once more where unit vectors get weights, or a copy brings rows together or gives sites the layout
+    that they were refused for.
 
-    Without sites gained the copy is taken back.
+    Without sites gained each is taken back.
     """
     first = plan(graph, settings, spent)
+    if settings.roundings == "fused" and (units := unit_vectors.weighted(graph, first.view)):
+        again = plan(graph, settings, spent)
+        if _fused(again) > _fused(first):
+            first = again
+        else:
+            unit_vectors.undo(graph, units)
     if picks := [*segments.as_picks(graph), *picked.side_by_side(graph)]:
         again = plan(graph, settings, spent)
         if _fused(again) > _fused(first):

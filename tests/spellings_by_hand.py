@@ -1,4 +1,4 @@
-"""The table of spellings, part 8: norms written out, unit vectors times sqrt(D), and gates that are expanded."""
+"""The table of spellings, part 8: norms written out, unit vectors, and gates that are expanded."""
 
 from __future__ import annotations
 
@@ -143,6 +143,73 @@ def direction_by_the_length_of_another(x: T, y: T, w: T) -> T:
 def unit_vector_of_a_row_of_zeros(x: T, w: T) -> T:
     x = x * (torch.arange(x.shape[1]) > 2)[:, None] @ w
     return (F.normalize(x, dim=-1) * ROOT) @ w
+
+
+# -- unit vectors as queries and keys, attention by the cosine ---------------------------------------------------------
+
+
+def interleaved(x: T, c: T, s: T) -> T:
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * c - odd * s, odd * c + even * s], -1).flatten(-2).type_as(x)
+
+
+@spelling("norm_rope=2 absorbed=2", "q:BLI k:BLI v:BLI m:H1 c:LR:f s:LR:f")
+def directions_with_a_number_of_each_head(q: T, k: T, v: T, m: T, c: T, s: T) -> T:
+    """The logits' scale is multiplied into the query before heads and tokens change places; the key has none."""
+    q, k, v = (x.unflatten(-1, (4, 16)) for x in (q, k, v))
+    q, k = F.normalize(q, dim=-1) * m.clamp(max=1.0).exp(), F.normalize(k, dim=-1)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(interleaved(q, c, s), interleaved(k, c, s), v, scale=1.0)
+
+
+@spelling("qk_norm=2", "q:BHLC k:BHLC v:BHLC m:H11")
+def directions_alone(q: T, k: T, v: T, m: T) -> T:
+    q, k = F.normalize(q, dim=-1).mul(m).contiguous(), F.normalize(k, dim=-1).contiguous()
+    return F.scaled_dot_product_attention(q, k, v, scale=1.0)
+
+
+@spelling("norm_rope=2 absorbed=2", "q:BLI k:BLI v:BLI m:H c:LR s:LR")
+def directions_by_a_scaled_length(q: T, k: T, v: T, m: T, c: T, s: T) -> T:
+    """``x * (sqrt(m) / |x|)`` with half of the scale on either side, and a rotation of halves."""
+    q, k, v = (x.unflatten(-1, (4, 16)) for x in (q, k, v))
+    scale = m.float().abs().sqrt()[:, None]
+    lengths = [x.float().pow(2).sum(-1, keepdim=True) for x in (q, k)]
+    q, k = (x * (scale * torch.rsqrt(n + 1e-6)).to(x.dtype) for x, n in zip((q, k), lengths, strict=True))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+
+    def rotate(x: T) -> T:
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * c - b * s, b * c + a * s], -1)
+
+    return F.scaled_dot_product_attention(rotate(q), rotate(k), v, scale=1.0)
+
+
+@spelling("qk_norm=2", "q:BHLC k:BHLC v:BHLC a:C b:C")
+def directions_with_weights_and_a_number(q: T, k: T, v: T, a: T, b: T) -> T:
+    q, k = (3.0 * (F.normalize(x.float(), dim=-1).type_as(x) * g) for x, g in ((q, a), (k, b)))
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@spelling("rope unmatched:no_rule", "q:BHLC k:BHLC v:BHLC c:LR:f s:LR:f")
+def direction_that_others_read_too(q: T, k: T, v: T, c: T, s: T) -> tuple[T, T]:
+    """A norm with a weight would be a kernel of its own, and its rotation none: no site is gained."""
+    q = F.normalize(q, dim=-1)
+    return F.scaled_dot_product_attention(interleaved(q, c, s), k, v), q.sum(-1)
+
+
+@spelling("unmatched:no_rule", "q:BHLC k:BHLC v:BHLC", FP32)
+def directions_of_clamped_rows(q: T, k: T, v: T) -> T:
+    return F.scaled_dot_product_attention(F.normalize(q, dim=-1, eps=4.0) * 2.0, k, v)
+
+
+@spelling("unmatched:no_rule", "q:BHLC k:BHLC v:BHLC m:BHL1")
+def direction_with_a_number_of_each_token(q: T, k: T, v: T, m: T) -> T:
+    return F.scaled_dot_product_attention(F.normalize(q, dim=-1) * m, k, v)
+
+
+@spelling("unmatched:no_rule", "q:BHLC k:BHLC v:BHLC", FP32)
+def query_by_the_length_of_the_key(q: T, k: T, v: T) -> T:
+    return F.scaled_dot_product_attention(q / k.norm(dim=-1, keepdim=True).clamp(min=1e-12), k, v)
 
 
 # -- gates -------------------------------------------------------------------------------------------------------------

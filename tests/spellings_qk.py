@@ -232,3 +232,14 @@ def norm_alone_of_slices(x: T, w: T) -> T:
     q, k, v = heads(x @ w, 12).transpose(1, 2).chunk(3, dim=1)
     q, k = (F.layer_norm(y.float(), (16,), eps=1e-5).to(y.dtype) for y in (q, k))
     return F.scaled_dot_product_attention(q, k, v)
+
+
+@spelling("norm_rope=2 absorbed=2", "q:BLI k:BLI v:BLI a:HC b:HC c:LC:f s:LC:f")
+def weights_of_each_head_before_heads_and_tokens_change_places(q: T, k: T, v: T, a: T, b: T, c: T, s: T) -> T:
+    def prepare(x: T, weight: T) -> T:
+        x = (F.rms_norm(x.unflatten(-1, (4, 16)), (16,), eps=1e-6) * weight).transpose(1, 2)
+        turned = torch.cat([-x[..., 8:], x[..., :8]], -1)
+        return (x.float() * c + turned.float() * s).type_as(x)
+
+    values = v.unflatten(-1, (4, 16)).transpose(1, 2)
+    return F.scaled_dot_product_attention(prepare(q, a), prepare(k, b), values)

@@ -327,3 +327,28 @@ def lerp(h: T, y: T, g: T, s: T, t: T, w: T) -> tuple[T, T]:
 def gate_1_minus(h: T, y: T, g: T, s: T, t: T, w: T) -> tuple[T, T]:
     h = h + (1 - g) * y
     return h, modulated(h, s, t) @ w
+
+
+# -- a stream in fp32 whose norms read it in bf16 ----------------------------------------------------------------------
+
+
+@spelling(f"{WIDE} gated_residual", "r:BLD y:BLD g:B1D:f s:B1D t:B1D w:DD")
+def stream_rounded_for_its_norm_only(r: T, y: T, g: T, s: T, t: T, w: T) -> T:
+    """SkyReels-V2: the sum goes on in fp32."""
+    h = r.float() + y.float() * g
+    z = (F.layer_norm(h.to(r.dtype), (36,)) * (1 + s) + t) @ w
+    return (h + z.float() * g).to(r.dtype)
+
+
+@spelling("residual_norm", "r:BLD:f y:BLD a:D b:D w:DD")
+def stream_rounded_for_its_affine_norm(r: T, y: T, a: T, b: T, w: T) -> tuple[T, T]:
+    h = r + y
+    return h, F.layer_norm(h.to(y.dtype), (36,), a, b) @ w
+
+
+@spelling("norm_modulate gated_residual", "r:BLD y:BLD g:B1D:f s:B1D t:B1D w:DD")
+def stream_whose_rounding_others_read_too(r: T, y: T, g: T, s: T, t: T, w: T) -> tuple[T, T, T]:
+    """The kernel stores one of the two."""
+    h = r.float() + y.float() * g
+    rounded = h.to(r.dtype)
+    return h, rounded, (F.layer_norm(rounded, (36,)) * (1 + s) + t) @ w

@@ -32,10 +32,17 @@ def build(
     """The candidate for `binding`, or Reject. shape: what the op sees `root` in; apart: sums are, see `tables`."""
     value = view.nodes(root)[0].meta["val"]
     if (total := binding.terms.get("sum")) is not None:
-        binding = binding.rebind("sum", computed(view, total))
+        binding = binding.rebind("sum", _stored(view, computed(view, total), exact=roundings == "eager"))
     site = Candidate(rule, view, root, binding, shape, value.device, family=rule.family)
     site.outputs["out"] = root
     return _checked(site, roundings, apart)
+
+
+def _stored(view: TermView, total: Term, exact: bool) -> Term:
+    """The sum that is a result: in fp32 where the stream goes on in fp32 and only the norm reads it rounded."""
+    nodes = view.nodes(total.args[0]) if total.op == "round" and not exact else []
+    rounded = set(view.nodes(total))
+    return total.args[0] if any(user not in rounded for node in nodes for user in node.users) else total
 
 
 def build_dual(

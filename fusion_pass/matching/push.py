@@ -71,13 +71,15 @@ def adapt(view: TermView, attrs: tuple, arg: Term, before: tuple, after: tuple) 
             return arg
         return view.view(arg, ("slice", dim, *attrs[2:]), (*arg.shape[:dim], after[attrs[1]], *arg.shape[dim + 1 :]))
     if kind == "permute":
-        if not missing:
-            return view.view(arg, attrs, tuple(arg.shape[d] for d in attrs[1]))
         moved = [d for i, d in enumerate(attrs[1]) if d != i]
-        if all(d >= missing for d in moved):
+        if missing and all(d >= missing for d in moved):
             dims = tuple(d - missing for d in attrs[1][missing:])
             return view.view(arg, ("permute", dims), tuple(arg.shape[d] for d in dims))
-        return arg if all(d < missing for d in moved) else None
+        if missing and all(d < missing for d in moved):
+            return arg
+        for _ in range(missing):  # a weight of each head, and heads that change places with tokens
+            arg = view.view(arg, ("unsqueeze", 0), (1, *arg.shape))
+        return view.view(arg, attrs, tuple(arg.shape[d] for d in attrs[1]))
     if kind == "reshape":
         shape = _reshaped(arg.shape, before, after)
         return None if shape is None else _unrepeated(view.view(arg, ("reshape",), shape))

@@ -20,6 +20,7 @@ from .views import VIEW_READERS, read_split
 
 aten = torch.ops.aten
 prims = torch.ops.prims
+OPERAND = "dkfuse_operand"  # in the meta of a tensor of one number that a rewrite made for kernels to read
 
 
 def elementwise(op: str):
@@ -103,6 +104,8 @@ def read_cast(view: TermView, node: fx.Node) -> Term | None:
 
 
 def read_full(view: TermView, node: fx.Node) -> Term | None:
+    if node.meta.get(OPERAND):
+        return None
     fill = node.args[1] if len(node.args) > 1 else node.args[0]
     return view.const(fill) if isinstance(fill, (int, float)) and not isinstance(fill, bool) else None
 
