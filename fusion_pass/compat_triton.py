@@ -35,7 +35,7 @@ def register_triton_kernel(kernel: Any, constants: dict[str, Any], written: Sequ
     return kernel_side_table.add_kernel(kernel), kernel_side_table.add_constant_args(constants)
 
 
-ANALYSES = ("identify_accessed_tensors", "identify_mutated_tensors")  # torch 2.13, 2.11
+ANALYSES = ("identify_accessed_tensors", "identify_mutated_tensors")  # torch 2.13 and later, 2.11
 WORKER_JOB = "_worker_compile_triton"
 _written: dict[Any, set[frozenset[str]]] = {}  # by our kernels, made once per pattern of use and kept
 
@@ -82,7 +82,7 @@ def _fuses_epilogues() -> bool:
 
 
 def _accesses(kwargs: dict[str, Any], written: list[str]) -> Any:
-    """What torch 2.13 wants to know of a launch: every tensor may be read."""
+    """What torch wants to know of a launch from 2.13 on: every tensor may be read."""
     from torch._higher_order_ops.triton_kernel_wrap import TensorAccesses
     from torch._inductor.dependencies import ReadWrites, StarDep
     from torch.utils._ordered_set import OrderedSet

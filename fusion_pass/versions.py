@@ -8,7 +8,7 @@ import warnings
 from .errors import UnsupportedTorchError, UntestedTorchWarning
 
 OLDEST_TORCH = (2, 11)
-TESTED_TORCH = ((2, 11), (2, 13))  # first and last release that the tests pass on
+TESTED_TORCH = ((2, 11), (2, 14))  # first and last release that the tests pass on
 
 
 def release(version: str) -> tuple[int, int]:

@@ -184,7 +184,7 @@ def test_spelling_mistakes_in_variables_are_found() -> None:
     assert unknown_variables(environ) == ["DKFUSE_REPROT"]
 
 
-@pytest.mark.parametrize("version", ["2.11.0", "2.12.1+cu130", "2.13.0a0+git1234"])
+@pytest.mark.parametrize("version", ["2.11.0", "2.12.1+cu130", "2.13.0a0+git1234", "2.14.1+cu130"])
 def test_tested_torch_is_silent(version: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

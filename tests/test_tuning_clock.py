@@ -147,6 +147,8 @@ def test_candidates_are_compiled_together(driver: None, caplog: pytest.LogCaptur
     """For sm90, in threads, and then found by launches; one that cannot be compiled keeps nothing from the others."""
     from dataclasses import replace
 
+    from triton.compiler import CompilationError, CompiledKernel
+
     good = launches(2)
     x = meta(1, 4, 6, 32)
     call = Call(rope_call(x, 4, 1), x)
@@ -167,10 +169,13 @@ def test_candidates_are_compiled_together(driver: None, caplog: pytest.LogCaptur
         with caplog.at_level(logging.DEBUG, "dkfuse"):
             tuning_clock.compile_together(together, own)
         assert "one by one" not in caplog.text
-    compiled = [k for cache in (good[0].kernel.device_caches[0][0],) for k in cache.values()]
+    # Triton 3.8, of torch 2.14, keeps the failed compilation in a kernel's place: it is raised where that is launched.
+    compiled = [k for k in good[0].kernel.device_caches[0][0].values() if isinstance(k, CompiledKernel)]
     assert {k.metadata.num_warps for k in compiled} >= {x.num_warps for x in good}
     assert len(compiled) >= 2 and all("ld.global" in k.asm["ptx"] for k in compiled)
     assert rope[0].kernel.device_caches[0][0]
+    with pytest.raises(CompilationError):
+        launch.run(bad, {n: tensors()[n] for n in bad.tensors.values()})
 
 
 def test_the_bench_says_which_entries_could_be_mended() -> None:
