@@ -43,6 +43,8 @@ def as_picks(graph: fx.Graph) -> Picks:
                 found.append((cat, whole))
             else:
                 undo(graph, [(cat, whole)])
+                for key in [key for key, mask in masks.items() if not mask.users]:  # which went too
+                    del masks[key]
     return found
 
 
