@@ -84,6 +84,16 @@ def test_doctor_reports_what_makes_dkfuse_unusable(run: Run, monkeypatch: pytest
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU")
+def test_doctor_says_which_compiler_links_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "clang").touch(mode=0o755)
+    monkeypatch.delenv("CC", raising=False)
+    for folder, value in ((tmp_path, str(tmp_path / "clang")), (tmp_path / "empty", "not found")):
+        monkeypatch.setenv("PATH", str(folder))
+        (check,) = (check for check in doctor.diagnose().software if check.name == "C compiler")
+        assert check.value == value
+    assert check.state == "optional" and "set CC, or install gcc; Triton builds launchers with it" in check.hint
+
+
 def test_doctor_sees_a_gpu_that_torch_cannot_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 580.65.06, 81559 MiB'\n")

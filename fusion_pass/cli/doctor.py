@@ -78,7 +78,7 @@ def diagnose(environ: Mapping[str, str] = os.environ) -> Diagnosis:
 def _software(has_gpu: bool) -> list[Check]:
     home = Path(__file__).parents[1]
     checks = [Check("dkfuse", f"{__version__} in {home}"), Check("python", platform.python_version())]
-    checks += [_torch(), _registered(), _triton(has_gpu)]
+    checks += [_torch(), _registered(), _triton(has_gpu), _compiler(has_gpu)]
     from dkfuse.kernels.providers import BUILT_IN, in_range
 
     tested = {p.title: p.tested for p in BUILT_IN.values() if p.tested is not None}
@@ -155,6 +155,16 @@ def _triton(has_gpu: bool) -> Check:
     if has_gpu:
         return Check("triton", "not installed", "error", "install a CUDA build of torch, which brings its own triton")
     return Check("triton", "not installed", "optional", "pip install triton (without a GPU only its interpreter runs)")
+
+
+def _compiler(has_gpu: bool) -> Check:
+    from dkfuse.kernels.shared_library import compiler
+
+    try:
+        return Check("C compiler", compiler())
+    except OSError as error:
+        needed = "Triton builds launchers with it, and CuTe DSL kernels are linked to be kept"
+        return Check("C compiler", "not found", "warning" if has_gpu else "optional", f"{error}; {needed}")
 
 
 def _driver() -> list[list[str]] | None:
