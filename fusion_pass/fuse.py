@@ -65,19 +65,20 @@ def settled(graph: fx.Graph, settings: Settings, spent: int = 0) -> Plan:
 
     Without sites gained each is taken back.
     """
+
+    def gained(before: Plan, made: picked.Picks) -> Plan:
+        if not made:
+            return before
+        again = plan(graph, settings, spent)
+        if _fused(again) > _fused(before):
+            return again
+        picked.undo(graph, made)
+        return before
+
     first = plan(graph, settings, spent)
-    if settings.roundings == "fused" and (units := unit_vectors.weighted(graph, first.view)):
-        again = plan(graph, settings, spent)
-        if _fused(again) > _fused(first):
-            first = again
-        else:
-            unit_vectors.undo(graph, units)
-    if picks := [*segments.as_picks(graph), *picked.side_by_side(graph)]:
-        again = plan(graph, settings, spent)
-        if _fused(again) > _fused(first):
-            first = again
-        else:
-            picked.undo(graph, picks)
+    if settings.roundings == "fused":
+        first = gained(first, unit_vectors.weighted(graph, first.view))
+    first = gained(first, [*segments.as_picks(graph), *picked.side_by_side(graph)])
     if not (copies := layouts.settle(graph, first.refused)):
         return first
     again = plan(graph, settings, spent)

@@ -62,8 +62,7 @@ def _serves(q: Tensor) -> bool:
 
 
 def _kind(q: Tensor, k: Tensor, lengths: Tensor | None, causal: bool) -> Kind:
-    dtype = str(q.dtype).removeprefix("torch.")
-    return Kind(dtype, q.shape[3], q.shape[1] // (k.shape[1] or 1), causal, lengths is not None)
+    return Kind.of(q.dtype, q.shape[3], q.shape[1] // (k.shape[1] or 1), causal, lengths is not None)
 
 
 def _scale(q: Tensor, scale: float | None) -> float:

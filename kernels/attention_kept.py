@@ -122,6 +122,10 @@ class Kind:
     causal: bool
     lengths: bool
 
+    @classmethod
+    def of(cls, dtype: torch.dtype, head_dim: int, groups: int, causal: bool, lengths: bool) -> Kind:
+        return cls(str(dtype).removeprefix("torch."), head_dim, groups, causal, lengths)
+
 
 def submit(kind: Kind, capability: int) -> bool:
     """Have a helper compile the kernel. False where there is nothing to wait for: it is on disk, or no helper can."""

@@ -107,7 +107,7 @@ def side_by_side(graph: fx.Graph) -> Picks:
 
 
 def undo(graph: fx.Graph, picks: Picks) -> None:
-    """Take back what `side_by_side` did."""
+    """Take back what `side_by_side` did, or any other rewriting that left the nodes as they were, unread."""
     for before, after in reversed(picks):
         after.replace_all_uses_with(before)
         pending = [after]

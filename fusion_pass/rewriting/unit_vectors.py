@@ -24,19 +24,11 @@ from ..matching.gain import CASTS
 from ..matching.heads import LONGEST_HEAD
 from ..matching.readers import OPERAND
 from ..matching.terms import FLOATS, Term, TermView, bare, broadcast_shape, same_size
+from .picked import Picks
 from .replace import copy_origin, emit
 
 aten = torch.ops.aten
 cast = torch.ops.prims.convert_element_type.default
-
-
-@dataclass
-class Swap:
-    """`node` is computed by `made`, the last of the nodes `new`."""
-
-    node: fx.Node
-    made: fx.Node
-    new: list[fx.Node]
 
 
 @dataclass
@@ -50,8 +42,8 @@ class Product:
     between: list[fx.Node] = field(default_factory=list)
 
 
-def weighted(graph: fx.Graph, view: TermView) -> list[Swap]:
-    """Rewrite every unit vector of `graph`, which `view` reads, that becomes a query or a key."""
+def weighted(graph: fx.Graph, view: TermView) -> Picks:
+    """Rewrite every unit vector of `graph`, which `view` reads, that becomes a query or a key; for `picked.undo`."""
     if not graph.find_nodes(op="call_function", target=aten.sum.dim_IntList):
         return []
     squares = {s for node in anchors.qk_reductions(view) if (s := _squares(view, node)) is not None}
@@ -62,14 +54,6 @@ def weighted(graph: fx.Graph, view: TermView) -> list[Swap]:
             found.append((node, product))
             inside.update(product.between)
     return [_swap(graph, node, product) for node, product in reversed(found)]
-
-
-def undo(graph: fx.Graph, swaps: list[Swap]) -> None:
-    """Take back what `weighted` did."""
-    for swap in reversed(swaps):
-        swap.made.replace_all_uses_with(swap.node)
-        for node in reversed(swap.new):
-            graph.erase_node(node)
 
 
 def _squares(view: TermView, node: fx.Node) -> Term | None:
@@ -167,7 +151,8 @@ def _fits(node: fx.Node, product: Product) -> bool:
     return math.prod(shape) <= MAX_ROW
 
 
-def _swap(graph: fx.Graph, node: fx.Node, product: Product) -> Swap:
+def _swap(graph: fx.Graph, node: fx.Node, product: Product) -> tuple[fx.Node, fx.Node]:
+    """`node`, and what took its place."""
     value, new = node.meta["val"], []
 
     def made(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -199,4 +184,4 @@ def _swap(graph: fx.Graph, node: fx.Node, product: Product) -> Swap:
     graph.erase_node(place)
     own = set(new)
     node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in own)
-    return Swap(node, result, new)
+    return node, result

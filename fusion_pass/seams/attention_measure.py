@@ -66,7 +66,7 @@ def failure(kernel: str, q: torch.Tensor, k: torch.Tensor, causal: bool, lengths
     head_dim = compat.hint(q.shape[3]) or 0
     groups = (compat.hint(q.shape[1]) or 1) // (compat.hint(k.shape[1]) or 1)
     key = (kernel, q.device, q.dtype, head_dim, groups, causal, lengths)
-    kind = attention_kept.Kind(str(q.dtype).removeprefix("torch."), head_dim, groups, causal, lengths)
+    kind = attention_kept.Kind.of(q.dtype, head_dim, groups, causal, lengths)
 
     def attempt() -> str | None:
         if key in _failures:

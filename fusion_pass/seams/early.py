@@ -155,4 +155,4 @@ def _fa4s(
         if taken < attention_choice.LAUNCH_BOUND:
             return None
     groups = heads // (k.shape[1] or 1)
-    return attention_kept.Kind(str(q.dtype).removeprefix("torch."), width, groups, causal, masked)
+    return attention_kept.Kind.of(q.dtype, width, groups, causal, masked)
