@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from dkfuse.bench import starts
+from dkfuse.bench.results import OURS
 from dkfuse.bench.sides import Options
 from dkfuse.bench.starts import StartError
 from dkfuse.bench.targets import Target
@@ -46,6 +47,13 @@ def test_two_processes_of_which_the_second_finds_what_the_first_left(file: Path)
     assert said == [f"{file}:small: dkfuse, {which}" for which in ("cold", "warm", "warm", "warm")]
     (times,) = row["sides"].values()
     assert 0 < times["warm"] < times["cold"] and row["ratios"] == {}
+
+
+def test_processes_keep_bytecode_as_an_installation_would(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout has none at first; without it each start compiles the sources of dkfuse, and torch's never."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    file.write_text("import sys\nassert not sys.dont_write_bytecode\n" + file.read_text())
+    assert starts.seconds(Target(f"{file}:small", "file"), Options(()), OURS, "cpu", file.parent) > 0
 
 
 @pytest.mark.parametrize("slow", ["torch.compile", "the first forward"])

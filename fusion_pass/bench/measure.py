@@ -10,12 +10,12 @@ memory stays there: for their share of a cold compile measure one model per proc
 (`--no-warm`) what was compiled cold is what runs.
 
 Times. All sides run alternately, so that clocks drift for all of them; results are medians. A single call is timed
-right after another one of its side, and more of them than were asked for where they are short (CALLS): the CPU's time
-of a call differs twofold from one to the next. GPU time is the sum of the kernels in a profile of one call, right after
-others of that side (STEADY): at the clocks of a long run, which are lower than those of a single forward on an idle GPU
-where GEMMs reach the power limit. The time in a loop is taken at those clocks too, and has in it what the GPU waits for
-between kernels. Packing (`--pack`) is done before anything is compiled: all sides see the same weights, which are
-contiguous for each of them.
+right after another one of its side, and more of them than were asked for where they are short (ENOUGH): the CPU's time
+of a call differs by half for seconds on end where a host has other guests, for all sides alike. GPU time is the sum of
+the kernels in a profile of one call, right after others of that side (STEADY): at the clocks of a long run, which are
+lower than those of a single forward on an idle GPU where GEMMs reach the power limit. The time in a loop is taken at
+those clocks too, and has in it what the GPU waits for between kernels. Packing (`--pack`) is done before anything is
+compiled: all sides see the same weights, which are contiguous for each of them.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from .sides import Options, Run, caches_in, runner
 from .sites import site_times
 from .targets import Target
 
-CALLS, ENOUGH = 30, 4000.0  # single calls of each side, unless `rounds` of all of them took so many milliseconds
+CALLS, ENOUGH = 200, 4000.0  # single calls of each side, unless `rounds` of all of them took so many milliseconds
 STEADY = 300.0  # milliseconds of calls right before what is timed
 MOST_BEFORE = 50
-LOOPS = 5
+LOOPS = 9
 WARM_UP = 3  # calls before the first timed one; CUDA graphs are recorded in them
 Report = Callable[[str], None]
 

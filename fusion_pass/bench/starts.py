@@ -85,6 +85,7 @@ def seconds(target: Target, options: Options, side: str, device: str, folder: Pa
     job = {"path": sys.path, "target": asdict(target), "options": asdict(options), "side": side, "device": device}
     command = [sys.executable, "-c", _START.format(__name__), json.dumps(job)]
     environment = {**os.environ, **caches}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # torch was installed with its bytecode; a checkout has none
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, errors="replace", timeout=LIMIT, check=False
