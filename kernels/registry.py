@@ -145,8 +145,9 @@ def add(implementation: Implementation) -> None:
 def register(implementation: Implementation) -> Implementation:
     """Offer a kernel from outside dkfuse, selected by its provider's name: ``dkfuse.kernels=mine,triton``.
 
-    Returns its argument. Registering a provider's kernel for an op again replaces it. ValueError for a provider of
-    dkfuse's own: give your kernels a name of their own.
+    Returns its argument. Registering a provider's kernel for an op again replaces it, also in programs that are
+    compiled already, and what the one before failed at is tried again. ValueError for a provider of dkfuse's own: give
+    your kernels a name of their own.
     """
     from .provider_ops import define
 
@@ -156,6 +157,7 @@ def register(implementation: Implementation) -> Implementation:
     providers.add(name)
     _table[name, implementation.op] = implementation
     define(implementation)
+    _forget(name, implementation.op)
     return implementation
 
 
@@ -163,7 +165,16 @@ def unregister(provider: str) -> None:
     """Take back what `register` added for a provider."""
     for key in [key for key in _table if key[0] == provider and provider not in providers.BUILT_IN]:
         del _table[key]
+        _forget(*key)
     providers.remove(provider)
+
+
+def _forget(provider: str, op: str) -> None:
+    """What is known of the kernel that was there: which calls it serves, and which it failed at."""
+    from . import failures, provider_ops
+
+    provider_ops.reset()
+    failures.forget_kernel(provider, op)
 
 
 def implementations() -> dict[tuple[str, str], Implementation]:
