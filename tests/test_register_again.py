@@ -49,3 +49,61 @@ def test_what_the_one_before_failed_at_is_tried_again() -> None:
             assert called() == 0.0
     register(fills(3.0))
     assert called() == 3.0 and failures.known("mine", "scale_shift", {"x": X, "out_dtype": torch.float32}) is None
+
+
+def by_dims(arguments: Any) -> Any:
+    return arguments["x"].dim()
+
+
+def by_numel(arguments: Any) -> Any:
+    return arguments["x"].numel()
+
+
+def by_sum(arguments: Any, of: int = 2) -> Any:
+    return (lambda a: a + 2)(of)
+
+
+def by_product(arguments: Any, of: int = 2) -> Any:
+    return (lambda a: a * 2)(of)
+
+
+def by_another_sum(arguments: Any, of: int = 3) -> Any:
+    return (lambda a: a + 2)(of)
+
+
+def within(limit: Any) -> Callable[[Any], Any]:
+    return lambda arguments: limit
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (by_dims, by_numel),
+        (by_sum, by_product),
+        (by_sum, by_another_sum),
+        (within(4), within(8)),
+        (within(lambda a: a < 4), within(lambda a: a > 4)),
+    ],
+    ids=["names", "inner function", "default", "closure", "function in a closure"],
+)
+def test_what_differs_is_another_choice(one: Callable[..., Any], other: Callable[..., Any]) -> None:
+    identities = set()
+    for function in (one, other, one):
+        function.__qualname__ = "edited"
+        identities.add(Implementation("scale_shift", "mine", (Constraint("c", "text", function),), "a:b").identity)
+    assert len(identities) == 2
+
+
+def test_a_function_that_closes_over_itself_has_an_identity() -> None:
+    def again(arguments: Any) -> Any:
+        return again
+
+    assert Implementation("scale_shift", "mine", (Constraint("c", "text", again),), "a:b").identity
+
+
+def test_a_choice_has_one_name() -> None:
+    """Sets of strings have another order in each, what is no plain value another address."""
+    words = frozenset(("layer", "rms", "none", "batch", "group"))
+    assert registry._stated(words) == "{'batch', 'group', 'layer', 'none', 'rms'}"
+    values = (object(), torch.zeros(1), lambda: None, torch.float16, {"a": [1]})
+    assert "0x" not in registry._stated(values)
