@@ -204,6 +204,10 @@ def test_a_warm_start_reports_what_the_cold_one_did(tmp_path):
         record.unlink()
     again = start(tmp_path)
     assert again["fused"] == 1 and not again["cached"], "a graph without its record must be compiled anew"
+    for record in (tmp_path / "inductor" / "dkfuse" / "records").glob("*.json"):
+        record.write_text(json.dumps({**json.loads(record.read_text()), "coverage": None}))
+    again = start(tmp_path)
+    assert again["fused"] == 1 and not again["cached"], "nor may one be found whose record was only begun"
 
 
 def test_a_warm_start_of_packed_weights(tmp_path):
