@@ -120,10 +120,11 @@ failures.listeners.append(_on_launch_failure)
 
 
 def coverage(module: Any, *args: Any, settings: Settings | None = None, **kwargs: Any) -> Coverage:
-    """What dkfuse would fuse in ``module(*args, **kwargs)``, for the target in `settings`.
+    """What dkfuse would fuse in ``module(*args, **kwargs)``, a model or a function, for the target in `settings`.
 
-    The module is traced like `torch.compile` traces it and its graphs are planned, not compiled: no kernel of dkfuse
-    runs, and nothing is changed. Graphs run in eager mode between graph breaks, so tensors may be fake
+    It is traced like `torch.compile` traces it and its graphs are planned, not compiled: no kernel of dkfuse runs, and
+    the module is not changed. What was compiled in this process before is compiled again when it is next called
+    (`torch.compiler.reset`). Graphs run in eager mode between graph breaks, so tensors may be fake
     (`torch._subclasses.FakeTensorMode`), or on the meta device, where a fake copy is traced: a model of any size then
     needs no memory and no GPU.
 
@@ -136,7 +137,7 @@ def coverage(module: Any, *args: Any, settings: Settings | None = None, **kwargs
     if on_meta(module, (args, kwargs)):
         module, (args, kwargs) = without_memory(copy.deepcopy(module), (args, kwargs))
     torch.compiler.reset()
-    with record(type(module).__name__) as collected:
+    with record(getattr(module, "__name__", type(module).__name__)) as collected:
         compiled = torch.compile(module, backend=planning_backend(settings), dynamic=False)
         try:
             with mode_of(module, (args, kwargs)), torch.no_grad():
