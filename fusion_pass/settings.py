@@ -88,7 +88,10 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """What a compilation was asked to do. Immutable and hashable, so that it can be part of a cache key."""
+    """What a compilation was asked to do. Immutable and hashable, so that it can be part of a cache key.
+
+    Values are given as options are, ``Settings(rules="-norm", target="sm90")``. Raises SettingsError for others.
+    """
 
     disable: bool = _setting(False, _flag, "hand every graph to Inductor unchanged")
     rules: tuple[str, ...] | None = _setting(
@@ -128,6 +131,10 @@ class Settings:
     )
     origins: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
 
+    def __post_init__(self) -> None:
+        for f in setting_fields():
+            object.__setattr__(self, f.name, _parse(f, PREFIX + f.name, getattr(self, f.name)))
+
     @classmethod
     def parse(
         cls,
@@ -166,7 +173,7 @@ class Settings:
         for f in setting_fields():
             option, variable = PREFIX + f.name, ENVIRONMENT_PREFIX + f.name.upper()
             if option in options:
-                values[f.name], origin = _parse(f, option, options[option]), "option"
+                values[f.name], origin = options[option], "option"
             elif environ.get(variable, "").strip():
                 values[f.name], origin = _parse(f, variable, environ[variable]), "environment"
             else:
