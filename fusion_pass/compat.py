@@ -191,7 +191,7 @@ def decompositions() -> dict:
 
 
 def environment_fingerprint() -> str:
-    """Torch, Triton and GPU: what a stored record is only valid for."""
+    """Torch, its CUDA, the current GPU, and whether Triton is interpreted: what a stored record is only valid for."""
     parts = [torch.__version__, str(torch.version.cuda), os.environ.get("TRITON_INTERPRET", "")]
     if torch.cuda.is_available():
         parts += [torch.cuda.get_device_name(), str(torch.cuda.get_device_capability())]

@@ -25,8 +25,11 @@ ROUNDINGS = ("fused", "eager")
 ATTENTIONS = ("auto", "torch", "sdpa", "fa4", "fa3", "cudnn", "flash", "efficient", "sage")
 GEMMS = ("auto", "quack", "cublas")
 LOG_LEVELS = ("debug", "info", "warning", "error")
-# Read by the command line only, therefore not an option of the backend.
-OTHER_VARIABLES = {"DKFUSE_DEBUG": "1 prints the traceback of an error that the command line reports in one sentence"}
+# For who looks for an error of dkfuse's own, therefore not an option of a compilation.
+OTHER_VARIABLES = {
+    "DKFUSE_DEBUG": "1 raises an internal error instead of leaving the graph to Inductor; the command line shows the "
+    "traceback of what it reports in one sentence"
+}
 
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
@@ -115,7 +118,9 @@ class Settings:
     )
     log: str | None = _setting(None, _optional(_choice(*LOG_LEVELS)), "log level: " + ", ".join(LOG_LEVELS))
     cache_dir: str | None = _setting(
-        None, _optional(_path), "folder for stored coverage records (default: beside Inductor's cache)"
+        None,
+        _optional(_path),
+        "folder for compiled kernels, coverage records and times (default: beside Inductor's cache)",
     )
     pointwise: bool = _setting(False, _flag, "also fuse regions that contain no norm, where Inductor usually does well")
     attention: str = _setting(
