@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from dkfuse import compat
 from dkfuse.reporting.report import Graph
 from dkfuse.reporting.store import Record, graph_key
 from dkfuse.settings import Settings
@@ -71,3 +72,15 @@ def test_another_autocast_is_another_graph() -> None:
         with torch.autocast("cpu", dtype):
             keys.add(key(product, X))
     assert len(keys) == 3
+
+
+def test_another_cudnn_is_another_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to 9.15 it computes some lengths wrong, and is not chosen: what a newer one was chosen for is not found."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    found = set()
+    for version in (91400, 91900, 91400):
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda version=version: version)
+        found.add(compat.environment_fingerprint())
+    assert len(found) == 2
