@@ -48,13 +48,13 @@ def dkfuse(gm: fx.GraphModule, example_inputs: Any, *, mode: str | None = None, 
     `dkfuse.settings`), and ``mode`` too, since torch.compile takes `mode` or `options` but not both.
     Raises SettingsError for an unknown option and UnsupportedTorchError on torch < 2.11.
     """
+    check_torch(torch.__version__)
     settings, mode, own = Settings.parse(mode, options)
     _check(settings)
     check_installed(settings)
     define_all()
     disk_cache.use(settings.cache_dir)
     _set_log_level(settings)
-    check_torch(torch.__version__)
     inductor_options = {**compat.mode_options(mode), **own}
     if settings.disable:
         return _plain(gm, example_inputs, inductor_options, settings, "disabled by dkfuse.disable or DKFUSE_DISABLE")
@@ -261,7 +261,7 @@ def _target(settings: Settings, inputs: Any) -> str:
 def _set_log_level(settings: Settings) -> None:
     if settings.log is not None:
         log.setLevel(settings.log.upper())
-        if not log.handlers:
+        if not log.hasHandlers():  # the root's would print each line once more
             log.addHandler(logging.StreamHandler())
 
 

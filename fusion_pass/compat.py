@@ -191,10 +191,14 @@ def decompositions() -> dict:
 
 
 def environment_fingerprint() -> str:
-    """Torch, Triton and GPU: what a stored record is only valid for."""
+    """Torch, its CUDA, cuDNN, the current GPU, and whether Triton is interpreted: what is stored is for these only.
+
+    cuDNN is a package of its own, and whether attention may be its depends on its version.
+    """
     parts = [torch.__version__, str(torch.version.cuda), os.environ.get("TRITON_INTERPRET", "")]
     if torch.cuda.is_available():
         parts += [torch.cuda.get_device_name(), str(torch.cuda.get_device_capability())]
+        parts += [str(torch.backends.cudnn.version())]
     return "|".join(parts)
 
 

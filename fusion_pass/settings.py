@@ -25,8 +25,11 @@ ROUNDINGS = ("fused", "eager")
 ATTENTIONS = ("auto", "torch", "sdpa", "fa4", "fa3", "cudnn", "flash", "efficient", "sage")
 GEMMS = ("auto", "quack", "cublas")
 LOG_LEVELS = ("debug", "info", "warning", "error")
-# Read by the command line only, therefore not an option of the backend.
-OTHER_VARIABLES = {"DKFUSE_DEBUG": "1 prints the traceback of an error that the command line reports in one sentence"}
+# For who looks for an error of dkfuse's own, therefore not an option of a compilation.
+OTHER_VARIABLES = {
+    "DKFUSE_DEBUG": "1 raises an internal error instead of leaving the graph to Inductor; the command line shows the "
+    "traceback of what it reports in one sentence"
+}
 
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
@@ -88,7 +91,10 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """What a compilation was asked to do. Immutable and hashable, so that it can be part of a cache key."""
+    """What a compilation was asked to do. Immutable and hashable, so that it can be part of a cache key.
+
+    Values are given as options are, ``Settings(rules="-norm", target="sm90")``. Raises SettingsError for others.
+    """
 
     disable: bool = _setting(False, _flag, "hand every graph to Inductor unchanged")
     rules: tuple[str, ...] | None = _setting(
@@ -112,7 +118,9 @@ class Settings:
     )
     log: str | None = _setting(None, _optional(_choice(*LOG_LEVELS)), "log level: " + ", ".join(LOG_LEVELS))
     cache_dir: str | None = _setting(
-        None, _optional(_path), "folder for stored coverage records (default: beside Inductor's cache)"
+        None,
+        _optional(_path),
+        "folder for compiled kernels, coverage records and times (default: beside Inductor's cache)",
     )
     pointwise: bool = _setting(False, _flag, "also fuse regions that contain no norm, where Inductor usually does well")
     attention: str = _setting(
@@ -127,6 +135,10 @@ class Settings:
         "GEMM of linears: auto (the fastest measured), quack (quack's wherever it can), or cublas (torch's)",
     )
     origins: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for f in setting_fields():
+            object.__setattr__(self, f.name, _parse(f, PREFIX + f.name, getattr(self, f.name)))
 
     @classmethod
     def parse(
@@ -166,7 +178,7 @@ class Settings:
         for f in setting_fields():
             option, variable = PREFIX + f.name, ENVIRONMENT_PREFIX + f.name.upper()
             if option in options:
-                values[f.name], origin = _parse(f, option, options[option]), "option"
+                values[f.name], origin = options[option], "option"
             elif environ.get(variable, "").strip():
                 values[f.name], origin = _parse(f, variable, environ[variable]), "environment"
             else:

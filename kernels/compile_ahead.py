@@ -124,8 +124,10 @@ class Pool:
     def dispatch(self) -> None:
         """Give the helper as many jobs as it may have at a time, if it has imported what it needs."""
         with self._lock:
-            if self.problem is not None and self.helper is not None:
-                self.helper.stop()
+            if self.problem is not None:
+                if self.helper is not None:
+                    self.helper.stop()
+                return
             while self.helper is not None and self.helper.ready and len(self._running) < self.most:
                 if self._waiting:
                     job = self._waiting.popleft()

@@ -23,7 +23,6 @@ from .cuda_driver import Kernel
 from .rope_support import NAMES, ROTATIONS, with_defaults
 from .rope_views import Rows, see
 
-HEAD_DIMS = (64, 128, 256, 512, 1024)
 TABLES = ("half", "full", "complex")
 NORMS = ("none", "rms", "layer")
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -72,6 +71,7 @@ class Plan:
 
 
 _plans: dict[tuple[Any, ...], Plan | None] = {}
+_UNKNOWN: Any = object()
 
 
 def run(arguments: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
@@ -91,11 +91,11 @@ def launch(arguments: Mapping[str, Any], out: Any, config: Config | None = None)
         key += tensor.shape, tensor.stride(), tensor.dtype
         addresses = 2 * addresses + (tensor.data_ptr() % VECTOR == 0)
     signature = (*key, addresses)
-    if signature not in _plans:
+    plan = _plans.get(signature, _UNKNOWN)  # read once: another thread may clear them between two looks
+    if plan is _UNKNOWN:
         if len(_plans) >= MAX_PLANS:
             _plans.clear()
-        _plans[signature] = _plan(arguments, tensors, config)
-    plan = _plans[signature]
+        plan = _plans[signature] = _plan(arguments, tensors, config)
     if plan is not None:
         plan(tensors)
 

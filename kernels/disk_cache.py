@@ -82,20 +82,28 @@ def get(parts: tuple[str, ...], kind: str = "kernels", folder: str | None = None
 def put(parts: tuple[str, ...], data: bytes, kind: str = "kernels", folder: str | None = None) -> None:
     """Keep `data` under `parts`. Where that is not possible it is logged once a folder, at level debug."""
     path = _path(parts, kind, folder)
-    temporary = ""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("wb", dir=path.parent, suffix=".tmp", delete=False) as file:
-            temporary = file.name
-            file.write(MAGIC + hashlib.sha256(data).digest() + data)
-        os.replace(temporary, path)
+        write(path, MAGIC + hashlib.sha256(data).digest() + data)
     except OSError as error:
-        if temporary:
-            with contextlib.suppress(OSError):  # already gone, or nothing more can be done on this disk
-                os.unlink(temporary)
         if path.parent not in _unwritable:
             _unwritable.add(path.parent)
             log.debug("dkfuse: nothing is kept, %s cannot be written: %s", path.parent, error)
+
+
+def write(path: Path, content: bytes) -> None:
+    """A file in the cache, whole or not at all, its folder made where it is missing. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = ""
+    try:
+        with tempfile.NamedTemporaryFile("wb", dir=path.parent, suffix=".tmp", delete=False) as file:
+            temporary = file.name
+            file.write(content)
+        os.replace(temporary, path)
+    except BaseException:
+        if temporary:
+            with contextlib.suppress(OSError):  # already gone, or nothing more can be done on this disk
+                os.unlink(temporary)
+        raise
 
 
 def writable() -> bool:
@@ -125,4 +133,4 @@ def contents() -> dict[str, list[Path]]:
     }
 
 
-__all__ = ["cached_bytes", "contents", "get", "put", "root", "use", "writable"]
+__all__ = ["cached_bytes", "contents", "get", "put", "root", "use", "writable", "write"]

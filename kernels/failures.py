@@ -137,6 +137,14 @@ def forget(failures: Iterable[Failure] | None = None) -> None:
                 _known.pop((failure.provider, failure.op, failure.signature), None)
 
 
+def forget_kernel(provider: str, op: str) -> None:
+    """Take back what is known of one kernel, which is another one from now on."""
+    with _lock:
+        for key in [key for key in _known if key[:2] == (provider, op)]:
+            del _known[key]
+        _warned.difference_update([key for key in _warned if key[:2] == (provider, op)])
+
+
 def fingerprint() -> str:
     """What a cached choice depends on."""
     return str(sorted((f.provider, f.op, str(f.signature)) for f in _known.values()))

@@ -215,6 +215,7 @@ def _sm_count(device: int) -> int:
 
 _plans: dict[tuple[Any, ...], Launch | None] = {}
 _MAX_PLANS = 4096
+MISSING: Any = object()  # read once: between two looks at a dict another thread may have cleared it
 
 
 def _signature(op: str, arguments: dict[str, Any]) -> tuple[Any, ...]:
@@ -227,16 +228,18 @@ def _signature(op: str, arguments: dict[str, Any]) -> tuple[Any, ...]:
 def _planned(op: str, arguments: dict[str, Any], outputs: dict[str, Tensor]) -> Launch | None:
     """The launch of this call; None where plain torch must serve it. Made once per signature."""
     signature = _signature(op, arguments)
-    if signature not in _plans:
+    found = _plans.get(signature, MISSING)
+    if found is MISSING:
         check(op, arguments)
         if len(_plans) >= _MAX_PLANS:
             _plans.clear()
         if not _has_triton() or arguments["x"].numel() == 0 or supports(op, arguments) is not None:
-            _plans[signature] = None
+            found = None
         else:
             written = {k: t for k, t in outputs.items() if k != "sum" or arguments["sum_dtype"] is not None}
-            _plans[signature] = plan(op, arguments, written, sm_count=_sm_count(arguments["x"].device.index))
-    return _plans[signature]
+            found = plan(op, arguments, written, sm_count=_sm_count(arguments["x"].device.index))
+        _plans[signature] = found
+    return found
 
 
 def _triton(op: str, arguments: dict[str, Any]) -> Tensor | tuple[Tensor, ...]:

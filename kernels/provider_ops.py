@@ -70,11 +70,11 @@ def _caller(provider: str, op: str) -> Any:
 
 def _call(provider: str, op: str, arguments: dict[str, Any]) -> Any:
     key = (provider, *ops._signature(op, arguments))
-    if key not in _calls:
+    implementation = _calls.get(key, ops.MISSING)
+    if implementation is ops.MISSING:
         if len(_calls) >= _MAX_CALLS:
             _calls.clear()
-        _calls[key] = _server(provider, op, arguments)
-    implementation = _calls[key]
+        implementation = _calls[key] = _server(provider, op, arguments)
     if implementation is None:
         return ops._plain(op, arguments)
     outputs = ops._empty_outputs(op, arguments)

@@ -24,6 +24,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from . import providers
 from .support import OPERANDS
 from .unsupported import Unsupported
@@ -119,15 +121,40 @@ class Implementation:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _code(function: Callable[..., Any]) -> str:
-    """A function's name and byte code, as far as it has any."""
-    code = getattr(function, "__code__", None)
+def _code(function: Callable[..., Any], depth: int = 8) -> str:
+    """What a function does, as far as it says: name, byte code, names, constants, defaults, what it closes over.
+
+    depth: how many functions within functions are looked at, since one may close over itself.
+    """
     name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)}"
-    return name if code is None else f"{name}:{code.co_code.hex()}:{_constants(code)}"
+    code = getattr(function, "__code__", None)
+    if code is None or not depth:
+        return name
+    cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    return f"{name}:{_stated((code, function.__defaults__, function.__kwdefaults__, cells), depth - 1)}"
 
 
-def _constants(code: Any) -> str:
-    return str([_constants(value) if hasattr(value, "co_code") else value for value in code.co_consts])
+def _is_filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:  # of a variable that has no value yet
+        return False
+    return True
+
+
+def _stated(value: Any, depth: int = 8) -> str:
+    """A value as text that is the same in every process: sets have another order in each, objects another address."""
+    if hasattr(value, "co_code"):
+        return _stated((value.co_code, value.co_names, value.co_consts), depth)
+    if isinstance(value, (set, frozenset)):
+        return f"{{{', '.join(sorted(_stated(each, depth) for each in value))}}}"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(_stated(each, depth) for each in value)})"
+    if isinstance(value, dict):
+        return _stated(list(value.items()), depth)
+    if value is None or isinstance(value, (str, bytes, bool, int, float, complex, torch.dtype)):
+        return repr(value)
+    return _code(value, depth)
 
 
 _table: dict[tuple[str, str], Implementation] = {}
@@ -145,8 +172,9 @@ def add(implementation: Implementation) -> None:
 def register(implementation: Implementation) -> Implementation:
     """Offer a kernel from outside dkfuse, selected by its provider's name: ``dkfuse.kernels=mine,triton``.
 
-    Returns its argument. Registering a provider's kernel for an op again replaces it. ValueError for a provider of
-    dkfuse's own: give your kernels a name of their own.
+    Returns its argument. Registering a provider's kernel for an op again replaces it, also in programs that are
+    compiled already, and what the one before failed at is tried again. ValueError for a provider of dkfuse's own: give
+    your kernels a name of their own.
     """
     from .provider_ops import define
 
@@ -156,6 +184,7 @@ def register(implementation: Implementation) -> Implementation:
     providers.add(name)
     _table[name, implementation.op] = implementation
     define(implementation)
+    _forget(name, implementation.op)
     return implementation
 
 
@@ -163,7 +192,16 @@ def unregister(provider: str) -> None:
     """Take back what `register` added for a provider."""
     for key in [key for key in _table if key[0] == provider and provider not in providers.BUILT_IN]:
         del _table[key]
+        _forget(*key)
     providers.remove(provider)
+
+
+def _forget(provider: str, op: str) -> None:
+    """What is known of the kernel that was there: which calls it serves, and which it failed at."""
+    from . import failures, provider_ops
+
+    provider_ops.reset()
+    failures.forget_kernel(provider, op)
 
 
 def implementations() -> dict[tuple[str, str], Implementation]:

@@ -130,6 +130,20 @@ def test_two_at_a_time(pool: Callable[..., Pool], jobs: str, tmp_path: Path) -> 
     assert all(d is not None and d.error is None for d in done) and len({d.pid for d in done if d is not None}) == 2
 
 
+def test_no_guess_is_begun_when_the_pool_gave_up(pool: Callable[..., Pool], jobs: str, tmp_path: Path) -> None:
+    """What was begun is finished: asking for one more would end the helper with it."""
+    helpers = pool(most=2, guesses=2)
+    short, long = ((jobs + "sleep", seconds, str(tmp_path / name)) for name, seconds in (("short", 0.5), ("long", 1.5)))
+    for job in (short, long):
+        helpers.submit(job)
+    assert begun(helpers, short) and begun(helpers, long)
+    helpers.guess((jobs + "write", str(tmp_path / "guess")))
+    helpers.give_up("enough")
+    done = [helpers.wait(job) for job in (short, long)]
+    assert [d.error for d in done if d is not None] == [None, None]
+    assert (tmp_path / "long").read_text() == "slept" and not (tmp_path / "guess").exists()
+
+
 def test_guesses_are_done_behind_all_else(pool: Callable[..., Pool], jobs: str, tmp_path: Path) -> None:
     """Two jobs and two guesses, two at a time: one guess is begun when a job is done, the other behind it."""
     helpers, (a, b) = Pool(most=2, guesses=1), (str(tmp_path / name) for name in "ab")

@@ -19,6 +19,7 @@ from dkfuse.errors import KernelFailedWarning
 from dkfuse.kernels import failures, ops, provider_ops, registry
 from dkfuse.kernels.registry import Constraint, Implementation
 from dkfuse.kernels.support import OPERANDS
+from dkfuse.reporting import recording
 from dkfuse.settings import Settings
 
 D = 32
@@ -186,6 +187,23 @@ def test_a_launch_that_fails_is_computed_and_reported_and_not_tried_again():
         torch.compiler.reset()
         again, _ = compiled(block, *inputs())
     assert (again.sites[0].kernel, again.sites[0].passed_over[0].code) == ("native", "kernel_failed")
+
+
+def test_a_report_that_cannot_be_written_stops_no_model(tmp_path, monkeypatch, caplog):
+    """Neither when a graph is compiled, nor when a launch fails later and the report is written again."""
+    monkeypatch.setattr(recording, "_files", {})
+    folder = tmp_path / "reports"
+    kernel = Kernel("norm_modulate")
+    _, program = compiled(block, *inputs(), **{"dkfuse.report": str(folder / "coverage.json")})
+    folder.mkdir()
+    torch.compiler.reset()
+    _, program = compiled(block, *inputs(), **{"dkfuse.report": str(folder / "coverage.json")})
+    (folder / "coverage.json").unlink()
+    folder.rmdir()
+    kernel.fails = RuntimeError("illegal instruction")
+    with torch.no_grad(), pytest.warns(KernelFailedWarning, match="illegal instruction"):
+        torch.testing.assert_close(program(*inputs()), block(*inputs()), atol=1e-4, rtol=1e-4)
+    assert [r.getMessage().count("coverage.json cannot be written") for r in caplog.records] == [1, 1]
 
 
 def test_out_of_memory_is_not_taken_for_a_broken_kernel():

@@ -165,7 +165,7 @@ def test_write_is_atomic_and_leaves_nothing_behind(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     sample.model = "changed"
     with pytest.raises(OSError, match="No space left"):
         write(sample, target)

@@ -215,3 +215,11 @@ def test_readme_lists_every_setting() -> None:
     readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
     for row in Settings().table():
         assert f"| `{row.option}` | `{row.variable}` |" in readme
+
+
+def test_settings_that_are_made_by_hand_are_read_as_options_are() -> None:
+    """A target that does not exist would be taken for a device that nothing runs on."""
+    assert Settings(rules="-norm", fuel="3") == Settings(rules=("-norm",), fuel=3)  # type: ignore[arg-type]
+    for name, value in (("target", "h100"), ("roundings", "none"), ("fuel", -1)):
+        with pytest.raises(SettingsError, match=rf"dkfuse\.{name}={value!r} is not allowed"):
+            Settings(**{name: value})  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import torch
 
 from dkfuse import compat
 from dkfuse.choosing import tuning
-from dkfuse.kernels import disk_cache, launch
+from dkfuse.kernels import disk_cache, launch, providers
 from dkfuse.kernels.configs import CANDIDATES
 from dkfuse.kernels.rope_launch import Call, plan_group
 from dkfuse.kernels.rope_launch import candidates as rope_candidates
@@ -193,7 +193,8 @@ def test_another_machine_is_timed_anew(clock: Clock, monkeypatch: pytest.MonkeyP
     tuned()
     monkeypatch.setattr(tuning, "_known", {})
     if what == "triton":
-        monkeypatch.setattr(tuning, "_triton", lambda: "99")
+        # under any of its names, of which ROCm's build has one
+        monkeypatch.setattr(providers, "installed", lambda *names: "99" if "pytorch-triton-rocm" in names else None)
     elif what == "torch":
         monkeypatch.setattr(torch, "__version__", "99")
     elif what == "gpu":

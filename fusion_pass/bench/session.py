@@ -16,6 +16,7 @@ from rich.console import Console
 from .. import compat
 from ..cli.exits import ENVIRONMENT, Failure, say
 from ..errors import ModelError, SettingsError, first_line
+from ..files import write_whole
 from . import kernels as work
 from . import measure, show_kernels, show_models, show_starts
 from . import starts as work_starts
@@ -138,6 +139,6 @@ def _save(path: Path | None, text: str) -> None:
     if path is None:
         return
     try:
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
     except OSError as error:
         raise Failure(ENVIRONMENT, f"cannot write {path}: {error.strerror or error}") from error

@@ -22,9 +22,8 @@ from typing import Any
 
 import torch
 
-from dkfuse.kernels import disk_cache
+from dkfuse.kernels import disk_cache, providers
 from dkfuse.kernels.launch import Launch
-from dkfuse.kernels.packages import installed
 
 from .. import compat
 from . import tuning_clock
@@ -145,11 +144,8 @@ def _key(table: Launch, choices: Sequence[Any], tensors: Mapping[str, Any]) -> t
         for t in (tensors[name],)
     ]
     call = (table.kernel.src, table.grid, table.scalars, table.constants, table.num_stages, operands)
-    return repr(call), repr(choices), gpu, compat.environment_fingerprint(), _triton()
-
-
-def _triton() -> str:
-    return installed("triton", "pytorch-triton") or ""
+    triton = providers.BUILT_IN["triton"].version or ""
+    return repr(call), repr(choices), gpu, compat.environment_fingerprint(), triton
 
 
 def _read(key: tuple[str, ...], choices: Sequence[Any]) -> Found | None:

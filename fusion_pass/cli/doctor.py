@@ -149,7 +149,9 @@ def _registered() -> Check:
 
 
 def _triton(has_gpu: bool) -> Check:
-    version = installed("triton", "pytorch-triton", "triton-windows")
+    from dkfuse.kernels.providers import BUILT_IN
+
+    version = BUILT_IN["triton"].version
     if version and importlib.util.find_spec("triton") is not None:
         return Check("triton", version)
     if has_gpu:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import threading
 import weakref
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from ..errors import DkfuseError, TraceError
 from ..settings import Settings
 from .report import Coverage, Graph, Reason, Site
 
+log = logging.getLogger("dkfuse")
 _lock = threading.Lock()
 _active: list[Coverage] = []
 _files: dict[str, Coverage] = {}
@@ -59,9 +61,17 @@ def publish(graphs: list[Graph], target: str, settings: Settings) -> None:
             for graph in graphs:
                 receiver.graphs.append(replace(graph, index=len(receiver.graphs)))
     if settings.report is not None:
-        from .render import write
+        _write(_files[settings.report], settings.report)
 
-        write(_files[settings.report], settings.report)
+
+def _write(collected: Coverage, path: str) -> None:
+    """Write a report file; a folder that is gone or a full disk is no reason for a model not to run."""
+    from .render import write
+
+    try:
+        write(collected, path)
+    except OSError as error:
+        log.warning("dkfuse: the report %s cannot be written: %s", path, error)
 
 
 def withdraw(graphs: list[Graph]) -> None:
@@ -91,10 +101,8 @@ def _on_launch_failure(failure: Failure) -> None:
                 if reason not in site.passed_over:
                     site.passed_over.append(reason)
         files = dict(_files)
-    from .render import write
-
     for path, collected in files.items():
-        write(collected, path)
+        _write(collected, path)
 
 
 def _is_about(failure: Failure, site: Site) -> bool:
@@ -112,10 +120,11 @@ failures.listeners.append(_on_launch_failure)
 
 
 def coverage(module: Any, *args: Any, settings: Settings | None = None, **kwargs: Any) -> Coverage:
-    """What dkfuse would fuse in ``module(*args, **kwargs)``, for the target in `settings`.
+    """What dkfuse would fuse in ``module(*args, **kwargs)``, a model or a function, for the target in `settings`.
 
-    The module is traced like `torch.compile` traces it and its graphs are planned, not compiled: no kernel of dkfuse
-    runs, and nothing is changed. Graphs run in eager mode between graph breaks, so tensors may be fake
+    It is traced like `torch.compile` traces it and its graphs are planned, not compiled: no kernel of dkfuse runs, and
+    the module is not changed. What was compiled in this process before is compiled again when it is next called
+    (`torch.compiler.reset`). Graphs run in eager mode between graph breaks, so tensors may be fake
     (`torch._subclasses.FakeTensorMode`), or on the meta device, where a fake copy is traced: a model of any size then
     needs no memory and no GPU.
 
@@ -128,7 +137,7 @@ def coverage(module: Any, *args: Any, settings: Settings | None = None, **kwargs
     if on_meta(module, (args, kwargs)):
         module, (args, kwargs) = without_memory(copy.deepcopy(module), (args, kwargs))
     torch.compiler.reset()
-    with record(type(module).__name__) as collected:
+    with record(getattr(module, "__name__", type(module).__name__)) as collected:
         compiled = torch.compile(module, backend=planning_backend(settings), dynamic=False)
         try:
             with mode_of(module, (args, kwargs)), torch.no_grad():

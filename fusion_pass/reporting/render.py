@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..files import write_whole
 from . import summary
 from .report import Coverage, Site, Status, describe
 
@@ -124,24 +124,7 @@ def write(
 
     Raises OSError when the folder does not exist or cannot be written.
     """
-    target = Path(path)
-    text = render(coverage, format or format_of(target), regressions)
-    if target.is_dir():
-        raise IsADirectoryError(f"{target} is a folder")
-    if target.exists() and not target.is_file():  # /dev/stdout, a pipe: nothing to replace
-        target.write_text(text, encoding="utf-8")
-        return
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(Path(path), render(coverage, format or format_of(path), regressions))
 
 
 def regression_text(site: Site) -> str:

@@ -2,8 +2,10 @@
 
 Inductor's FX graph cache skips the pass when it is warm. Each graph therefore has a record file with a random token,
 and the token is part of the pass's identity in Inductor's cache key: a cached graph without its record cannot be found,
-and a record whose code changed (sources, options, torch, GPU) has another name. Files are written beside and renamed,
-so that processes may share the folder; on a read-only or full disk the graph is compiled anew each time.
+and a record whose code changed (sources, options, torch, GPU) has another name. A record that was begun and not saved,
+because its process was stopped, is begun anew with another token: what Inductor may have cached is not found without
+what the pass found. Files are written beside and renamed, so that processes may share the folder; on a read-only or
+full disk the graph is compiled anew each time.
 """
 
 from __future__ import annotations
@@ -13,10 +15,8 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import pathlib
 import secrets
-import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -59,15 +59,24 @@ def graph_key(gm: fx.GraphModule, inputs: Iterable[Any], settings: Settings, run
 
     chosen = replace(settings, report=None, log=None, cache_dir=None)  # these change no graph
     kernels = (registry.fingerprint(), failures.fingerprint(), attention_kernels.versions(), gemm_kernels.fingerprint())
-    others = (known_ops.fingerprint(), repr(chosen), repr(runs))
+    others = (known_ops.fingerprint(), repr(chosen), repr(runs), _autocast())
     chosen_by = (compat.environment_fingerprint(), *kernels, *others)
-    for part in (source_hash(), *chosen_by, gm.code):
+    code = (
+        module.code for module in gm.modules() if isinstance(module, fx.GraphModule)
+    )  # of torch.cond's branches too
+    for part in (source_hash(), *chosen_by, *code):
         digest.update(part.encode())
     for value in inputs:
         digest.update(_describe(value).encode())
     for name, tensor in (*gm.named_parameters(), *gm.named_buffers()):
         digest.update(f"{name}:{_describe(tensor)}".encode())
     return digest.hexdigest()
+
+
+def _autocast() -> str:
+    """What changes the dtypes of a graph and is not in its code."""
+    kinds = ("cuda", "cpu")
+    return str([(kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)])
 
 
 def _describe(value: Any) -> str:
@@ -87,9 +96,11 @@ class Record:
         self.writable = True
         try:
             data = json.loads(self.path.read_text())
-            self.token, stored = data["token"], data["coverage"]
-            self.stored = Coverage.from_dict(stored).graphs if stored is not None else None
-            self.once = data.get("once")
+            if data["coverage"] is None:  # begun, by a process that was stopped or has not finished
+                self._write(None)
+                return
+            self.stored = Coverage.from_dict(data["coverage"]).graphs
+            self.token, self.once = data["token"], data.get("once")
         except FileNotFoundError:
             self._write(None)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -114,11 +125,9 @@ class Record:
             self.path.unlink(missing_ok=True)
 
     def _write(self, coverage: dict | None) -> None:
+        content = json.dumps({"token": self.token, "coverage": coverage, "once": self.once})
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
-                json.dump({"token": self.token, "coverage": coverage, "once": self.once}, file)
-            os.replace(file.name, self.path)
+            disk_cache.write(self.path, content.encode())
         except OSError as error:
             self.writable = False
             log.info("dkfuse: no coverage record at %s (%s); this graph bypasses Inductor's cache", self.path, error)

@@ -77,10 +77,9 @@ def _positions(index: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
     return index.nonzero().unbind(1)
 
 
-def on_meta(module: nn.Module, inputs: Any) -> bool:
+def on_meta(module: Any, inputs: Any) -> bool:
     """Whether weights or inputs of a model are on the meta device, where torch folds all that is computed away."""
-    tensors = [*module.parameters(), *module.buffers(), *_leaves(inputs)]
-    return any(t.device.type == "meta" for t in tensors)
+    return any(t.device.type == "meta" for t in _tensors(module, inputs))
 
 
 def without_memory(module: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
@@ -103,7 +102,7 @@ def without_memory(module: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs
             made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_weight else empty
         return made[id(tensor)]
 
-    for child in module.modules():
+    for child in module.modules() if isinstance(module, nn.Module) else ():
         for held in (child._parameters, child._buffers):
             held.update({name: fake(tensor) for name, tensor in held.items()})
     inputs = tree_map(fake, inputs)
@@ -111,13 +110,15 @@ def without_memory(module: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs
     return module, inputs
 
 
-def _leaves(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+def _tensors(module: Any, inputs: Any) -> list[torch.Tensor]:
+    """Weights of a model, of which a function has none, and inputs."""
+    weights = [*module.parameters(), *module.buffers()] if isinstance(module, nn.Module) else []
+    return [*weights, *(leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor))]
 
 
-def mode_of(module: nn.Module, inputs: Any) -> AbstractContextManager[Any]:
+def mode_of(module: Any, inputs: Any) -> AbstractContextManager[Any]:
     """The fake mode that a model's weights or inputs belong to, to be entered around a trace; none if all is real."""
-    for tensor in (*module.parameters(), *module.buffers(), *_leaves(inputs)):
+    for tensor in _tensors(module, inputs):
         if isinstance(tensor, FakeTensor):
             return tensor.fake_mode
     return nullcontext()

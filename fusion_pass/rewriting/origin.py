@@ -6,10 +6,15 @@ import os
 import re
 from typing import Any
 
+import torch
 from torch import fx
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
-_TORCH = (f"{os.sep}torch{os.sep}", f"{os.sep}dkfuse{os.sep}kernels{os.sep}")
+_TORCH = (
+    os.path.dirname(torch.__file__) + os.sep,  # and not any folder of that name, such as a user's
+    f"-packages{os.sep}torch{os.sep}",  # of the machine where an exported program was made
+    f"{os.sep}dkfuse{os.sep}kernels{os.sep}",
+)
 
 
 def source(node: fx.Node) -> str | None:

@@ -46,6 +46,12 @@ def node_for(graph: fx.Graph, expression: sympy.Expr, tensors: list[fx.Node]) ->
             term = int(part) if part.is_Integer else node_for(graph, part, tensors)
             total = term if total is None else _binary(graph, combine, total, term)
         return total
+    if expression.is_Pow and expression.exp.is_Integer and expression.exp > 1:  # of a square image's sides
+        base = node_for(graph, expression.base, tensors)
+        total = base
+        for _ in range(int(expression.exp) - 1):
+            total = _binary(graph, operator.mul, total, base)
+        return total
     if isinstance(expression, FloorDiv):
         above, below = (int(p) if p.is_Integer else node_for(graph, p, tensors) for p in expression.args)
         return _binary(graph, operator.floordiv, above, below)
