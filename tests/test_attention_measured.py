@@ -165,3 +165,11 @@ def test_a_trial_that_goes_wrong_is_told(caplog):
     few = [torch.zeros(1, 2, 8, 64)] * 3
     assert attention_measure._tried(few, False, "nothing of this name") is not None
     assert "nothing of this name cannot be used" in caplog.text
+
+
+def test_a_trial_without_memory_says_nothing_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(attention_measure, "_call", call)
+    assert attention_measure._tried([torch.zeros(1, 2, 8, 64)] * 3, False, "cudnn") is None

@@ -255,6 +255,14 @@ def test_what_helpers_compile_is_tried_at_the_end(tried: dict[str, Any]) -> None
     assert not late.failed(later) and len(tried["order"]) == 2
 
 
+def test_a_trial_without_memory_says_nothing_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def operands(_: Product) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gemm_measure, "_operands", operands)
+    assert gemm_measure._tried(PRODUCT, "128x192") is None
+
+
 def test_without_helpers_it_is_tried_at_once(tried: dict[str, Any], pool: Recorder) -> None:
     with config.patch(compile_threads=1), late.deferred() as later:
         assert gemm_measure.failure(PRODUCT, "128x192") is None and tried["order"] == ["128x192"]

@@ -133,6 +133,13 @@ def test_tensors_like_those_of_the_call(dtype: torch.dtype) -> None:
     assert all(a.data_ptr() != b.data_ptr() for a, b in zip(first.values(), found.values(), strict=True))
 
 
+def test_numbers_of_rows_are_of_rows_that_there_are() -> None:
+    """A table may have one row; a mask chooses between two."""
+    tensors = {"number": torch.full((1, 64, 1), 5), "mask": torch.zeros(1, 64, 1, dtype=torch.bool)}
+    found = tuning_clock.like(tensors, torch.Generator().manual_seed(0))
+    assert not found["number"].any() and 16 < found["mask"].sum() < 48
+
+
 @pytest.fixture
 def driver(sm90: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What Triton's front end asks a driver for up to a launch."""

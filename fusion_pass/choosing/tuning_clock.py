@@ -76,8 +76,10 @@ def like(tensors: Mapping[str, Any], generator: torch.Generator) -> Tensors:
         memory = torch.empty(start + extent(tensor), dtype=tensor.dtype, device=generator.device)
         if tensor.dtype.is_floating_point:
             memory.normal_(generator=generator)
-        else:  # a mask of tokens
+        elif tensor.dtype == torch.bool:  # a mask of tokens
             memory.random_(0, 2, generator=generator)
+        else:  # numbers of rows, of which there may be one only
+            memory.zero_()
         found[name] = memory.as_strided(tuple(tensor.shape), tensor.stride(), start)
     return found
 

@@ -98,6 +98,8 @@ def _tried(tensors: list[torch.Tensor], causal: bool, kernel: str, lengths: bool
     try:
         _call(_operands(tensors, kernel, lengths), causal, kernel, FEW - 1 if lengths else 0)
         torch.cuda.synchronize(tensors[0].device)
+    except torch.OutOfMemoryError:  # says nothing of the kernel, and there may be memory later
+        return None
     except Exception as error:
         log.warning("dkfuse: attention kernel %s cannot be used: %s", kernel, first_line(error))
         return first_line(error)

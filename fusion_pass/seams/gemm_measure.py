@@ -99,6 +99,8 @@ def _tried(product: Product, tiles: str) -> str | None:
         expected = gemm.reference(x, weight, bias, act=product.act)
         if not torch.allclose(found.float(), expected.float(), rtol=0.02, atol=0.02):
             return f"its result is wrong by {(found.float() - expected.float()).abs().max().item():.3g}"
+    except torch.OutOfMemoryError:  # says nothing of the kernel, and there may be memory later
+        return None
     except Exception as error:
         log.warning("dkfuse: quack's GEMM cannot be used: %s", first_line(error))
         return first_line(error)
