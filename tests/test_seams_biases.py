@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,8 +21,14 @@ def of_fp8(x: Tensor, w: Tensor) -> Tensor:
     return x @ (w.to(torch.float8_e4m3fn).to(x.dtype) * 0.5).t()
 
 
-def queries(x: Tensor, w: Tensor, b: Tensor, g: Tensor) -> Tensor:
-    q = (of_fp8(x, w) + b).unflatten(-1, (4, -1)).transpose(1, 2)
+def of_transposed_fp8(x: Tensor, w: Tensor) -> Tensor:
+    """As torchao's float8 weights are: transposed, then widened with a scale for each of them."""
+    scales = torch.full((1, len(w)), 0.5, dtype=torch.float32)
+    return x @ (w.to(torch.float8_e4m3fn).t().float() * scales).to(x.dtype)
+
+
+def queries(x: Tensor, w: Tensor, b: Tensor, g: Tensor, product: Any = of_fp8) -> Tensor:
+    q = (product(x, w) + b).unflatten(-1, (4, -1)).transpose(1, 2)
     q = F.rms_norm(q, (q.shape[-1],), g, 1e-6)
     return F.scaled_dot_product_attention(q, q, q)
 
@@ -40,13 +47,14 @@ def args(dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_a_norm_behind_a_bias_reads_a_product(dynamic: bool) -> None:
-    given = args()
+@pytest.mark.parametrize("product", [of_fp8, of_transposed_fp8])
+def test_a_norm_behind_a_bias_reads_a_product(product: Any, dynamic: bool) -> None:
+    function, given = partial(queries, product=product), args()
     if dynamic:
         torch._dynamo.mark_dynamic(given[0], 1)
-    results, coverage = run(queries, given, target="sm90", dynamic=None if dynamic else False)
+    results, coverage = run(function, given, target="sm90", dynamic=None if dynamic else False)
     assert tally(coverage.sites) == {"qk_norm": 1}, str(coverage)
-    torch.testing.assert_close(results[0], queries(*given), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(results[0], function(*given), rtol=0.02, atol=0.02)
 
 
 def sums(function: Any, settings: Settings, dtype: torch.dtype = torch.bfloat16) -> int:
@@ -72,8 +80,12 @@ def plain(x: Tensor, w: Tensor, b: Tensor, g: Tensor) -> Tensor:
     return of_fp8(x, w) + b
 
 
+def transposed_first(x: Tensor, w: Tensor, b: Tensor, g: Tensor) -> Tensor:
+    return of_transposed_fp8(x, w) + b
+
+
 def test_which_sums_are_products() -> None:
-    assert sums(plain, Settings()) == 1
+    assert sums(plain, Settings()) == sums(transposed_first, Settings()) == 1
     assert sums(plain, Settings(roundings="eager")) == 0
     assert sums(plain, Settings(), FP32) == 0
     assert sums(read_twice, Settings()) == 0
