@@ -1,4 +1,4 @@
-"""Biases that are added behind a product and views."""
+"""Biases that are added behind a product and views, and scales of widened weights that are multiplied behind it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dkfuse.seams import biases
+from dkfuse.seams import biases, scales
 from dkfuse.settings import Settings
 
 from .harness import FP32, exact, rms, run, spell, tally
@@ -98,3 +98,74 @@ def test_a_bias_that_is_a_sum_itself() -> None:
         return of_fp8(x, w) + own
 
     assert sums(function, Settings()) == 2
+
+
+# -- scales ------------------------------------------------------------------------------------------------------------
+
+
+def of_int8(x: Tensor, w: Tensor, s: Tensor) -> Tensor:
+    """As torchao's int8 weights: widened, and multiplied with a scale for each column of the product."""
+    return (x.flatten(0, 1) @ w.to(x.dtype).t() * s).view(*x.shape[:2], -1)
+
+
+def queries_of_int8(x: Tensor, w: Tensor, s: Tensor, b: Tensor, g: Tensor) -> Tensor:
+    q = (of_int8(x, w, s) + b).unflatten(-1, (4, -1)).transpose(1, 2)
+    q = F.rms_norm(q, (q.shape[-1],), g, 1e-6)
+    return F.scaled_dot_product_attention(q, q, q)
+
+
+def quantized(dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    x, w, b, g = args(dtype)
+    scale = w.float().abs().amax(1) / 127
+    return [x, (w / scale[:, None]).round().to(torch.int8), scale.to(dtype), b, g]
+
+
+def multiples(function: Any, given: list[Tensor], **settings: Any) -> int:
+    """How many products the pass leaves that are multiplied with a scale."""
+    found = []
+
+    def noted(graph: torch.fx.Graph, _: Settings) -> None:
+        before(graph, _)
+        products = [n.args[0] for n in graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)]
+        found.append(sum(getattr(p, "target", None) is torch.ops.aten.mm.default for p in products))
+
+    before = scales.into_weights
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scales, "into_weights", noted)
+        results, _ = run(function, given, target="sm90", **settings)
+    (reference,) = exact(function, given)
+    assert rms(results[0] - reference) <= 1.02 * rms(function(*given) - reference)
+    return found[0]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_norm_behind_a_scale_reads_a_product(dynamic: bool) -> None:
+    given = quantized()
+    if dynamic:
+        torch._dynamo.mark_dynamic(given[0], 1)
+    results, coverage = run(queries_of_int8, given, target="sm90", dynamic=None if dynamic else False)
+    assert tally(coverage.sites) == {"qk_norm": 1}, str(coverage)
+    (reference,) = exact(queries_of_int8, given)
+    assert rms(results[0] - reference) <= 1.02 * rms(queries_of_int8(*given) - reference)
+
+
+def test_which_scales_are_the_weights() -> None:
+    def plain(x: Tensor, w: Tensor, s: Tensor, b: Tensor, g: Tensor) -> Tensor:
+        return of_int8(x, w, s)
+
+    def read_twice(x: Tensor, w: Tensor, s: Tensor, b: Tensor, g: Tensor) -> Tensor:
+        rows, widened = x.flatten(0, 1), w.to(x.dtype).t()  # one pass for both, with a scale each
+        return rows @ widened * s + rows.flip(0) @ widened * b
+
+    def gated(x: Tensor, w: Tensor, s: Tensor, b: Tensor, g: Tensor) -> Tensor:
+        return of_int8(x, b.outer(b), s)  # another pass over the weights
+
+    given = quantized()
+    assert multiples(plain, given) == 0
+    assert multiples(plain, given, roundings="eager") == 1
+    assert multiples(plain, quantized(FP32)) == 1
+    assert multiples(read_twice, given) == 2
+    assert multiples(gated, given) == 1
+    assert (
+        multiples(plain, [given[0], given[1].to(torch.int16), *given[2:]]) == 1
+    )  # bfloat16 does not hold all of int16

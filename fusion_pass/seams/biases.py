@@ -16,7 +16,7 @@ from ..matching.terms import NARROW
 from ..rewriting.replace import copy_origin, emit, emit_like
 from ..settings import Settings
 from .common import aten
-from .linear import bias_behind
+from .linear import row_behind
 
 
 def into_products(graph: fx.Graph, settings: Settings) -> None:
@@ -25,7 +25,9 @@ def into_products(graph: fx.Graph, settings: Settings) -> None:
         return
     for product in graph.find_nodes(op="call_function", target=aten.mm.default):
         x, w = product.args
-        if (behind := bias_behind(product, x)) is None:  # not before its turn: a bias may be such a sum itself
+        if (
+            behind := row_behind(product, aten.add.Tensor)
+        ) is None:  # not before its turn: a bias may be such a sum itself
             continue
         sum_, bias, views = behind
         dtype = product.meta["val"].dtype
