@@ -1,4 +1,4 @@
-"""Biases that are added behind a product and views, and scales of widened weights that are multiplied behind it."""
+"""Biases that are added behind a product and views; weights that are widened for each call, and their scales."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dkfuse.seams import biases, scales
+from dkfuse.seams import biases, widened
+from dkfuse.seams.linear import linears
 from dkfuse.settings import Settings
 
 from .harness import FP32, exact, rms, run, spell, tally
@@ -100,7 +101,7 @@ def test_a_bias_that_is_a_sum_itself() -> None:
     assert sums(function, Settings()) == 2
 
 
-# -- scales ------------------------------------------------------------------------------------------------------------
+# -- widened weights ---------------------------------------------------------------------------------------------------
 
 
 def of_int8(x: Tensor, w: Tensor, s: Tensor) -> Tensor:
@@ -129,9 +130,9 @@ def multiples(function: Any, given: list[Tensor], **settings: Any) -> int:
         products = [n.args[0] for n in graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)]
         found.append(sum(getattr(p, "target", None) is torch.ops.aten.mm.default for p in products))
 
-    before = scales.into_weights
+    before = widened.bring_into_form
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scales, "into_weights", noted)
+        patch.setattr(widened, "bring_into_form", noted)
         results, _ = run(function, given, target="sm90", **settings)
     (reference,) = exact(function, given)
     assert rms(results[0] - reference) <= 1.02 * rms(function(*given) - reference)
@@ -169,3 +170,24 @@ def test_which_scales_are_the_weights() -> None:
     assert (
         multiples(plain, [given[0], given[1].to(torch.int16), *given[2:]]) == 1
     )  # bfloat16 does not hold all of int16
+
+
+def test_linears_are_read_of_weights_that_were_transposed_first() -> None:
+    def of_activations(x: Tensor, w: Tensor, b: Tensor, g: Tensor) -> Tensor:
+        return x[0] @ (x[1] * 2).view(x.shape[2], -1)  # dense, not the transpose of dense rows
+
+    found = []
+
+    def noted(graph: torch.fx.Graph, settings: Settings) -> None:
+        before(graph, settings)
+        found.append([linear.weight.meta["val"].stride() for linear in linears(graph)])
+
+    before = widened.bring_into_form
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(widened, "bring_into_form", noted)
+        for function in (transposed_first, of_activations):
+            given = args()
+            results, _ = run(function, given, target="sm90")
+            torch.testing.assert_close(results[0], function(*given), rtol=0.02, atol=0.02)
+    width = args()[1].shape[1]
+    assert found == [[(width, 1)], []]
