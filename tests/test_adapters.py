@@ -228,6 +228,19 @@ def test_what_is_left(module: nn.Module, options: dict[str, Any], expected: dict
     torch.testing.assert_close(results[0], module(x), atol=0.02, rtol=0.02)
 
 
+def test_a_symbolic_size_that_is_added_is_no_update() -> None:
+    """HunyuanVideo's number of keys of a dynamic length: ``mask.sum() + image tokens``."""
+
+    def function(x: Tensor) -> Tensor:
+        return (x[..., 0].sum(1) + x.shape[1])[:, None] * torch.arange(4)
+
+    given = tokens()
+    torch._dynamo.mark_dynamic(given, 1)
+    results, coverage = run(function, [given], target="sm90", dynamic=None)
+    assert seams(coverage) == {}
+    torch.testing.assert_close(results[0], function(given), atol=0.05, rtol=0.02)
+
+
 def test_a_modulation_is_left() -> None:
     module = Adapted(out=4 * WIDTH).requires_grad_(False)
     _, coverage = run(module, [tokens(1, 2)], target="sm90")

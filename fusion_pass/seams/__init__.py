@@ -28,7 +28,7 @@ from ..choosing.choose import resolve_target
 from ..matching.rules import Code, Stage
 from ..reporting.report import SEAMS, Reason, Site, Status
 from ..settings import Settings
-from . import adapters, attention, biases, epilogue, gemm, joint, patches, projections, repeated, split, swiglu
+from . import adapters, attention, biases, epilogue, gemm, joint, patches, projections, repeated, split, swiglu, widened
 from .seam import Seam
 
 __all__ = ["FINDERS", "NAMES", "Seam", "run"]
@@ -56,6 +56,7 @@ def run(graph: fx.Graph, settings: Settings) -> list[Site]:
     """
     if not any(resolve_target(settings.target, device).startswith("sm") for device in _devices(graph)):
         return []
+    widened.bring_into_form(graph, settings)
     biases.into_products(graph, settings)
     sites: list[Site] = []
     names: Counter[str] = Counter()

@@ -35,7 +35,7 @@ from ..matching.terms import same_shape, same_size
 from ..rewriting.replace import copy_origin, emit
 from ..settings import Settings
 from . import gemm, gemm_choice
-from .common import aten, check_allowed, check_sizes, record, reshaped
+from .common import aten, check_allowed, check_sizes, is_tensor, record, reshaped
 from .linear import KEEP_ROWS, Linear, linears, read
 from .seam import Seam
 
@@ -94,7 +94,7 @@ def _read_sum(
     node: fx.Node, known: dict[fx.Node, Linear], products: dict[fx.Node, Linear], inner: set[fx.Node]
 ) -> Adapted | None:
     """What `node` adds up, with the sums that it reads, which are noted as `inner`."""
-    if len(node.args) != 2 or node.kwargs or not all(isinstance(a, fx.Node) for a in node.args):
+    if len(node.args) != 2 or node.kwargs or not all(is_tensor(a) for a in node.args):
         return None
     for base, added in (node.args, node.args[::-1]):
         shapes = [n.meta["val"].shape for n in (base, added)]  # type: ignore[union-attr]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -140,8 +140,9 @@ def as_one(graph: fx.Graph, first: fx.Node, size: int) -> fx.Node:
     return node
 
 
-def is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.Tensor)
+def is_tensor(node: Any) -> TypeGuard[fx.Node]:
+    """Whether an argument is a node of a tensor: it may be a number, also a node of one, which is a symbolic size."""
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def read_sizes_elsewhere(graph: fx.Graph, old: Iterable[fx.Node], live: list[fx.Node]) -> None:

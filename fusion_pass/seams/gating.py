@@ -203,14 +203,13 @@ class _Reader:
 
 def _alike(one: Any, other: Any) -> bool:
     """Whether two operands have one shape: a row is multiplied with its own row, nothing is broadcast."""
-    nodes = isinstance(one, fx.Node) and isinstance(other, fx.Node)
-    return nodes and is_tensor(one) and is_tensor(other) and same_shape(one.meta["val"].shape, other.meta["val"].shape)
+    return is_tensor(one) and is_tensor(other) and same_shape(one.meta["val"].shape, other.meta["val"].shape)
 
 
 def _passes(node: fx.Node) -> bool:
     """A view that keeps rows, a copy, or a cast."""
     before = node.args[0] if node.args else None
-    if not isinstance(before, fx.Node) or not is_tensor(before) or not is_tensor(node):
+    if not is_tensor(before) or not is_tensor(node):
         return False
     a, b = before.meta["val"], node.meta["val"]
     if node.target in CASTS:

@@ -22,6 +22,7 @@ from torch import fx
 
 from ..matching.terms import same_size
 from ..rewriting.calls import bound_arguments
+from .common import is_tensor
 from .key_lengths import CUDNN_OUT
 from .mask_index import CASTS, Unproved
 from .mask_reader import Reader, cast
@@ -155,7 +156,7 @@ def _factors(
 
 
 def _is_boolean(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.meta["val"].dtype == torch.bool
+    return is_tensor(node) and node.meta["val"].dtype == torch.bool
 
 
 def _operand(result: fx.Node, operand: fx.Node, dims: Dims) -> Dims:

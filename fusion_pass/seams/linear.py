@@ -75,7 +75,15 @@ def read(product: fx.Node) -> Linear | None:
     x = _without_expand(x)
     if addend:
         (bias,) = addend
-        return Linear(product, product, x, weight, bias) if _is_bias(bias, weight, x) else None
+        return Linear(product, product, x, weight, bias) if _is_row(bias, product) else None
+    if (behind := row_behind(product, aten.add.Tensor)) is not None:
+        node, bias, views = behind
+        return Linear(node, product, x, weight, bias, views)
+    return Linear(product, product, x, weight, None)
+
+
+def row_behind(product: fx.Node, op: object) -> tuple[fx.Node, fx.Node, tuple[fx.Node, ...]] | None:
+    """What `op`, add or mul, makes of a matmul and a row [N], the row, the views between; None where others read it."""
     views = []
     node = product
     while len(node.users) == 1 and (reader := next(iter(node.users))).target in KEEP_ROWS:
@@ -85,11 +93,11 @@ def read(product: fx.Node) -> Linear | None:
         node = reader
     if len(node.users) == 1:
         (reader,) = node.users
-        if reader.target is aten.add.Tensor and not reader.kwargs and node in reader.args:
+        if reader.target is op and not reader.kwargs and node in reader.args:
             other = reader.args[1] if reader.args[0] is node else reader.args[0]
-            if _is_bias(other, weight, x) and same_shape(reader.meta["val"].shape, node.meta["val"].shape):
-                return Linear(reader, product, x, weight, other, tuple(views))  # type: ignore[arg-type]
-    return Linear(product, product, x, weight, None)
+            if _is_row(other, product) and same_shape(reader.meta["val"].shape, node.meta["val"].shape):
+                return reader, other, tuple(views)  # type: ignore[return-value]
+    return None
 
 
 def source(node: fx.Node) -> fx.Node:
@@ -132,8 +140,8 @@ def _without_expand(x: fx.Node) -> fx.Node:
     return x
 
 
-def _is_bias(node: object, weight: fx.Node, x: fx.Node) -> bool:
+def _is_row(node: object, product: fx.Node) -> bool:
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    if not isinstance(value, torch.Tensor) or value.dim() != 1 or value.dtype != x.meta["val"].dtype:
+    if not isinstance(value, torch.Tensor) or value.dim() != 1 or value.dtype != product.meta["val"].dtype:
         return False
-    return same_size(value.shape[0], weight.meta["val"].shape[0])
+    return same_size(value.shape[0], product.meta["val"].shape[-1])
