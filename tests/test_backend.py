@@ -186,9 +186,9 @@ PACKED = """
 """
 
 
-def start(folder: pathlib.Path, packed: bool = False, **environment: str) -> dict:
+def start(folder: pathlib.Path, packed: bool = False, before: str = "", after: str = "", **environment: str) -> dict:
     script = folder / "script.py"
-    text = textwrap.dedent(SCRIPT)
+    text = "\n".join(map(textwrap.dedent, (before, SCRIPT, after)))
     if packed:
         text = text.replace("\nwith ", textwrap.dedent(PACKED) + "\nwith ", 1).replace("compile(f,", "compile(model,")
     script.write_text(text)
@@ -210,6 +210,26 @@ def test_a_warm_start_reports_what_the_cold_one_did(tmp_path):
         record.write_text(json.dumps({**json.loads(record.read_text()), "coverage": None}))
     again = start(tmp_path)
     assert again["fused"] == 1 and not again["cached"], "nor may one be found whose record was only begun"
+
+
+SAVE = """
+    import os, pathlib
+    artifacts, _ = torch.compiler.save_cache_artifacts()
+    pathlib.Path(os.environ["ARTIFACTS"]).write_bytes(artifacts)
+"""
+LOAD = """
+    import os, pathlib, torch
+    torch.compiler.load_cache_artifacts(pathlib.Path(os.environ["ARTIFACTS"]).read_bytes())
+"""
+
+
+def test_artifacts_of_the_compiler_start_another_machine_warm(tmp_path):
+    """Loaded before dkfuse is imported, and saved from a warm start as from a cold one."""
+    folders = [tmp_path / name for name in ("first", "second", "third")]
+    for i, folder in enumerate(folders):
+        folder.mkdir()
+        found = start(folder, before=LOAD * (i > 0), after=SAVE, ARTIFACTS=str(tmp_path / "artifacts"))
+        assert (found["fused"], found["cached"]) == (1, i > 0)
 
 
 def test_a_warm_start_of_packed_weights(tmp_path):

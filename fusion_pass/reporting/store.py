@@ -5,7 +5,7 @@ and the token is part of the pass's identity in Inductor's cache key: a cached g
 and a record whose code changed (sources, options, torch, GPU) has another name. A record that was begun and not saved,
 because its process was stopped, is begun anew with another token: what Inductor may have cached is not found without
 what the pass found. Files are written beside and renamed, so that processes may share the folder; on a read-only or
-full disk the graph is compiled anew each time.
+full disk the graph is compiled anew each time. `torch.compiler.save_cache_artifacts` carries records with the graphs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import fx
 
 from dkfuse.kernels import attention_kernels, disk_cache, failures, gemm_kernels, registry
 
-from .. import compat
+from .. import compat, compat_artifacts
 from ..settings import Settings
 from ..version import __version__
 from .report import Coverage, Graph
@@ -108,6 +108,8 @@ class Record:
                 "dkfuse: the stored record %s cannot be read (%s); the graph is compiled anew", self.path, error
             )
             self._write(None)
+        else:
+            compat_artifacts.carry(self.path, data)
 
     @property
     def uuid(self) -> str | None:
@@ -125,9 +127,11 @@ class Record:
             self.path.unlink(missing_ok=True)
 
     def _write(self, coverage: dict | None) -> None:
-        content = json.dumps({"token": self.token, "coverage": coverage, "once": self.once})
+        content = {"token": self.token, "coverage": coverage, "once": self.once}
         try:
-            disk_cache.write(self.path, content.encode())
+            disk_cache.write(self.path, json.dumps(content).encode())
+            if coverage is not None:
+                compat_artifacts.carry(self.path, content)
         except OSError as error:
             self.writable = False
             log.info("dkfuse: no coverage record at %s (%s); this graph bypasses Inductor's cache", self.path, error)

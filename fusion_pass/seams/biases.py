@@ -25,9 +25,8 @@ def into_products(graph: fx.Graph, settings: Settings) -> None:
         return
     for product in graph.find_nodes(op="call_function", target=aten.mm.default):
         x, w = product.args
-        if (
-            behind := row_behind(product, aten.add.Tensor)
-        ) is None:  # not before its turn: a bias may be such a sum itself
+        behind = row_behind(product, aten.add.Tensor)  # not before its turn: a bias may be such a sum itself
+        if behind is None:
             continue
         sum_, bias, views = behind
         dtype = product.meta["val"].dtype
