@@ -23,7 +23,10 @@ __all__ = ["Launch", "Unsupported", "plan", "run", "supports"]
 
 _NORM_POINTERS = (
     ("x", "residual"),
-    ("gate", "branch_bias", "branch_weight", "weight", "bias", "scale", "shift", "scale2", "shift2", "pick", *TABLES),
+    (
+        *("gate", "branch_bias", "branch_weight", "x2", "gate2", "weight", "bias"),
+        *("scale", "shift", "scale2", "shift2", "pick", *TABLES),
+    ),
     ("sum", "out", "out2"),
 )
 _NO_BRANCH_NORM = {

@@ -22,7 +22,7 @@ from .tables import TABLES
 
 MAX_WIDTH = 16384
 PIECE = 2**31 - 1  # elements that one launch may address; some of these kernels count in 32 bits
-OTHERS = ("bias", "gate", "scale", "shift", "pick", *TABLES, "branch_bias", "branch_weight")
+OTHERS = ("bias", "gate", "scale", "shift", "pick", *TABLES, "branch_bias", "branch_weight", "x2", "gate2")
 
 Norm = Callable[[Any, Any, float, Any], None]  # input, weight, eps, out
 AddNorm = Callable[[Any, Any, Any, float], None]  # input, residual, weight, eps; both in place
