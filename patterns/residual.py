@@ -34,10 +34,10 @@ def is_stream(term: Term) -> bool:
     return inner.op not in ("layer_norm", "rms_norm") and not (inner.op == "mul" and inner.norm_reach is not None)
 
 
-def total(branch: Pattern, gated: bool) -> Pattern:
-    """``residual + gate * branch`` or ``residual + branch``, bound as ``sum`` too."""
+def total(branch: Pattern, gated: bool, name: str = "sum") -> Pattern:
+    """``residual + gate * branch`` or ``residual + branch``, bound as `name` too."""
     product = R("GATE_PRODUCT", Mul(Var("gate"), branch)) if gated else branch
-    return R("SUM", Add(Var("residual", is_stream), product), name="sum")
+    return R("SUM", Add(Var("residual", is_stream), product), name=name)
 
 
 def is_addend(term: Term) -> bool:

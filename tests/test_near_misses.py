@@ -14,10 +14,10 @@ import dkfuse
 from dkfuse import Settings
 from dkfuse.fuse import plan
 
-from . import near_misses, near_misses_around
+from . import near_misses, near_misses_around, near_misses_two_branches
 from .harness import TOLERANCE, Spelling, compiled, counts, flat, run, spell
 
-ROWS = near_misses.ROWS + near_misses_around.ROWS
+ROWS = near_misses.ROWS + near_misses_around.ROWS + near_misses_two_branches.ROWS
 
 
 def check_same(ours: Sequence[Tensor], theirs: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> None:

@@ -14,6 +14,7 @@ from . import (
     spellings_picks,
     spellings_streams,
     spellings_tables,
+    spellings_two_branches,
 )
 from .harness import Spelling, check_numerics, counts, run, spell
 
@@ -26,6 +27,7 @@ TABLES = (
     spellings_picks,
     spellings_by_hand,
     spellings_frames,
+    spellings_two_branches,
 )
 ROWS = [row for part in TABLES for row in part.ROWS]
 
@@ -53,7 +55,7 @@ def test_eagers_roundings_are_kept_or_the_site_is_left(row: Spelling) -> None:
         torch.testing.assert_close(ours, eager, rtol=0, atol=tolerance * size, msg=lambda text: f"{text}\n{coverage}")
 
 
-INDUCTOR = ("a1_b2", "from_table_unbind", "g1_dual", "g4_fp32", "indexed_parts_of_a_row")
+INDUCTOR = ("a1_b2", "from_table_unbind", "g1_dual", "g4_fp32", "indexed_parts_of_a_row", "two_gates")
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.name in INDUCTOR], ids=lambda row: row.name)

@@ -18,6 +18,8 @@ import torch
 
 from .terms import Term, TermView
 
+ORDER = "the order of a sum"  # among the roundings of a binding: see `Reordered`
+
 
 @dataclass(frozen=True, slots=True)
 class Binding:
@@ -95,6 +97,16 @@ class R(Pattern):
             yield from self.inner.match(view, seen.args[0], binding)
         else:
             yield from self.inner.match(view, term, binding)
+
+
+@dataclass(frozen=True)
+class Reordered(Pattern):
+    """`inner`, a sum that kernels add up in another order: with ``roundings=eager`` none has its roundings."""
+
+    inner: Pattern
+
+    def match(self, view, term, binding):
+        yield from self.inner.match(view, term, binding.rounded(ORDER, torch.float32))
 
 
 class _Commutative(Pattern):

@@ -6,6 +6,7 @@ written with `add`, `mul`, `neg` and `reciprocal`; reductions count only over th
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -118,14 +119,35 @@ def _last_dim_only(node: fx.Node, dims: Any) -> bool:
 
 def _reduction(view: TermView, node: fx.Node, op: str, dims: Any, keepdim: bool, attrs: tuple = ()) -> Term | None:
     x = view.operand(node.args[0])
-    if x is None or not x.shape or not _last_dim_only(node, dims):
+    if x is None or not x.shape:
         return None
+    if not _last_dim_only(node, dims):
+        return _sum_of_stack(view, node, x, dims, keepdim) if op == "sum" else None
     if op == "sum" and same_size(x.shape[-1], 2):  # a 2x2 matrix times a pair
         last = len(x.shape) - 1
         both = view.make("add", *(select_term(view, x, last, i) for i in (0, 1)))
         return view.view(both, ("unsqueeze", last), (*x.shape[:-1], 1)) if keepdim else both
     term = view.make(op, x, attrs=attrs, shape=(*x.shape[:-1], 1))
     return term if keepdim else view.view(term, ("squeeze", len(x.shape) - 1), x.shape[:-1])
+
+
+def _viewed(term: Term) -> Term:
+    while term.op == "view":
+        term = term.args[0]
+    return term
+
+
+def _sum_of_stack(view: TermView, node: fx.Node, x: Term, dims: Any, keepdim: bool) -> Term | None:
+    """``stack([a, b], dim).sum(dim)`` as the sum that it is: like that one, it is added up in fp32 and rounded once."""
+    joined = x.args[0] if x.op == "view" else x
+    if joined.op != "cat" or not isinstance(dims, (list, tuple)) or len(dims) != 1:
+        return None
+    dim, count = dims[0] % len(x.shape), len(joined.args)
+    parts = [select_term(view, x, dim, i) for i in range(count)] if x.shape[dim] == count else []
+    if not parts or any(_viewed(part) is joined for part in parts):
+        return None
+    total = functools.reduce(lambda a, b: view.make("add", a, b), parts)
+    return view.view(total, ("unsqueeze", dim), tuple(node.meta["val"].shape)) if keepdim else total
 
 
 def read_mean(view: TermView, node: fx.Node) -> Term | None:
