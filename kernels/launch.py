@@ -35,6 +35,7 @@ _NO_BRANCH_NORM = {
     "BRANCH_EPS": "0.0",
     "BRANCH_WEIGHT_OFFSET": "0.0",
 }
+_NO_LIMIT = {"LIMIT": "0.0"}
 _POINTWISE_POINTERS = (
     ("x", "residual"),
     ("gate", "branch_bias", "scale", "shift", "pick", *TABLES[:3]),
@@ -124,6 +125,8 @@ def plan(
     scalars = {name: value for name, value in values.items() if fixed[name] is None}
     if not (pointwise or sandwich):
         fixed.update(_NO_BRANCH_NORM)
+    if not (pointwise or arguments.get("limit")):
+        fixed.update(_NO_LIMIT)
 
     from .specialize import specialize
     from .triton_norm import row_norm
@@ -211,6 +214,8 @@ def _constants(arguments: Mapping[str, Any], pointwise: bool, width: int, axes: 
         constants["CENTER"] = arguments["norm"] == "layer"
         constants["EPS"] = float(arguments["eps"])
         constants["WEIGHT_OFFSET"] = float(arguments.get("weight_offset", 0.0))
+    if arguments.get("limit"):
+        constants["LIMIT"] = float(arguments["limit"])
     if has_branch_norm(arguments):
         constants["BRANCH_NORM"] = True
         constants["BRANCH_CENTER"] = arguments["branch_norm"] == "layer"

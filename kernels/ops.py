@@ -4,6 +4,7 @@
     y   = norm_b(b)*(branch_weight_offset + branch_weight)      branch_weight optional; branch_norm="none": y = b
     z   = residual + gate*y + gate2*x2            without gates: residual + y + x2; x2 optional; ops without a
                                                   residual: z = x
+        clamped to [-limit, limit]                limit 0: not; NaN stays; only in ops with a residual and a norm
     n   = (z - mean(z)) * rsqrt(var(z) + eps)     norm="layer", biased variance
         = z * rsqrt(mean(z^2) + eps)              norm="rms"; both over the last dim, eps may be 0
     norm_b: as n, by branch_norm and branch_eps   only in the residual_norm_modulate ops (sandwich norms)
@@ -57,7 +58,8 @@ _NORM_TAIL = (
     "*, str norm, float eps, float weight_offset=0., float scale_offset=1., {more}ScalarType out_dtype, int roundings=0"
 )
 _RESIDUAL_TAIL = _NORM_TAIL.format(
-    more='str branch_norm="none", float branch_eps=0., float branch_weight_offset=0., ScalarType? sum_dtype, '
+    more='str branch_norm="none", float branch_eps=0., float branch_weight_offset=0., float limit=0., '
+    "ScalarType? sum_dtype, "
 )
 _RESIDUAL = "Tensor x, Tensor residual, Tensor? gate, Tensor? branch_weight"
 _MODULATION = "Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift"
@@ -181,9 +183,9 @@ def reference_outputs(op: str, arguments: dict[str, Any], compute: torch.dtype =
         return {"out": reference.modulate(x.to(compute), scale, shift, offset, roundings, x.dtype)}
     operands = ("residual", "gate", "weight", "bias", "scale", "shift", "scale2", "shift2")
     values = ("norm", "eps", "weight_offset", "scale_offset", "roundings")
-    branch = ("branch_bias", "branch_weight", "branch_norm", "branch_eps", "branch_weight_offset", "x2", "gate2")
+    branch = ("branch_bias", "branch_weight", "branch_norm", "branch_eps", "branch_weight_offset")
     keywords: dict[str, Any] = {name: arguments[name] for name in values}
-    keywords.update((name, arguments[name]) for name in branch if name in arguments)
+    keywords.update((name, arguments[name]) for name in (*branch, "x2", "gate2", "limit") if name in arguments)
     results = reference.residual_norm_modulate_dual(
         x, *(arguments.get(name) for name in operands), **keywords, compute=compute
     )

@@ -96,6 +96,7 @@ def residual_norm_modulate_dual(
     branch_weight_offset: float = 0.0,
     x2: Tensor | None = None,
     gate2: Tensor | None = None,
+    limit: float = 0.0,
     compute: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(z, out, out2) in `compute`, before the outputs are rounded to their dtypes."""
@@ -104,6 +105,8 @@ def residual_norm_modulate_dual(
     z = gate_and_add(y, residual, gate, roundings, x.dtype)
     if x2 is not None:
         z = gate_and_add(x2.to(compute), z, gate2, roundings >> SECOND_BRANCH, x.dtype)
+    if limit:
+        z = z.clamp(-limit, limit)
     a = affine(normalize(z, norm, eps), weight, bias, weight_offset, roundings, x.dtype)
     return (
         z,

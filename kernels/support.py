@@ -6,6 +6,7 @@ not given. Imports neither triton nor a GPU library.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -66,7 +67,8 @@ def supports(op: str, arguments: Mapping[str, Any]) -> Unsupported | None:
     """None if the Triton kernels take this call, else the first reason why not.
 
     Codes: "op", "dtype", "device", "rank", "row_too_long", "symbolic_row", "empty", "shape", "broadcast",
-    "inner_stride", "outer_dims", "branch_norm", "second_branch", "pick", "table".
+    "inner_stride", "outer_dims", "branch_norm", "limit", "second_branch",
+    "pick", "table".
     `arguments` maps the op's argument names to tensor-likes (shape, dtype, device, stride()) or values.
     """
     if op not in OPERANDS:
@@ -101,7 +103,7 @@ def has_branch_norm(arguments: Mapping[str, Any]) -> bool:
 
 
 def branch_problem(arguments: Mapping[str, Any]) -> Unsupported | None:
-    """What is wrong with the arguments of a branch norm or of a second branch; also the ops' own error."""
+    """What is wrong with the arguments of a branch norm, a second branch or the limit; also the ops' own error."""
     norm = arguments.get("branch_norm", "none")
     if norm not in BRANCH_NORMS:
         return Unsupported("branch_norm", f"branch_norm is {norm!r}; use one of {', '.join(BRANCH_NORMS)}.")
@@ -109,6 +111,8 @@ def branch_problem(arguments: Mapping[str, Any]) -> Unsupported | None:
         return Unsupported(
             "branch_norm", "branch_weight is given but branch_norm is 'none'; name its norm, 'layer' or 'rms'."
         )
+    if not 0 <= arguments.get("limit", 0.0) < math.inf:
+        return Unsupported("limit", f"limit is {arguments['limit']}; use a positive number, or 0 for none.")
     if arguments.get("gate2") is not None and arguments.get("x2") is None:
         return Unsupported("second_branch", "gate2 is given but x2 is not; name the branch that it is the gate of.")
     return None

@@ -1,7 +1,7 @@
 """Triton kernel of norm_modulate, residual_norm_modulate and their dual forms, with or without a norm on the branch.
 
     y   = x + branch_bias, with BRANCH_NORM: norm_b(y) * (BRANCH_WEIGHT_OFFSET + branch_weight)
-    z   = residual + gate*y + gate2*x2
+    z   = residual + gate*y + gate2*x2, with a LIMIT clamped to it
     a   = norm(z) * (WEIGHT_OFFSET + weight) + bias
     out = a*(SCALE_OFFSET + scale) + shift        gate, scale and shift each with its table added
 
@@ -23,6 +23,7 @@ import triton.language as tl
 from .triton_rows import (
     added,
     biased,
+    clamped,
     gated,
     indices,
     joined,
@@ -168,6 +169,7 @@ def row_norm(
     BRANCH_CENTER: tl.constexpr,
     BRANCH_EPS: tl.constexpr,
     BRANCH_WEIGHT_OFFSET: tl.constexpr,
+    LIMIT: tl.constexpr,
     ROUNDINGS: tl.constexpr,
 ):
     DTYPE: tl.constexpr = x.dtype.element_ty
@@ -234,6 +236,8 @@ def row_norm(
         zs = zs + (gated(ys, i, residuals, gates, DTYPE, ROUNDINGS),)
     if x2 is not None:
         zs = joined(zs, xs2, gates2, D, CHUNK, CHUNKS, DTYPE, ROUNDINGS)
+    if LIMIT > 0:
+        zs = clamped(zs, CHUNKS, LIMIT)
     if sum is not None:
         for i in tl.static_range(CHUNKS):
             store_chunk(sum, sum_at, i, zs[i], D, CHUNK)

@@ -214,3 +214,12 @@ def joined(
             value = tl.where(columns < D, value, 0.0)
         row = row + (value,)
     return row
+
+
+@triton.jit
+def clamped(zs, CHUNKS: tl.constexpr, LIMIT: tl.constexpr):
+    """The row z within [-LIMIT, LIMIT]; NaN stays, as torch's clamp leaves it."""
+    row = ()
+    for i in tl.static_range(CHUNKS):
+        row = row + (tl.where(zs[i] > LIMIT, LIMIT, tl.where(zs[i] < -LIMIT, -LIMIT, zs[i])),)
+    return row

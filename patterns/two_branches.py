@@ -18,7 +18,7 @@ from dkfuse.matching.rules import Candidate, NotThisRule, Rule
 from dkfuse.matching.terms import bare
 
 from .modulate import affine, check_modulation, modulated
-from .residual import NORMED, OP, X, is_plain, is_stream, total
+from .residual import NORMED, OP, X, is_plain, is_stream, limited, total
 
 
 def second(gated: bool) -> Pattern:
@@ -42,6 +42,7 @@ def check_first_sum(site: Candidate) -> None:
     """The first sum becomes the whole one, and nothing else; it is no operand."""
     view, terms = site.view, dict(site.binding.terms)
     first, whole = terms.pop("first_sum", None), bare(view.expose(terms["sum"]))
+    whole = bare(view.expose(whole.args[0])) if whole.op == "clamp" else whole
     while first is not None and first.op == "view":
         first = first.args[0]
     for term in (first, bare(first)) if first is not None else ():
@@ -57,10 +58,11 @@ def check_modulated(site: Candidate) -> None:
     check_modulation(site)
 
 
+GATES = ((True, True), (True, False), (False, True))
 BRANCHES = (
-    ("residual_pair", at_once(X)),  # before one of its products is taken for the stream
-    ("sandwich_two", alt(*(in_turn(NORMED, gated, other) for gated in (True, False) for other in (True, False)))),
-    ("residual_two", alt(*(in_turn(X, *gates) for gates in ((True, True), (True, False), (False, True))))),
+    ("residual_pair", limited(at_once(X))),  # before one of its products is taken for the stream
+    ("sandwich_two", limited(alt(*(in_turn(NORMED, *gates) for gates in (*GATES, (False, False)))), "SUM2")),
+    ("residual_two", limited(alt(*(in_turn(X, *gates) for gates in GATES)), "SUM2")),
 )
 RULES = (
     *(Rule(f"{n}_norm_modulate", OP, OP, modulated(affine(b)), check=check_modulated) for n, b in BRANCHES),

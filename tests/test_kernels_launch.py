@@ -97,6 +97,17 @@ def test_a_second_branch_has_dense_rows_and_a_gate_has_a_branch() -> None:
         assert supports("residual_norm_modulate", {**branch_call(x), **more}).code == code
 
 
+def test_a_limit_is_one_more_constant() -> None:
+    x = meta(1, 4096, 3840)
+    call = branch_call(x, branch_norm="none", branch_weight=None)
+    without, launch = (planned({**call, "limit": limit}, "residual_norm_modulate") for limit in (0.0, 65504.0))
+    assert parameters(launch) == {*launch.tensors, *launch.scalars, *launch.constants}
+    assert launch.constants == {**without.constants, "LIMIT": 65504.0}
+    assert planned(call, "residual_norm_modulate").kernel is without.kernel
+    for limit in (-1.0, float("inf"), float("nan")):
+        assert supports("residual_norm_modulate", {**call, "limit": limit}).code == "limit"
+
+
 def test_calls_without_a_branch_norm_keep_their_kernel() -> None:
     x = meta(1, 4096, 3840)
     call = branch_call(x, branch_norm="none", branch_weight=None, branch_weight_offset=0.0)

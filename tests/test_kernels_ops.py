@@ -151,6 +151,7 @@ def test_zero_tokens(op: str) -> None:
         ("residual_norm_modulate", {"branch_bias": random(95)}, "branch_bias of shape (95,) does not broadcast"),
         ("residual_norm_modulate", {"x2": random(2, 6, 96)}, "x2 of shape (2, 6, 96) does not broadcast"),
         ("residual_norm_modulate", {"x2": None}, "gate2 is given but x2 is not"),
+        ("residual_norm_modulate", {"limit": -1.0}, "limit is -1.0"),
         ("gated_residual", {"branch_bias": random(96, dtype=FP64)}, "branch_bias has dtype torch.float64"),
     ],
 )

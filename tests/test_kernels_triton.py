@@ -302,6 +302,22 @@ else:
         call.update(gate2=None)
         assert torch.equal(ours("residual_norm_modulate", call)["sum"], h + gate * x + x2)
 
+    @pytest.mark.parametrize("norm", ["layer", "rms"])
+    def test_limits(norm: str) -> None:
+        """What fp16 cannot hold becomes the largest that it can; NaN stays."""
+        half = torch.float16
+        x, h = (random(2, 3, 40, dtype=half, seed=i) for i in range(2))
+        x[0, 0, 3], h[0, 0, 3] = 60000, 50000
+        x[0, 1, 4], h[0, 1, 4] = -60000, -50000
+        x[1, 1, 5] = float("nan")
+        more = {"gate": None, "branch_weight": None, "sum_dtype": half, "norm": norm}
+        for limit in (1.5, 65504.0):
+            call = norm_call(x, residual=h, **more, limit=limit)
+            total = ours("residual_norm_modulate", call)["sum"]
+            assert torch.equal(total.nan_to_num(7.0), (h + x).clip(-limit, limit).nan_to_num(7.0))
+            assert_same("residual_norm_modulate", call)
+            assert_same("residual_norm_modulate", {**call, "x2": h, "gate2": random(40, dtype=half), "x": x / 2})
+
     def test_nan_stays_in_its_row() -> None:
         x = random(2, 3, 40)
         x[1, 2, 5] = float("nan")

@@ -85,6 +85,7 @@ def test_norms_refuse(norm: Implementation, code: str, changes: dict[str, Any]) 
         ("nothing_else", {"gate": W}),
         ("nothing_else", {"branch_bias": W}),
         ("nothing_else", {"x2": X}),
+        ("nothing_else", {"limit": 65504.0}),
         ("nothing_else", {"branch_norm": "rms"}),
         ("nothing_else", {"roundings": int(Rounding.SUM)}),
     ],

@@ -10,6 +10,7 @@ from . import (
     spellings_biases,
     spellings_by_hand,
     spellings_frames,
+    spellings_limits,
     spellings_norms,
     spellings_picks,
     spellings_streams,
@@ -28,6 +29,7 @@ TABLES = (
     spellings_by_hand,
     spellings_frames,
     spellings_two_branches,
+    spellings_limits,
 )
 ROWS = [row for part in TABLES for row in part.ROWS]
 

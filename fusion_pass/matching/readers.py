@@ -7,6 +7,7 @@ written with `add`, `mul`, `neg` and `reciprocal`; reductions count only over th
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from typing import Any
 
@@ -77,10 +78,23 @@ def read_pow(view: TermView, node: fx.Node) -> Term | None:
 
 
 def read_clamp(view: TermView, node: fx.Node) -> Term | None:
-    x, low = view.operand(node.args[0]), argument(node, 1, "min", None)
-    if x is None or argument(node, 2, "max", None) is not None or not isinstance(low, (int, float)):
+    x, low, high = view.operand(node.args[0]), argument(node, 1, "min", None), argument(node, 2, "max", None)
+    if x is None or not isinstance(low, (int, float)) or not (high is None or isinstance(high, (int, float))):
         return None
-    return view.make("clamp_min", x, attrs=(float(low),))
+    x = view.make("clamp_min", x, attrs=(float(low),))
+    return x if high is None else _clamped(view, x, high)
+
+
+def read_clamp_max(view: TermView, node: fx.Node) -> Term | None:
+    x, high = view.operand(node.args[0]), node.args[1]
+    return _clamped(view, x, high) if x is not None and isinstance(high, (int, float)) else None
+
+
+def _clamped(view: TermView, low: Term, high: float) -> Term | None:
+    """What is not above -high is not above high either: ``clamp(x, -high, high)``, else None."""
+    if low.op != "clamp_min" or low.attrs != (-high,) or not 0 < high < math.inf:
+        return None
+    return view.make("clamp", low.args[0], attrs=(float(high),))
 
 
 def read_repeat(view: TermView, node: fx.Node) -> Term | None:
@@ -233,6 +247,7 @@ READERS = {
     aten.pow.Tensor_Scalar: read_pow,
     aten.clamp.default: read_clamp,
     aten.clamp_min.default: read_clamp,
+    aten.clamp_max.default: read_clamp_max,
     aten.repeat.default: read_repeat,
     prims.convert_element_type.default: read_cast,
     aten._to_copy.default: read_cast,
