@@ -13,6 +13,7 @@ from . import (
     spellings_limits,
     spellings_norms,
     spellings_picks,
+    spellings_stream_forms,
     spellings_streams,
     spellings_tables,
     spellings_two_branches,
@@ -30,6 +31,7 @@ TABLES = (
     spellings_frames,
     spellings_two_branches,
     spellings_limits,
+    spellings_stream_forms,
 )
 ROWS = [row for part in TABLES for row in part.ROWS]
 
