@@ -1,6 +1,6 @@
-"""The table of spellings, part 11: copies between the sum and its norm, and gate, scale and shift of each token in one.
+"""The table of spellings, part 11: copies between a sum and its norm; gate, scale and shift of each token in one op.
 
-Models behind graph breaks copy the rounded stream (SkyReels-V2); video models of which every token has a timestep of its
+Models behind graph breaks copy the rounded stream (SkyReels-V2); video models whose tokens have timesteps of their
 own (Wan2.2-5B, LingBot-Video) write ``addcmul`` where others write products and sums.
 """
 
