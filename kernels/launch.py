@@ -36,6 +36,7 @@ _NO_BRANCH_NORM = {
     "BRANCH_WEIGHT_OFFSET": "0.0",
 }
 _NO_LIMIT = {"LIMIT": "0.0"}
+_NO_FACTOR = {"FACTOR2": "1.0"}
 _POINTWISE_POINTERS = (
     ("x", "residual"),
     ("gate", "branch_bias", "scale", "shift", "pick", *TABLES[:3]),
@@ -127,6 +128,8 @@ def plan(
         fixed.update(_NO_BRANCH_NORM)
     if not (pointwise or arguments.get("limit")):
         fixed.update(_NO_LIMIT)
+    if not (pointwise or _has_factor(arguments)):
+        fixed.update(_NO_FACTOR)
 
     from .specialize import specialize
     from .triton_norm import row_norm
@@ -165,6 +168,10 @@ def _wide(arguments: Mapping[str, Any]) -> bool:
     """Whether scale or shift is fp32."""
     given = [arguments.get(name) for name in ("scale", "shift", "scale2", "shift2")]
     return any(t is not None and t.dtype.itemsize == 4 for t in given)
+
+
+def _has_factor(arguments: Mapping[str, Any]) -> bool:
+    return arguments.get("x2") is not None and arguments.get("factor2", 1.0) != 1.0
 
 
 def _expression(value: Int | None, width: int) -> str | None:
@@ -214,6 +221,8 @@ def _constants(arguments: Mapping[str, Any], pointwise: bool, width: int, axes: 
         constants["CENTER"] = arguments["norm"] == "layer"
         constants["EPS"] = float(arguments["eps"])
         constants["WEIGHT_OFFSET"] = float(arguments.get("weight_offset", 0.0))
+    if _has_factor(arguments):
+        constants["FACTOR2"] = float(arguments["factor2"])
     if arguments.get("limit"):
         constants["LIMIT"] = float(arguments["limit"])
     if has_branch_norm(arguments):

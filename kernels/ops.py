@@ -2,7 +2,7 @@
 
     b   = x + branch_bias                         branch_bias None: x; only in ops with a residual
     y   = norm_b(b)*(branch_weight_offset + branch_weight)      branch_weight optional; branch_norm="none": y = b
-    z   = residual + gate*y + gate2*x2            without gates: residual + y + x2; x2 optional; ops without a
+    z   = residual + gate*y + gate2*factor2*x2    without gates: residual + y + factor2*x2; x2 optional; ops without a
                                                   residual: z = x
         clamped to [-limit, limit]                limit 0: not; NaN stays; only in ops with a residual and a norm
     n   = (z - mean(z)) * rsqrt(var(z) + eps)     norm="layer", biased variance
@@ -58,8 +58,8 @@ _NORM_TAIL = (
     "*, str norm, float eps, float weight_offset=0., float scale_offset=1., {more}ScalarType out_dtype, int roundings=0"
 )
 _RESIDUAL_TAIL = _NORM_TAIL.format(
-    more='str branch_norm="none", float branch_eps=0., float branch_weight_offset=0., float limit=0., '
-    "ScalarType? sum_dtype, "
+    more='str branch_norm="none", float branch_eps=0., float branch_weight_offset=0., '
+    "float factor2=1., float limit=0., ScalarType? sum_dtype, "
 )
 _RESIDUAL = "Tensor x, Tensor residual, Tensor? gate, Tensor? branch_weight"
 _MODULATION = "Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift"
@@ -185,7 +185,9 @@ def reference_outputs(op: str, arguments: dict[str, Any], compute: torch.dtype =
     values = ("norm", "eps", "weight_offset", "scale_offset", "roundings")
     branch = ("branch_bias", "branch_weight", "branch_norm", "branch_eps", "branch_weight_offset")
     keywords: dict[str, Any] = {name: arguments[name] for name in values}
-    keywords.update((name, arguments[name]) for name in (*branch, "x2", "gate2", "limit") if name in arguments)
+    keywords.update(
+        (name, arguments[name]) for name in (*branch, "x2", "gate2", "factor2", "limit") if name in arguments
+    )
     results = reference.residual_norm_modulate_dual(
         x, *(arguments.get(name) for name in operands), **keywords, compute=compute
     )

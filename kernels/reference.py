@@ -96,6 +96,7 @@ def residual_norm_modulate_dual(
     branch_weight_offset: float = 0.0,
     x2: Tensor | None = None,
     gate2: Tensor | None = None,
+    factor2: float = 1.0,
     limit: float = 0.0,
     compute: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +105,9 @@ def residual_norm_modulate_dual(
     y = branch(y, branch_norm, branch_eps, branch_weight, branch_weight_offset, roundings, x.dtype)
     z = gate_and_add(y, residual, gate, roundings, x.dtype)
     if x2 is not None:
-        z = gate_and_add(x2.to(compute), z, gate2, roundings >> SECOND_BRANCH, x.dtype)
+        second = roundings >> SECOND_BRANCH
+        x2 = _rounded(x2.to(compute) * factor2, x.dtype, second if factor2 != 1 else 0, Rounding.GATE_PRODUCT)
+        z = gate_and_add(x2, z, gate2, second, x.dtype)
     if limit:
         z = z.clamp(-limit, limit)
     a = affine(normalize(z, norm, eps), weight, bias, weight_offset, roundings, x.dtype)

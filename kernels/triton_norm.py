@@ -1,7 +1,7 @@
 """Triton kernel of norm_modulate, residual_norm_modulate and their dual forms, with or without a norm on the branch.
 
     y   = x + branch_bias, with BRANCH_NORM: norm_b(y) * (BRANCH_WEIGHT_OFFSET + branch_weight)
-    z   = residual + gate*y + gate2*x2, with a LIMIT clamped to it
+    z   = residual + gate*y + gate2*FACTOR2*x2, with a LIMIT clamped to it
     a   = norm(z) * (WEIGHT_OFFSET + weight) + bias
     out = a*(SCALE_OFFSET + scale) + shift        gate, scale and shift each with its table added
 
@@ -169,6 +169,7 @@ def row_norm(
     BRANCH_CENTER: tl.constexpr,
     BRANCH_EPS: tl.constexpr,
     BRANCH_WEIGHT_OFFSET: tl.constexpr,
+    FACTOR2: tl.constexpr,
     LIMIT: tl.constexpr,
     ROUNDINGS: tl.constexpr,
 ):
@@ -235,7 +236,7 @@ def row_norm(
     for i in tl.static_range(CHUNKS):
         zs = zs + (gated(ys, i, residuals, gates, DTYPE, ROUNDINGS),)
     if x2 is not None:
-        zs = joined(zs, xs2, gates2, D, CHUNK, CHUNKS, DTYPE, ROUNDINGS)
+        zs = joined(zs, xs2, gates2, D, CHUNK, CHUNKS, DTYPE, FACTOR2, ROUNDINGS)
     if LIMIT > 0:
         zs = clamped(zs, CHUNKS, LIMIT)
     if sum is not None:

@@ -200,15 +200,21 @@ def joined(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     DTYPE: tl.constexpr,
+    FACTOR2: tl.constexpr,
     ROUNDINGS: tl.constexpr,
 ):
-    """The row z + gate2*x2 in fp32, the gate optional (None); lanes past D, which are 0 in z, are 0 again.
+    """The row z + gate2*FACTOR2*x2 in fp32, the gate optional (None); lanes past D, which are 0 in z, are 0 again.
 
     Its roundings are those of `gated`, 12 bits up (`rounding.SECOND_BRANCH`).
     """
     row = ()
     for i in tl.static_range(CHUNKS):
-        value = gated(x2, i, zs, gate2, DTYPE, ROUNDINGS >> 12)
+        value = x2[i].to(tl.float32)
+        if FACTOR2 != 1:
+            value = rounded(value * FACTOR2, DTYPE, (ROUNDINGS >> 12) & 1)
+        if gate2 is not None:
+            value = rounded(value * gate2[i].to(tl.float32), DTYPE, (ROUNDINGS >> 12) & 1)
+        value = rounded(zs[i] + value, DTYPE, (ROUNDINGS >> 12) & 2)
         if (i + 1) * CHUNK > D:
             columns = i * CHUNK + tl.arange(0, CHUNK)
             value = tl.where(columns < D, value, 0.0)

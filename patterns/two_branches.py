@@ -1,7 +1,7 @@
 """Two branches that are added to the stream before the norm that reads it: one op for the three, and the norm.
 
     r = (residual + gate * x) + gate2 * x2      SD3.5's dual attention
-    r = (residual + gate * x) + x2              what ControlNets, VACE and IP-adapters add to the stream
+    r = (residual + gate * x) + x2              what ControlNets, VACE and IP-adapters add; also factor2 * x2, a number
     r = (residual + x) + gate2 * x2
     r = residual + (gate * x + gate2 * x2)      the same, added up in another order
     norm(r) [* w + b] [* (1 + scale) + shift]
@@ -13,7 +13,7 @@ there. A first sum that somebody else reads, as the norm of a block reads it, is
 from __future__ import annotations
 
 from dkfuse.matching.gain import readers
-from dkfuse.matching.pattern import Add, Binding, Mul, Pattern, R, Reordered, Var, alt
+from dkfuse.matching.pattern import Add, Binding, Mul, Num, Pattern, R, Reordered, Var, alt
 from dkfuse.matching.rules import Candidate, NotThisRule, Rule
 from dkfuse.matching.terms import bare
 
@@ -22,9 +22,11 @@ from .residual import NORMED, OP, X, is_plain, is_stream, limited, total
 
 
 def second(gated: bool) -> Pattern:
-    """``gate2 * x2`` or ``x2``."""
+    """``gate2 * x2``; or ``factor2 * x2``, where that is a number, or ``x2``."""
     x2 = Var("x2", is_plain)
-    return R("GATE_PRODUCT2", Mul(Var("gate2"), x2)) if gated else x2
+    if gated:
+        return R("GATE_PRODUCT2", Mul(Var("gate2"), x2))
+    return alt(x2, R("GATE_PRODUCT2", Mul(Num(name="factor2"), x2)))
 
 
 def in_turn(branch: Pattern, gated: bool, second_gated: bool) -> Pattern:

@@ -29,7 +29,7 @@ def arguments_of(
     if "weight" in broadcast:
         arguments.update(norm="layer", eps=1e-6, weight_offset=0.0)
     if "branch_weight" in broadcast:
-        arguments.update(branch_norm="rms", branch_eps=1e-5, branch_weight_offset=0.0, limit=0.0)
+        arguments.update(branch_norm="rms", branch_eps=1e-5, branch_weight_offset=0.0, factor2=1.0, limit=0.0)
     if "scale" in broadcast:
         arguments["scale_offset"] = 1.0
     if "sum" in outputs:

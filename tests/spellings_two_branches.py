@@ -77,6 +77,20 @@ def two_hint_with_a_strength(h: T, y: T, c: T, g: T, k: T, s: T, t: T, w: T) -> 
     return h, (ln(h.float()) * (1 + s) + t).type_as(h) @ w
 
 
+@spelling(TWO, STREAM)
+def two_hint_times_a_number(h: T, y: T, c: T, g: T, s: T, t: T, w: T) -> tuple[T, T]:
+    """ComfyUI's VACE, PuLID and IP-adapters of FLUX: a strength that is no tensor."""
+    h = h + g * (y @ w)
+    h = h + 0.7 * (c @ w)
+    return h, modulated(h, s, t) @ w
+
+
+@spelling(TWO, STREAM)
+def two_hint_with_alpha(h: T, y: T, c: T, g: T, s: T, t: T, w: T) -> tuple[T, T]:
+    h = torch.add(h + g * (y @ w), c @ w, alpha=0.7)
+    return h, modulated(h, s, t) @ w
+
+
 @spelling(BOTH, GATES)
 def two_gates(h: T, y: T, c: T, g: T, k: T, s: T, t: T, w: T) -> tuple[T, T]:
     """SD3.5 medium: two attentions in one block."""

@@ -97,6 +97,15 @@ def test_a_second_branch_has_dense_rows_and_a_gate_has_a_branch() -> None:
         assert supports("residual_norm_modulate", {**branch_call(x), **more}).code == code
 
 
+def test_a_factor_of_the_second_branch_is_one_more_constant() -> None:
+    x = meta(1, 4096, 3840)
+    call = branch_call(x, branch_norm="none", branch_weight=None, x2=x)
+    without, launch = (planned({**call, "factor2": factor}, "residual_norm_modulate") for factor in (1.0, 0.7))
+    assert parameters(launch) == {*launch.tensors, *launch.scalars, *launch.constants}
+    assert launch.constants == {**without.constants, "FACTOR2": 0.7}
+    assert planned(call, "residual_norm_modulate").kernel is without.kernel
+
+
 def test_a_limit_is_one_more_constant() -> None:
     x = meta(1, 4096, 3840)
     call = branch_call(x, branch_norm="none", branch_weight=None)

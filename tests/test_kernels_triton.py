@@ -301,6 +301,9 @@ else:
         assert torch.equal(ours("residual_norm_modulate", call)["sum"], h + gate * x + gate2 * x2)
         call.update(gate2=None)
         assert torch.equal(ours("residual_norm_modulate", call)["sum"], h + gate * x + x2)
+        call.update(factor2=0.7)
+        assert torch.equal(ours("residual_norm_modulate", call)["sum"], h + gate * x + 0.7 * x2)
+        assert_same("residual_norm_modulate", {**call, "gate2": gate2, "roundings": 0})
 
     @pytest.mark.parametrize("norm", ["layer", "rms"])
     def test_limits(norm: str) -> None:

@@ -256,6 +256,7 @@ def _set_attributes(site: Candidate, roundings: str) -> None:
     if site.rule.op != "gated_residual":
         attributes["scale_offset"] = binding.numbers.get("offset", 0.0)
     if site.rule.op.startswith("residual"):
+        attributes["factor2"] = binding.numbers.get("factor2", 1.0)
         attributes["limit"] = binding.numbers.get("limit", 0.0)
         attributes["sum_dtype"] = site.output_nodes("sum")[0].meta["val"].dtype if "sum" in site.outputs else None
     attributes["out_dtype"] = site.output_nodes("out")[0].meta["val"].dtype

@@ -17,7 +17,7 @@ from torch import fx
 from .canonical import make_norm
 from .recombine import RECOMBINE_READERS, argument
 from .simplify import select_term, slice_term
-from .terms import Term, TermView, broadcast_shape, getitem_source, same_shape, same_size
+from .terms import NARROW, Term, TermView, broadcast_shape, getitem_source, same_shape, same_size
 from .views import VIEW_READERS, read_split
 
 aten = torch.ops.aten
@@ -36,6 +36,8 @@ def elementwise(op: str):
             args = [args[1], args[0]]
         if op in ("add", "sub", "rsub") and alpha != 1:
             args[1] = view.make("mul", view.const(alpha), args[1])
+            if node.meta["val"].dtype in NARROW:
+                view.inexact.add(args[1])  # on a CPU torch rounds the factor
         if op in ("sub", "rsub"):
             return view.make("add", args[0], view.make("neg", args[1]))
         if op == "div":
