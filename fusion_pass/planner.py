@@ -14,7 +14,7 @@ from dkfuse import patterns
 from .choosing import choose
 from .matching import anchors, frames, gain, heads, plan_heads, tables
 from .matching.anchors import Anchor
-from .matching.checks import FULL, build, build_dual
+from .matching.checks import FULL, build, build_dual, is_cut, is_row_parameter
 from .matching.cycles import Together, check_cycles
 from .matching.head_site import HeadSite
 from .matching.operands import base_node
@@ -99,7 +99,7 @@ class Planner:
 
     def _try(self, rule: Rule, term: Term, shaped: Term) -> bool:
         """Try `rule` on `term`, seen as `shaped`."""
-        best: tuple[State, Reject] | None = None
+        best: tuple[tuple[bool, ...], State, Reject] | None = None
         assert rule.pattern is not None, f"{rule.name} has no pattern to match"
         for binding in matches(rule.pattern, self.view, shaped):
             if shaped is not term and not frames.has_frames(
@@ -125,10 +125,11 @@ class Planner:
             except NotThisRule:
                 continue
             except Reject as reject:
-                if best is None or reject.stage == Stage.KERNEL:
-                    best = (state, reject)
-        if best is not None and all(known is not rule for _, known in best[0].attempts):
-            best[0].attempts.append((best[1], rule))
+                told = _told(reject, binding, shaped.shape)
+                if best is None or told > best[0] or (told == best[0] and reject.stage is Stage.KERNEL):
+                    best = (told, state, reject)
+        if best is not None and all(known is not rule for _, known in best[1].attempts):
+            best[1].attempts.append((best[2], rule))
         return False
 
     def _take(self, rule: Rule, term: Term, binding: Binding, state: State, shape: tuple) -> None:
@@ -193,6 +194,17 @@ class Planner:
         if not (self.settings.pointwise or (site.kernel == "native" and not site.rule.has_norm)):
             gain.check(site, self.claimed)
         site.bytes_before, site.bytes_after = gain.traffic(site)
+
+
+def _told(reject: Reject, binding: Binding, shape: tuple) -> tuple[bool, ...]:
+    """How much a reason tells among those of one rule's readings of a value: the greater one is reported.
+
+    A reading that came to the choice of a kernel was the right one. One whose shapes do not fit, or that takes the
+    branch for the gate, which is made of conditioning, was not meant.
+    """
+    gate = binding.terms.get("gate")
+    meant = gate is None or is_row_parameter(gate, shape) or is_cut(gate, shape)
+    return (reject.stage is Stage.KERNEL, meant, reject.code != Code.BROADCAST.value)
 
 
 def _all_nodes(site: Candidate | HeadSite) -> set[fx.Node]:

@@ -23,7 +23,10 @@ __all__ = ["Launch", "Unsupported", "plan", "run", "supports"]
 
 _NORM_POINTERS = (
     ("x", "residual"),
-    ("gate", "branch_bias", "branch_weight", "weight", "bias", "scale", "shift", "scale2", "shift2", "pick", *TABLES),
+    (
+        *("gate", "branch_bias", "branch_weight", "x2", "gate2", "weight", "bias"),
+        *("scale", "shift", "scale2", "shift2", "pick", *TABLES),
+    ),
     ("sum", "out", "out2"),
 )
 _NO_BRANCH_NORM = {
@@ -32,6 +35,8 @@ _NO_BRANCH_NORM = {
     "BRANCH_EPS": "0.0",
     "BRANCH_WEIGHT_OFFSET": "0.0",
 }
+_NO_LIMIT = {"LIMIT": "0.0"}
+_NO_FACTOR = {"FACTOR2": "1.0"}
 _POINTWISE_POINTERS = (
     ("x", "residual"),
     ("gate", "branch_bias", "scale", "shift", "pick", *TABLES[:3]),
@@ -121,6 +126,10 @@ def plan(
     scalars = {name: value for name, value in values.items() if fixed[name] is None}
     if not (pointwise or sandwich):
         fixed.update(_NO_BRANCH_NORM)
+    if not (pointwise or arguments.get("limit")):
+        fixed.update(_NO_LIMIT)
+    if not (pointwise or _has_factor(arguments)):
+        fixed.update(_NO_FACTOR)
 
     from .specialize import specialize
     from .triton_norm import row_norm
@@ -159,6 +168,10 @@ def _wide(arguments: Mapping[str, Any]) -> bool:
     """Whether scale or shift is fp32."""
     given = [arguments.get(name) for name in ("scale", "shift", "scale2", "shift2")]
     return any(t is not None and t.dtype.itemsize == 4 for t in given)
+
+
+def _has_factor(arguments: Mapping[str, Any]) -> bool:
+    return arguments.get("x2") is not None and arguments.get("factor2", 1.0) != 1.0
 
 
 def _expression(value: Int | None, width: int) -> str | None:
@@ -208,6 +221,10 @@ def _constants(arguments: Mapping[str, Any], pointwise: bool, width: int, axes: 
         constants["CENTER"] = arguments["norm"] == "layer"
         constants["EPS"] = float(arguments["eps"])
         constants["WEIGHT_OFFSET"] = float(arguments.get("weight_offset", 0.0))
+    if _has_factor(arguments):
+        constants["FACTOR2"] = float(arguments["factor2"])
+    if arguments.get("limit"):
+        constants["LIMIT"] = float(arguments["limit"])
     if has_branch_norm(arguments):
         constants["BRANCH_NORM"] = True
         constants["BRANCH_CENTER"] = arguments["branch_norm"] == "layer"

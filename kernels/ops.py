@@ -2,7 +2,9 @@
 
     b   = x + branch_bias                         branch_bias None: x; only in ops with a residual
     y   = norm_b(b)*(branch_weight_offset + branch_weight)      branch_weight optional; branch_norm="none": y = b
-    z   = residual + gate*y                       gate None: residual + y; ops without a residual: z = x
+    z   = residual + gate*y + gate2*factor2*x2    without gates: residual + y + factor2*x2; x2 optional; ops without a
+                                                  residual: z = x
+        clamped to [-limit, limit]                limit 0: not; NaN stays; only in ops with a residual and a norm
     n   = (z - mean(z)) * rsqrt(var(z) + eps)     norm="layer", biased variance
         = z * rsqrt(mean(z^2) + eps)              norm="rms"; both over the last dim, eps may be 0
     norm_b: as n, by branch_norm and branch_eps   only in the residual_norm_modulate ops (sandwich norms)
@@ -17,16 +19,16 @@
     residual_norm_modulate_dual   sum, out, out2
     norm_rope                     see `rope_support`; what follows is about the others
 
-Shapes: x and residual `[..., D]`, equal; gate, branch_bias, branch_weight, weight, bias, scale, shift, scale2, shift2
-right-broadcast to it (last dim D or 1, or 0-D) with any strides and are read in place. Results are contiguous, of x's
-shape; `sum` is an empty `[0]` tensor where sum_dtype is None. With `pick`, `[..., 1]`, gates, scales and shifts may
-hold several rows, of which each token takes one (`picks`). `gate_table` is added to gate, and so for scale, shift,
-scale2 and shift2 (`tables`).
+Shapes: x and residual `[..., D]`, equal; gate, branch_bias, branch_weight, x2, gate2, weight, bias, scale, shift,
+scale2, shift2 right-broadcast to it (last dim D or 1, or 0-D) with any strides and are read in place; x2 is meant to be
+as big as x, and its rows are dense. Results are contiguous, of x's shape; `sum` is an empty `[0]` tensor where
+sum_dtype is None. With `pick`, `[..., 1]`, gates, scales and shifts may hold several rows, of which each token takes
+one (`picks`); gate2 may not. `gate_table` is added to gate, and so for scale, shift, scale2 and shift2 (`tables`).
 Dtypes: fp16, bf16 or fp32, mixed freely; arithmetic is fp32; outputs are rounded once to out_dtype and sum_dtype.
 `roundings` (kernels.rounding.Rounding) adds eager's roundings of intermediates to x.dtype; the norm reads the rounded
 sum only under SUM.
 Errors: ValueError for fp64 or integer tensors, shapes that do not fit, an unknown norm, a branch_weight without a
-branch_norm, a table without its operand, another result dtype.
+branch_norm, a gate2 without x2, a table without its operand, another result dtype.
 
 Implementations: `CompositeExplicitAutograd` is plain torch (`reference.py`), `CUDA` launches Triton and falls back to
 plain torch where `supports` says no, triton is missing, or the kernel failed before.
@@ -56,13 +58,15 @@ _NORM_TAIL = (
     "*, str norm, float eps, float weight_offset=0., float scale_offset=1., {more}ScalarType out_dtype, int roundings=0"
 )
 _RESIDUAL_TAIL = _NORM_TAIL.format(
-    more='str branch_norm="none", float branch_eps=0., float branch_weight_offset=0., ScalarType? sum_dtype, '
+    more='str branch_norm="none", float branch_eps=0., float branch_weight_offset=0., '
+    "float factor2=1., float limit=0., ScalarType? sum_dtype, "
 )
 _RESIDUAL = "Tensor x, Tensor residual, Tensor? gate, Tensor? branch_weight"
 _MODULATION = "Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift"
 _SECOND = "Tensor? scale2, Tensor? shift2"
 _BIAS = "Tensor? branch_bias=None"
 _PICK = "Tensor? pick=None"
+_SECOND_BRANCH = "Tensor? x2=None, Tensor? gate2=None"
 
 
 def _tables(*names: str) -> str:
@@ -76,8 +80,8 @@ _GATE_TABLE = _tables("gate")
 SCHEMAS: dict[str, str] = {
     "norm_modulate": f"(Tensor x, {_MODULATION}, {_PICK}, {_TABLES}, {_NORM_TAIL.format(more='')}) -> Tensor",
     "residual_norm_modulate": (
-        f"({_RESIDUAL}, {_MODULATION}, {_BIAS}, {_PICK}, {_GATE_TABLE}, {_TABLES}, {_RESIDUAL_TAIL})"
-        " -> (Tensor sum, Tensor out)"
+        f"({_RESIDUAL}, {_MODULATION}, {_BIAS}, {_PICK}, {_GATE_TABLE}, {_TABLES}, {_SECOND_BRANCH}, "
+        f"{_RESIDUAL_TAIL}) -> (Tensor sum, Tensor out)"
     ),
     "norm_modulate_dual": (
         f"(Tensor x, {_MODULATION}, {_SECOND}, {_PICK}, {_TABLES}, {_SECOND_TABLES}, {_NORM_TAIL.format(more='')})"
@@ -85,8 +89,7 @@ SCHEMAS: dict[str, str] = {
     ),
     "residual_norm_modulate_dual": (
         f"({_RESIDUAL}, {_MODULATION}, {_SECOND}, {_BIAS}, {_PICK}, {_GATE_TABLE}, {_TABLES}, {_SECOND_TABLES}, "
-        f"{_RESIDUAL_TAIL})"
-        " -> (Tensor sum, Tensor out, Tensor out2)"
+        f"{_SECOND_BRANCH}, {_RESIDUAL_TAIL}) -> (Tensor sum, Tensor out, Tensor out2)"
     ),
     "gated_residual": (
         f"(Tensor x, Tensor residual, Tensor? gate, {_BIAS}, {_PICK}, {_GATE_TABLE}, *, ScalarType out_dtype, "
@@ -182,7 +185,9 @@ def reference_outputs(op: str, arguments: dict[str, Any], compute: torch.dtype =
     values = ("norm", "eps", "weight_offset", "scale_offset", "roundings")
     branch = ("branch_bias", "branch_weight", "branch_norm", "branch_eps", "branch_weight_offset")
     keywords: dict[str, Any] = {name: arguments[name] for name in values}
-    keywords.update((name, arguments[name]) for name in branch if name in arguments)
+    keywords.update(
+        (name, arguments[name]) for name in (*branch, "x2", "gate2", "factor2", "limit") if name in arguments
+    )
     results = reference.residual_norm_modulate_dual(
         x, *(arguments.get(name) for name in operands), **keywords, compute=compute
     )

@@ -22,7 +22,7 @@ from .tables import TABLES
 
 MAX_WIDTH = 16384
 PIECE = 2**31 - 1  # elements that one launch may address; some of these kernels count in 32 bits
-OTHERS = ("bias", "gate", "scale", "shift", "pick", *TABLES, "branch_bias", "branch_weight")
+OTHERS = ("bias", "gate", "scale", "shift", "pick", *TABLES, "branch_bias", "branch_weight", "x2", "gate2")
 
 Norm = Callable[[Any, Any, float, Any], None]  # input, weight, eps, out
 AddNorm = Callable[[Any, Any, Any, float], None]  # input, residual, weight, eps; both in place
@@ -80,6 +80,8 @@ def _nothing_else(arguments: Mapping[str, Any]) -> str | None:
         if arguments.get(name) is not None:
             return f"{name} is given; the kernel has none."
     norm, roundings = arguments.get("branch_norm", "none"), arguments.get("roundings", 0)
+    if arguments.get("limit"):
+        return f"limit is {arguments['limit']}; the kernel has none."
     if norm != "none":
         return f"branch_norm is {norm!r}; the kernel has none."
     return None if roundings == 0 else f"roundings is {roundings}; the kernel rounds results only."
@@ -90,7 +92,9 @@ RMS_CONSTRAINTS = (
     Constraint("dtype", "fp16 or bf16, one dtype for all operands and results", dtypes_problem),
     Constraint("rows", f"contiguous rows, D % 8 == 0, D <= {MAX_WIDTH}", rows_problem),
     Constraint("weight", "weight [D], weight_offset 0", _weight),
-    Constraint("nothing_else", "no bias, gate, scale, shift, pick, table, branch norm or rounding", _nothing_else),
+    Constraint(
+        "nothing_else", "no bias, gate, scale, shift, pick, table, branch norm, limit or rounding", _nothing_else
+    ),
 )
 
 

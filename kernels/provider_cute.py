@@ -113,6 +113,8 @@ def _norm(op: str) -> tuple[Constraint, ...]:
 
 _BRANCH = (
     Constraint("branch_bias", "no branch_bias", _absent("branch_bias")),
+    Constraint("second_branch", "no x2, no gate2", _absent("x2", "gate2")),
+    Constraint("limit", "no limit", _is("limit", 0.0, 0.0)),
     Constraint("branch_norm", 'branch_norm "none", no branch_weight', _is("branch_norm", "none", "none")),
     Constraint("branch_weight", "no branch_weight", _absent("branch_weight")),
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .rounding import Rounding
+from .rounding import SECOND_BRANCH, Rounding
 
 
 def _rounded(value: Tensor, dtype: torch.dtype, roundings: int, flag: Rounding) -> Tensor:
@@ -94,12 +94,22 @@ def residual_norm_modulate_dual(
     branch_norm: str = "none",
     branch_eps: float = 0.0,
     branch_weight_offset: float = 0.0,
+    x2: Tensor | None = None,
+    gate2: Tensor | None = None,
+    factor2: float = 1.0,
+    limit: float = 0.0,
     compute: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(z, out, out2) in `compute`, before the outputs are rounded to their dtypes."""
     y = biased(x.to(compute), branch_bias, roundings, x.dtype)
     y = branch(y, branch_norm, branch_eps, branch_weight, branch_weight_offset, roundings, x.dtype)
     z = gate_and_add(y, residual, gate, roundings, x.dtype)
+    if x2 is not None:
+        second = roundings >> SECOND_BRANCH
+        x2 = _rounded(x2.to(compute) * factor2, x.dtype, second if factor2 != 1 else 0, Rounding.GATE_PRODUCT)
+        z = gate_and_add(x2, z, gate2, second, x.dtype)
+    if limit:
+        z = z.clamp(-limit, limit)
     a = affine(normalize(z, norm, eps), weight, bias, weight_offset, roundings, x.dtype)
     return (
         z,

@@ -25,6 +25,9 @@ class Rounding(IntFlag):
     ROTATION = 512  # each of the two products of a rotation
     BRANCH_BIAS = 1024  # x + branch_bias, also what the branch norm reads
     ROTATED = 2048  # the rotated row that a norm behind the rotation reads
+    GATE_PRODUCT2 = 4096  # gate2 * x2, factor2 * x2
+    SUM2 = 8192  # residual + gate * x + gate2 * x2; the norm then reads that rounded
 
 
+SECOND_BRANCH = 12  # GATE_PRODUCT and SUM so many bits up are those of the second branch
 ALL_ROUNDINGS = sum(int(flag) for flag in Rounding)

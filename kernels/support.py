@@ -6,6 +6,7 @@ not given. Imports neither triton nor a GPU library.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,18 +23,19 @@ NORMS = ("layer", "rms")
 BRANCH_NORMS = ("none", *NORMS)
 ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
 
+_BRANCHES = ("gate", "branch_bias", "branch_weight", "x2", "gate2")
 # op -> (operands of x's full shape, operands that broadcast to it, outputs)
 OPERANDS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "norm_modulate": (("x",), ("weight", "bias", "scale", "shift"), ("out",)),
     "residual_norm_modulate": (
         ("x", "residual"),
-        ("gate", "branch_bias", "branch_weight", "weight", "bias", "scale", "shift"),
+        (*_BRANCHES, "weight", "bias", "scale", "shift"),
         ("sum", "out"),
     ),
     "norm_modulate_dual": (("x",), ("weight", "bias", "scale", "shift", "scale2", "shift2"), ("out", "out2")),
     "residual_norm_modulate_dual": (
         ("x", "residual"),
-        ("gate", "branch_bias", "branch_weight", "weight", "bias", "scale", "shift", "scale2", "shift2"),
+        (*_BRANCHES, "weight", "bias", "scale", "shift", "scale2", "shift2"),
         ("sum", "out", "out2"),
     ),
     "gated_residual": (("x", "residual"), ("gate", "branch_bias"), ("out",)),
@@ -65,7 +67,8 @@ def supports(op: str, arguments: Mapping[str, Any]) -> Unsupported | None:
     """None if the Triton kernels take this call, else the first reason why not.
 
     Codes: "op", "dtype", "device", "rank", "row_too_long", "symbolic_row", "empty", "shape", "broadcast",
-    "inner_stride", "outer_dims", "branch_norm", "pick", "table".
+    "inner_stride", "outer_dims", "branch_norm", "limit", "second_branch",
+    "pick", "table".
     `arguments` maps the op's argument names to tensor-likes (shape, dtype, device, stride()) or values.
     """
     if op not in OPERANDS:
@@ -100,7 +103,7 @@ def has_branch_norm(arguments: Mapping[str, Any]) -> bool:
 
 
 def branch_problem(arguments: Mapping[str, Any]) -> Unsupported | None:
-    """What is wrong with the arguments of a branch norm; also the ops' own error."""
+    """What is wrong with the arguments of a branch norm, a second branch or the limit; also the ops' own error."""
     norm = arguments.get("branch_norm", "none")
     if norm not in BRANCH_NORMS:
         return Unsupported("branch_norm", f"branch_norm is {norm!r}; use one of {', '.join(BRANCH_NORMS)}.")
@@ -108,6 +111,10 @@ def branch_problem(arguments: Mapping[str, Any]) -> Unsupported | None:
         return Unsupported(
             "branch_norm", "branch_weight is given but branch_norm is 'none'; name its norm, 'layer' or 'rms'."
         )
+    if not 0 <= arguments.get("limit", 0.0) < math.inf:
+        return Unsupported("limit", f"limit is {arguments['limit']}; use a positive number, or 0 for none.")
+    if arguments.get("gate2") is not None and arguments.get("x2") is None:
+        return Unsupported("second_branch", "gate2 is given but x2 is not; name the branch that it is the gate of.")
     return None
 
 
@@ -139,13 +146,14 @@ def _shapes(op: str, arguments: Mapping[str, Any]) -> Unsupported | None:
                 return Unsupported(
                     "shape", f"{name} has shape {tuple(tensor.shape)} but x {shape}; they must be equal."
                 )
-            if shape[-1] != 1 and not statically_known_true(tensor.stride(-1) == 1):
-                return Unsupported(
-                    "inner_stride", f"{name} has inner stride {tensor.stride(-1)}; rows must be dense (inner stride 1)."
-                )
         elif not broadcasts(tuple(tensor.shape), shape):
             return Unsupported(
                 "broadcast", f"{name} of shape {tuple(tensor.shape)} does not broadcast to x of shape {shape}."
+            )
+        dense = not tensor.shape or tensor.shape[-1] == 1 or statically_known_true(tensor.stride(-1) == 1)
+        if (name in full or name == "x2") and not dense:
+            return Unsupported(
+                "inner_stride", f"{name} has inner stride {tensor.stride(-1)}; rows must be dense (inner stride 1)."
             )
     return None
 

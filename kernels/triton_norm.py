@@ -1,7 +1,7 @@
 """Triton kernel of norm_modulate, residual_norm_modulate and their dual forms, with or without a norm on the branch.
 
     y   = x + branch_bias, with BRANCH_NORM: norm_b(y) * (BRANCH_WEIGHT_OFFSET + branch_weight)
-    z   = residual + gate*y
+    z   = residual + gate*y + gate2*FACTOR2*x2, with a LIMIT clamped to it
     a   = norm(z) * (WEIGHT_OFFSET + weight) + bias
     out = a*(SCALE_OFFSET + scale) + shift        gate, scale and shift each with its table added
 
@@ -23,8 +23,10 @@ import triton.language as tl
 from .triton_rows import (
     added,
     biased,
+    clamped,
     gated,
     indices,
+    joined,
     load_operand,
     load_row,
     modulated,
@@ -45,6 +47,8 @@ def row_norm(
     gate,
     branch_bias,
     branch_weight,
+    x2,
+    gate2,
     weight,
     bias,
     scale,
@@ -81,6 +85,14 @@ def row_norm(
     branch_weight_s1,
     branch_weight_s2,
     branch_weight_si,
+    x2_s0,
+    x2_s1,
+    x2_s2,
+    x2_si,
+    gate2_s0,
+    gate2_s1,
+    gate2_s2,
+    gate2_si,
     weight_s0,
     weight_s1,
     weight_s2,
@@ -157,6 +169,8 @@ def row_norm(
     BRANCH_CENTER: tl.constexpr,
     BRANCH_EPS: tl.constexpr,
     BRANCH_WEIGHT_OFFSET: tl.constexpr,
+    FACTOR2: tl.constexpr,
+    LIMIT: tl.constexpr,
     ROUNDINGS: tl.constexpr,
 ):
     DTYPE: tl.constexpr = x.dtype.element_ty
@@ -167,6 +181,8 @@ def row_norm(
     gate_at = picked(place(i0, i1, i2, gate_s0, gate_s1, gate_s2), number, gate_sp)
     branch_bias_at = place(i0, i1, i2, branch_bias_s0, branch_bias_s1, branch_bias_s2)
     branch_weight_at = place(i0, i1, i2, branch_weight_s0, branch_weight_s1, branch_weight_s2)
+    x2_at = place(i0, i1, i2, x2_s0, x2_s1, x2_s2)
+    gate2_at = place(i0, i1, i2, gate2_s0, gate2_s1, gate2_s2)
     weight_at = place(i0, i1, i2, weight_s0, weight_s1, weight_s2)
     bias_at = place(i0, i1, i2, bias_s0, bias_s1, bias_s2)
     scale_at = picked(place(i0, i1, i2, scale_s0, scale_s1, scale_s2), number, scale_sp)
@@ -188,6 +204,8 @@ def row_norm(
     gates = load_operand(gate, gate_at, gate_si, D, CHUNK, CHUNKS)
     branch_biases = load_operand(branch_bias, branch_bias_at, branch_bias_si, D, CHUNK, CHUNKS)
     branch_weights = load_operand(branch_weight, branch_weight_at, branch_weight_si, D, CHUNK, CHUNKS)
+    xs2 = load_operand(x2, x2_at, x2_si, D, CHUNK, CHUNKS, "")
+    gates2 = load_operand(gate2, gate2_at, gate2_si, D, CHUNK, CHUNKS)
     weights = load_operand(weight, weight_at, weight_si, D, CHUNK, CHUNKS)
     biases = load_operand(bias, bias_at, bias_si, D, CHUNK, CHUNKS)
     scales = load_operand(scale, scale_at, scale_si, D, CHUNK, CHUNKS)
@@ -217,6 +235,10 @@ def row_norm(
     zs = ()
     for i in tl.static_range(CHUNKS):
         zs = zs + (gated(ys, i, residuals, gates, DTYPE, ROUNDINGS),)
+    if x2 is not None:
+        zs = joined(zs, xs2, gates2, D, CHUNK, CHUNKS, DTYPE, FACTOR2, ROUNDINGS)
+    if LIMIT > 0:
+        zs = clamped(zs, CHUNKS, LIMIT)
     if sum is not None:
         for i in tl.static_range(CHUNKS):
             store_chunk(sum, sum_at, i, zs[i], D, CHUNK)

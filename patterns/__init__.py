@@ -4,13 +4,11 @@
 checks takes it. `POINTWISE` lists the rules without a reduction.
 """
 
-from . import modulate, residual, scale_shift
+from . import modulate, residual, scale_shift, two_branches
 from .heads import HEADS
 
-_MODULATING = [r for r in residual.RULES + modulate.RULES if r.name.endswith("modulate")]
-_PLAIN = [r for r in residual.RULES + modulate.RULES if not r.name.endswith("modulate")]
-
-RULES = tuple(_MODULATING + _PLAIN)
+_NORMS = two_branches.RULES + residual.RULES + modulate.RULES
+RULES = tuple(sorted(_NORMS, key=lambda rule: not rule.name.endswith("modulate")))
 POINTWISE = residual.POINTWISE + scale_shift.POINTWISE
 ALL = HEADS + RULES + POINTWISE
 NAMES = tuple(rule.name for rule in ALL)

@@ -3,7 +3,7 @@
     r = residual + gate * x             G1, G4, G5, G6      both r and the norm of r are results
     r = residual + x                    G7
     r = residual + gate * norm_b(x)     G3, G3m, G3e        sandwich norm: two norms, one after the other
-    norm(r) [* w + b] [* (1 + scale) + shift]
+    norm(r) [* w + b] [* (1 + scale) + shift]           r may be clamped, as models in fp16 do: to [-65504, 65504]
 
 x may be ``y + branch_bias``, which nothing but the site reads: a Linear on a slice of a batch is a `bmm` and then a
 pointwise add of its bias, and where attention and MLP run side by side (FLUX.3) their results are added first, two
@@ -14,7 +14,7 @@ The operands of `add` and `mul` come in any order: which factor is the gate is d
 
 from __future__ import annotations
 
-from dkfuse.matching.pattern import Add, Mul, Norm, Num, Pattern, R, Var, alt
+from dkfuse.matching.pattern import Add, Limited, Mul, Norm, Num, Pattern, R, Var, alt
 from dkfuse.matching.rules import Rule
 from dkfuse.matching.terms import Term
 
@@ -34,10 +34,15 @@ def is_stream(term: Term) -> bool:
     return inner.op not in ("layer_norm", "rms_norm") and not (inner.op == "mul" and inner.norm_reach is not None)
 
 
-def total(branch: Pattern, gated: bool) -> Pattern:
-    """``residual + gate * branch`` or ``residual + branch``, bound as ``sum`` too."""
+def total(branch: Pattern, gated: bool, name: str = "sum") -> Pattern:
+    """``residual + gate * branch`` or ``residual + branch``, bound as `name` too."""
     product = R("GATE_PRODUCT", Mul(Var("gate"), branch)) if gated else branch
-    return R("SUM", Add(Var("residual", is_stream), product), name="sum")
+    return R("SUM", Add(Var("residual", is_stream), product), name=name)
+
+
+def limited(whole: Pattern, label: str = "SUM") -> Pattern:
+    """`whole`, or that clamped, bound as ``sum`` in its place; rounded under `label`."""
+    return Limited(whole, label, "sum")
 
 
 def is_addend(term: Term) -> bool:
@@ -57,10 +62,10 @@ NORMED = alt(R("BRANCH_WEIGHTED", Mul(WEIGHT, BRANCH)), BRANCH)
 ALONE = Add(Var("residual"), R("GATE_PRODUCT", Mul(Var("gate"), biased(Var("x")))))
 
 BRANCHES = (
-    ("sandwich_gate", total(NORMED, gated=True)),
-    ("sandwich", total(NORMED, gated=False)),
-    ("residual_gate", total(X, gated=True)),
-    ("residual", total(X, gated=False)),
+    ("sandwich_gate", limited(total(NORMED, gated=True))),
+    ("sandwich", limited(total(NORMED, gated=False))),
+    ("residual_gate", limited(total(X, gated=True))),
+    ("residual", limited(total(X, gated=False))),
 )
 OP = "residual_norm_modulate"
 

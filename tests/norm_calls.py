@@ -20,14 +20,16 @@ def arguments_of(
     """A call of `op` with every operand, gate, scale and shift as chunks of one modulation vector."""
     full, broadcast, outputs = OPERANDS[op]
     vectors = random(2, 1, 6 * SHAPE[-1], dtype=parameters).chunk(6, dim=-1)
-    slices = {"gate": 0, "scale": 1, "shift": 2, "scale2": 3, "shift2": 4}
+    slices = {"gate": 0, "scale": 1, "shift": 2, "scale2": 3, "shift2": 4, "gate2": 5}
     arguments: dict[str, Any] = {name: random(*SHAPE, dtype=dtype, seed=i) for i, name in enumerate(full)}
     for name in broadcast:
         arguments[name] = vectors[slices[name]] if name in slices else random(96, dtype=parameters, seed=len(name))
+    if "x2" in broadcast:
+        arguments["x2"] = random(*SHAPE, dtype=dtype, seed=9)
     if "weight" in broadcast:
         arguments.update(norm="layer", eps=1e-6, weight_offset=0.0)
     if "branch_weight" in broadcast:
-        arguments.update(branch_norm="rms", branch_eps=1e-5, branch_weight_offset=0.0)
+        arguments.update(branch_norm="rms", branch_eps=1e-5, branch_weight_offset=0.0, factor2=1.0, limit=0.0)
     if "scale" in broadcast:
         arguments["scale_offset"] = 1.0
     if "sum" in outputs:

@@ -48,6 +48,7 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "one_minus": lambda x: 1 - x,
     "damped": lambda x: x * torch.rsqrt(x.square() + 1),
     "tanh": torch.tanh,
+    "clip": lambda x: x.clip(-2, 2),
     "bf16": lambda x: x.bfloat16().float(),
     "mean": lambda x: x.mean(-1, keepdim=True),
     "mean_and_back": lambda x: x.mean(-1).unsqueeze(-1),
@@ -175,6 +176,10 @@ def evaluate(view: TermView, term: Term, values: dict[fx.Node, Tensor]) -> Tenso
             return args[0] * torch.rsqrt(args[0].square().mean(-1, keepdim=True) + term.attrs[0])
         case "pow":
             return args[0] ** term.attrs[0]
+        case "clamp_min":
+            return args[0].clamp_min(term.attrs[0])
+        case "clamp":
+            return args[0].clamp(-term.attrs[0], term.attrs[0])
     return getattr(torch, term.op)(*args)
 
 

@@ -93,6 +93,8 @@ def test_what_norms_are_refused(code: str, more: dict[str, Any]) -> None:
     ("code", "more"),
     [
         ("branch_bias", {"branch_bias": meta(512)}),
+        ("second_branch", {"x2": meta(2, 5, 512)}),
+        ("limit", {"limit": 65504.0}),
         ("branch_norm", {"branch_norm": "rms"}),
         ("branch_weight", {"branch_weight": meta(512)}),
         ("pick", {"pick": meta(2, 5, 1, dtype=torch.bool)}),

@@ -28,6 +28,7 @@ def test_inductor_sees_that_only_outputs_are_written(sm90: Any, branch_norm: str
     launch = planned(arguments, "residual_norm_modulate")
     assert written(launch, {**arguments, "out": x, "sum": x}) == {"sum", "out"}
     arguments.update(gate_table=row, scale_table=row, shift_table=row[0, 0], pick=torch.ones(2, 8, 1).long())
+    arguments.update(x2=x, gate2=row, limit=65504.0)
     launch = planned(arguments, "residual_norm_modulate")
     assert written(launch, {**arguments, "out": x, "sum": x}) == {"sum", "out"}
 
@@ -68,6 +69,33 @@ def test_a_second_branch_is_read_with_wide_accesses(sm90: Any) -> None:
     assert sum("ld.global" in line and ".v4." in line for line in ptx.splitlines()) == 6 * chunks
     assert ptx.count("st.global") == 2 * chunks
     assert ".local" not in ptx
+
+
+@pytest.mark.parametrize("limit", [0.0, 65504.0])
+@pytest.mark.parametrize("branch_norm", ["none", "rms"])
+def test_a_branch_behind_the_gate_is_read_with_wide_accesses(sm90: Any, branch_norm: str, limit: float) -> None:
+    """With a gate of its own and without; only conditioning, which all rows read, is asked to stay in the cache."""
+    x = meta(1, 4096, 3072)
+    arguments = norm_call(x, residual=x, x2=x, gate=meta(1, 1, 3072), scale=meta(1, 1, 3072), sum_dtype=BF16)
+    arguments.update(branch_norm=branch_norm, branch_eps=1e-5, branch_weight=None, limit=limit)
+    for more in ({}, {"gate2": meta(1, 1, 3072)}):
+        launch = planned({**arguments, **more, "factor2": 0.7}, OP)
+        lines = [line for line in ptx_of(launch, sm90).splitlines() if "ld.global" in line or "st.global" in line]
+        chunks = launch.constants["CHUNKS"]
+        loads = [line for line in lines if "ld.global" in line]
+        assert sum(".v4." in line for line in loads) == len(loads) == (5 + len(more)) * chunks
+        assert sum("evict_last" in line for line in loads) == (2 + len(more)) * chunks
+        assert len(lines) - len(loads) == 2 * chunks
+        assert ".local" not in ptx_of(launch, sm90)
+
+
+def test_roundings_of_a_branch_behind_the_gate_survive_the_compiler(sm90: Any) -> None:
+    x, row = meta(1, 64, 256), meta(1, 1, 256)
+    arguments = norm_call(x, residual=x, gate=row, x2=x, gate2=row, sum_dtype=BF16, roundings=1 | 2 | 4096 | 8192)
+    ptx = ptx_of(planned(arguments, OP), sm90)
+    assert "fma.rn.bf16" not in ptx
+    plain = ptx_of(planned({**arguments, "roundings": 0}, OP), sm90)
+    assert ptx.count("cvt.rn.bf16") > plain.count("cvt.rn.bf16")
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])

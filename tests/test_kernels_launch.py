@@ -74,6 +74,49 @@ def test_a_branch_bias_is_one_more_pointer(branch_norm: str) -> None:
     assert set(launch.tensors) == {"x", "residual", "gate", "branch_bias", "out"}
 
 
+@pytest.mark.parametrize("branch_norm", ["none", "rms"])
+def test_a_second_branch_is_one_more_pointer_and_its_gate_another(branch_norm: str) -> None:
+    x = meta(1, 4096, 3840)
+    call = branch_call(x, branch_norm=branch_norm, branch_weight=None)
+    without = planned(call, "residual_norm_modulate")
+    for more in ({"x2": x}, {"x2": x, "gate2": meta(1, 1, 3840)}, {"x2": x, "gate2": meta()}):
+        launch = planned({**call, **more}, "residual_norm_modulate")
+        assert parameters(launch) == {*launch.tensors, *launch.scalars, *launch.constants}
+        assert set(launch.tensors) == {*without.tensors, *more}
+        assert launch.scalars == {}
+        assert launch.constants == without.constants
+
+
+def test_a_second_branch_has_dense_rows_and_a_gate_has_a_branch() -> None:
+    x = meta(1, 4096, 3840)
+    for more, code in (
+        ({"x2": meta(1, 3840, 4096).mT}, "inner_stride"),
+        ({"x2": meta(1, 4096, 64)}, "broadcast"),
+        ({"gate2": meta(1, 1, 3840)}, "second_branch"),
+    ):
+        assert supports("residual_norm_modulate", {**branch_call(x), **more}).code == code
+
+
+def test_a_factor_of_the_second_branch_is_one_more_constant() -> None:
+    x = meta(1, 4096, 3840)
+    call = branch_call(x, branch_norm="none", branch_weight=None, x2=x)
+    without, launch = (planned({**call, "factor2": factor}, "residual_norm_modulate") for factor in (1.0, 0.7))
+    assert parameters(launch) == {*launch.tensors, *launch.scalars, *launch.constants}
+    assert launch.constants == {**without.constants, "FACTOR2": 0.7}
+    assert planned(call, "residual_norm_modulate").kernel is without.kernel
+
+
+def test_a_limit_is_one_more_constant() -> None:
+    x = meta(1, 4096, 3840)
+    call = branch_call(x, branch_norm="none", branch_weight=None)
+    without, launch = (planned({**call, "limit": limit}, "residual_norm_modulate") for limit in (0.0, 65504.0))
+    assert parameters(launch) == {*launch.tensors, *launch.scalars, *launch.constants}
+    assert launch.constants == {**without.constants, "LIMIT": 65504.0}
+    assert planned(call, "residual_norm_modulate").kernel is without.kernel
+    for limit in (-1.0, float("inf"), float("nan")):
+        assert supports("residual_norm_modulate", {**call, "limit": limit}).code == "limit"
+
+
 def test_calls_without_a_branch_norm_keep_their_kernel() -> None:
     x = meta(1, 4096, 3840)
     call = branch_call(x, branch_norm="none", branch_weight=None, branch_weight_offset=0.0)

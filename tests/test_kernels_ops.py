@@ -53,7 +53,8 @@ def test_branch_norms_against_fp64(op: str, dtype: torch.dtype, branch_norm: str
         elif branch_norm == "rms":
             x = F.rms_norm(x, (96,), eps=1e-5) * (1 + arguments["branch_weight"].double())
         expected = ops.reference_outputs(op, arguments, compute=FP64)
-        torch.testing.assert_close(expected["sum"], h + g * x)
+        x2, g2 = (arguments[name].double() for name in ("x2", "gate2"))
+        torch.testing.assert_close(expected["sum"], h + g * x + g2 * x2)
         for name, value in call(op, arguments).items():
             assert (value.double() - expected[name]).norm() / expected[name].norm() < LIMIT[dtype]
 
@@ -125,8 +126,9 @@ def test_nan_stays_in_its_row() -> None:
 @pytest.mark.parametrize("op", ops.OPS)
 def test_zero_tokens(op: str) -> None:
     arguments = arguments_of(op)
-    for name in OPERANDS[op][0]:
-        arguments[name] = arguments[name][:, :0]
+    for name in (*OPERANDS[op][0], "x2"):
+        if name in arguments:
+            arguments[name] = arguments[name][:, :0]
     assert all(value.shape == (2, 0, 96) for value in call(op, arguments).values())
 
 
@@ -137,7 +139,7 @@ def test_zero_tokens(op: str) -> None:
         ("norm_modulate", {"scale": torch.ones(96, dtype=torch.int64)}, "scale has dtype torch.int64"),
         ("norm_modulate", {"out_dtype": FP64}, "out_dtype is torch.float64"),
         ("norm_modulate", {"norm": "batch"}, "norm is 'batch'"),
-        ("norm_modulate", {"roundings": 1 << 12}, "roundings is 4096"),
+        ("norm_modulate", {"roundings": 1 << 14}, "roundings is 16384"),
         ("norm_modulate", {"shift": random(3, 1, 96)}, "shift of shape (3, 1, 96) does not broadcast"),
         ("norm_modulate", {"shift": random(2, 2, 5, 96)}, "does not broadcast"),
         ("norm_modulate", {"x": random().squeeze()}, "x has no dims"),
@@ -147,6 +149,9 @@ def test_zero_tokens(op: str) -> None:
         ("residual_norm_modulate_dual", {"branch_weight": random(95)}, "branch_weight of shape (95,) does not"),
         ("residual_norm_modulate_dual", {"branch_weight": random(96, dtype=FP64)}, "branch_weight has dtype"),
         ("residual_norm_modulate", {"branch_bias": random(95)}, "branch_bias of shape (95,) does not broadcast"),
+        ("residual_norm_modulate", {"x2": random(2, 6, 96)}, "x2 of shape (2, 6, 96) does not broadcast"),
+        ("residual_norm_modulate", {"x2": None}, "gate2 is given but x2 is not"),
+        ("residual_norm_modulate", {"limit": -1.0}, "limit is -1.0"),
         ("gated_residual", {"branch_bias": random(96, dtype=FP64)}, "branch_bias has dtype torch.float64"),
     ],
 )

@@ -107,6 +107,22 @@ def test_sandwich_roundings_reproduce_eager() -> None:
     assert torch.equal(total, h + (norm32(y, "rms") * g.float()).to(BF16))
 
 
+def test_roundings_of_a_second_branch_reproduce_eager() -> None:
+    y, h, y2 = (random(*SHAPE, seed=i) for i in range(3))
+    g, g2 = (random(2, 1, 96, seed=i) for i in (3, 4))
+    common = {"norm": "layer", "eps": 1e-6, "sum_dtype": BF16, "out_dtype": BF16, "x2": y2}
+    ours = torch.ops.dkfuse.residual_norm_modulate
+    eager = flags("GATE_PRODUCT", "SUM", "GATE_PRODUCT2", "SUM2")
+    for gate, gate2, expected in ((g, g2, h + g * y + g2 * y2), (g, None, h + g * y + y2), (None, None, h + y + y2)):
+        arguments = (y, h, gate, None, None, None, None, None)
+        total, _ = ours(*arguments, **common, gate2=gate2, roundings=eager)
+        assert torch.equal(total, expected)
+        total, _ = ours(*arguments, **common, gate2=gate2, roundings=flags("SUM", "SUM2"))
+        assert torch.equal(total, expected) == (gate is None and gate2 is None)
+        total, _ = ours(*arguments, **common, gate2=gate2)
+        assert not torch.equal(total, expected)
+
+
 def test_the_norm_reads_the_rounded_sum_only_under_sum() -> None:
     y, h = random(*SHAPE), random(*SHAPE, seed=1)
     z = (h + y).float()

@@ -126,7 +126,9 @@ else:
             if sizes and draw(st.integers(0, 7)) == 0:
                 sizes = (*sizes[:-1], 1)
             dtype = draw(st.sampled_from(DTYPES))
-            arguments[name] = strided(draw, sizes, dtype, False) if sizes else torch.randn(()).to(dtype)
+            arguments[name] = strided(draw, sizes, dtype, name == "x2") if sizes else torch.randn(()).to(dtype)
+        if arguments.get("x2") is None:
+            arguments["gate2"] = None
         if draw(st.integers(0, 3)) == 0:
             arguments.update(tables(draw, shape, arguments))
         if draw(st.integers(0, 3)) == 0:
@@ -215,6 +217,17 @@ else:
             call = norm_call(x, **more, gate=None, branch_norm=branch_norm, branch_eps=1e-6)
             assert_same("residual_norm_modulate", call, config)
 
+    @pytest.mark.parametrize("x2", [random(3, 37, dtype=torch.float32), torch.tensor(3.0)])
+    @pytest.mark.parametrize("branch_norm", ["none", "layer"])
+    def test_a_second_branch_does_not_fill_masked_lanes(branch_norm: str, x2: torch.Tensor) -> None:
+        x = random(3, 37, dtype=torch.float32) + 100
+        more = {"residual": x * 2, "branch_weight": None, "sum_dtype": x.dtype, "x2": x2}
+        for gate2 in (None, torch.tensor(2.0), random(37, seed=3)):
+            for chunk in (8, 16, 32, 64):
+                config = Config(chunk=chunk, chunks=-(-37 // chunk), num_warps=1)
+                call = norm_call(x, **more, gate=None, gate2=gate2, branch_norm=branch_norm, branch_eps=1e-6)
+                assert_same("residual_norm_modulate", call, config)
+
     @pytest.mark.parametrize("branch_norm", ["none", "rms"])
     def test_picked_rows(branch_norm: str) -> None:
         """As Qwen-Image-Edit lays them out: two halves of the batch dim, slices of one vector."""
@@ -276,6 +289,37 @@ else:
         both = int(Rounding.ONE_PLUS | Rounding.PRODUCT)
         call = {"x": x, "scale": scale, "shift": shift, "scale_offset": 1.0, "out_dtype": x.dtype, "roundings": both}
         assert torch.equal(ours("scale_shift", call)["out"], x * (1 + scale) + shift)
+
+    def test_roundings_of_a_second_branch_are_eagers() -> None:
+        """In fp16, for the same reason."""
+        half = torch.float16
+        x, h, x2 = (random(2, 3, 40, dtype=half, seed=i) for i in range(3))
+        gate, gate2 = (random(2, 1, 40, dtype=half, seed=i) for i in (3, 4))
+        flags = int(Rounding.GATE_PRODUCT | Rounding.SUM | Rounding.GATE_PRODUCT2 | Rounding.SUM2)
+        call = norm_call(x, residual=h, gate=gate, branch_weight=None, x2=x2, gate2=gate2, sum_dtype=half)
+        call["roundings"] = flags
+        assert torch.equal(ours("residual_norm_modulate", call)["sum"], h + gate * x + gate2 * x2)
+        call.update(gate2=None)
+        assert torch.equal(ours("residual_norm_modulate", call)["sum"], h + gate * x + x2)
+        call.update(factor2=0.7)
+        assert torch.equal(ours("residual_norm_modulate", call)["sum"], h + gate * x + 0.7 * x2)
+        assert_same("residual_norm_modulate", {**call, "gate2": gate2, "roundings": 0})
+
+    @pytest.mark.parametrize("norm", ["layer", "rms"])
+    def test_limits(norm: str) -> None:
+        """What fp16 cannot hold becomes the largest that it can; NaN stays."""
+        half = torch.float16
+        x, h = (random(2, 3, 40, dtype=half, seed=i) for i in range(2))
+        x[0, 0, 3], h[0, 0, 3] = 60000, 50000
+        x[0, 1, 4], h[0, 1, 4] = -60000, -50000
+        x[1, 1, 5] = float("nan")
+        more = {"gate": None, "branch_weight": None, "sum_dtype": half, "norm": norm}
+        for limit in (1.5, 65504.0):
+            call = norm_call(x, residual=h, **more, limit=limit)
+            total = ours("residual_norm_modulate", call)["sum"]
+            assert torch.equal(total.nan_to_num(7.0), (h + x).clip(-limit, limit).nan_to_num(7.0))
+            assert_same("residual_norm_modulate", call)
+            assert_same("residual_norm_modulate", {**call, "x2": h, "gate2": random(40, dtype=half), "x": x / 2})
 
     def test_nan_stays_in_its_row() -> None:
         x = random(2, 3, 40)

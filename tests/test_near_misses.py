@@ -14,10 +14,10 @@ import dkfuse
 from dkfuse import Settings
 from dkfuse.fuse import plan
 
-from . import near_misses, near_misses_around
-from .harness import TOLERANCE, Spelling, compiled, counts, flat, run, spell
+from . import near_misses, near_misses_around, near_misses_two_branches
+from .harness import FP32, TOLERANCE, Spelling, compiled, counts, flat, run, spell
 
-ROWS = near_misses.ROWS + near_misses_around.ROWS
+ROWS = near_misses.ROWS + near_misses_around.ROWS + near_misses_two_branches.ROWS
 
 
 def check_same(ours: Sequence[Tensor], theirs: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> None:
@@ -136,3 +136,20 @@ def test_a_stream_that_is_updated_in_place_by_inductors_code() -> None:
         expected = flat(row.function(*originals))
     check_same((*results, *args), (*expected, *originals))
     assert counts(coverage) == row.expected, str(coverage)
+
+
+@pytest.mark.parametrize("gate_first", [True, False])
+@pytest.mark.parametrize("branch_first", [True, False])
+def test_the_reason_is_that_of_the_reading_that_was_meant(gate_first: bool, branch_first: bool) -> None:
+    """A gate for each token has the branch's shape: either may be the gate, but only one is made of conditioning."""
+
+    def function(first: Tensor, second: Tensor, h: Tensor, s: Tensor, t: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        y, e = (first, second) if branch_first else (second, first)
+        gate, branch = e[:, :, 2], F.gelu(y @ w)
+        h = h + (gate * branch if gate_first else branch * gate)
+        return h, modulate(h, s, t, w)
+
+    both = spell("y:BLD e:BL6D", torch.float32)
+    _, coverage = run(function, (*(both if branch_first else both[::-1]), *spell("h:BLD s:B1D t:B1D w:DD", FP32)))
+    (reason,) = (r for site in coverage.sites for r in site.attempts if r.rule == "residual_gate_norm_modulate")
+    assert reason.code == "pointwise_producer" and reason.message.startswith("x is the result of"), reason

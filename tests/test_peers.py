@@ -84,6 +84,8 @@ def test_norms_refuse(norm: Implementation, code: str, changes: dict[str, Any]) 
         ("rows", {"residual": random(2, 5, 128)[..., ::2]}),
         ("nothing_else", {"gate": W}),
         ("nothing_else", {"branch_bias": W}),
+        ("nothing_else", {"x2": X}),
+        ("nothing_else", {"limit": 65504.0}),
         ("nothing_else", {"branch_norm": "rms"}),
         ("nothing_else", {"roundings": int(Rounding.SUM)}),
     ],

@@ -218,7 +218,7 @@ def test_opcheck(change: dict[str, Any]) -> None:
         ({"across": 1, "norm": "none"}, "across is 1 but norm is 'none'"),
         ({"order": [0, 1, 3, 2]}, "order is [0, 1, 3, 2]"),
         ({"order": [0, 1, 1, 3]}, "order is [0, 1, 1, 3]"),
-        ({"roundings": 1 << 12}, "roundings is 4096"),
+        ({"roundings": 1 << 14}, "roundings is 16384"),
         ({"sin": None}, "sin is missing"),
         ({"tables": "complex"}, "sin is given"),
         ({"rotation": "none"}, "cos is given; rotation 'none'"),

@@ -10,10 +10,13 @@ from . import (
     spellings_biases,
     spellings_by_hand,
     spellings_frames,
+    spellings_limits,
     spellings_norms,
     spellings_picks,
+    spellings_stream_forms,
     spellings_streams,
     spellings_tables,
+    spellings_two_branches,
 )
 from .harness import Spelling, check_numerics, counts, run, spell
 
@@ -26,6 +29,9 @@ TABLES = (
     spellings_picks,
     spellings_by_hand,
     spellings_frames,
+    spellings_two_branches,
+    spellings_limits,
+    spellings_stream_forms,
 )
 ROWS = [row for part in TABLES for row in part.ROWS]
 
@@ -53,7 +59,7 @@ def test_eagers_roundings_are_kept_or_the_site_is_left(row: Spelling) -> None:
         torch.testing.assert_close(ours, eager, rtol=0, atol=tolerance * size, msg=lambda text: f"{text}\n{coverage}")
 
 
-INDUCTOR = ("a1_b2", "from_table_unbind", "g1_dual", "g4_fp32", "indexed_parts_of_a_row")
+INDUCTOR = ("a1_b2", "from_table_unbind", "g1_dual", "g4_fp32", "indexed_parts_of_a_row", "two_gates")
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.name in INDUCTOR], ids=lambda row: row.name)

@@ -67,6 +67,7 @@ else:
             branch = draw(st.sampled_from(["none", "rms", "layer"]))
             arguments.update(branch_norm=branch, branch_eps=1e-2, branch_weight_offset=0.0)
             arguments["branch_weight"] = arguments["branch_weight"] if branch != "none" else None
+            arguments["gate2"] = arguments["gate2"] if arguments["x2"] is not None else None
         if "scale" in broadcast:
             arguments["scale_offset"] = 1.0
         if "sum" in outputs:

@@ -98,7 +98,7 @@ PINNED: dict[str, dict[str, int]] = {
         "rotation": 16,
     },
     "sd3-medium": {"gated_residual": 6, "norm_modulate": 2, "residual_norm_modulate": 6},
-    "sd35-medium": {"gated_residual": 8, "norm_modulate": 4, "qk_norm": 12, "residual_norm_modulate": 4},
+    "sd35-medium": {"gated_residual": 8, "norm_modulate": 2, "qk_norm": 12, "residual_norm_modulate": 6},
     "sd35-large": {"gated_residual": 6, "norm_modulate": 2, "qk_norm": 8, "residual_norm_modulate": 6},
     "dit-xl-2": {"gated_residual": 4, "norm_modulate": 1, "residual_norm_modulate": 4},
     "pixart-sigma": {"gated_residual": 4, "norm_modulate": 1, "residual_norm_modulate": 4},

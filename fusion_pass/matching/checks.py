@@ -17,13 +17,13 @@ from . import picks, tables
 from .escapes import check_escapes, collect_interior
 from .gain import PICKING
 from .operands import base_node, computed, fake, text_shape
-from .pattern import Binding
+from .pattern import ORDER, Binding
 from .rules import Candidate, Code, NotThisRule, Reject, Replaceable, Rule, Stage
 from .terms import FLOATS, Term, TermView, bare, broadcast_shape, same_shape, same_size, short_dtype
 from .views import is_view_of_input
 
 PARTS = 3  # of the last dim of modulations per token, at least
-FULL = ("x", "residual")
+FULL = ("x", "residual", "x2")
 
 
 def build(
@@ -224,6 +224,9 @@ def rounding_flags(labels: dict[str, torch.dtype], x_dtype: torch.dtype) -> int:
     from dkfuse.kernels.rounding import Rounding
 
     flags = Rounding(0)
+    if ORDER in labels:
+        text = "two branches are added to each other first; the kernel adds one after the other to the stream"
+        raise Reject(Code.ROUNDING, text, Stage.KERNEL)
     for label, dtype in labels.items():
         if dtype != x_dtype:
             text = f"{label} is rounded to {short_dtype(dtype)}, the kernel rounds to {short_dtype(x_dtype)}"
@@ -253,6 +256,8 @@ def _set_attributes(site: Candidate, roundings: str) -> None:
     if site.rule.op != "gated_residual":
         attributes["scale_offset"] = binding.numbers.get("offset", 0.0)
     if site.rule.op.startswith("residual"):
+        attributes["factor2"] = binding.numbers.get("factor2", 1.0)
+        attributes["limit"] = binding.numbers.get("limit", 0.0)
         attributes["sum_dtype"] = site.output_nodes("sum")[0].meta["val"].dtype if "sum" in site.outputs else None
     attributes["out_dtype"] = site.output_nodes("out")[0].meta["val"].dtype
     attributes["roundings"] = flags

@@ -18,6 +18,8 @@ import torch
 
 from .terms import Term, TermView
 
+ORDER = "the order of a sum"  # among the roundings of a binding: see `Reordered`
+
 
 @dataclass(frozen=True, slots=True)
 class Binding:
@@ -95,6 +97,44 @@ class R(Pattern):
             yield from self.inner.match(view, seen.args[0], binding)
         else:
             yield from self.inner.match(view, term, binding)
+
+
+@dataclass(frozen=True)
+class Reordered(Pattern):
+    """`inner`, a sum that kernels add up in another order: with ``roundings=eager`` none has its roundings."""
+
+    inner: Pattern
+
+    def match(self, view, term, binding):
+        yield from self.inner.match(view, term, binding.rounded(ORDER, torch.float32))
+
+
+@dataclass(frozen=True)
+class Limited(Pattern):
+    """`inner`, or ``clamp(inner, -limit, limit)``: bound as `name` and walked, the limit recorded.
+
+    A clamped value that is rounded is clamped to a number of that dtype, so that it was as well rounded before.
+    """
+
+    inner: Pattern
+    label: str
+    name: str
+
+    def match(self, view, term, binding):
+        seen = view.expose(term)
+        inside = view.expose(seen.args[0]) if seen.op == "round" else seen
+        if inside.op == "clamp" and _fits(inside.attrs[0], seen.precision):
+            binding = binding.number("limit", inside.attrs[0]).walk(*_path(term), seen, inside)
+            if seen.op == "round":
+                binding = binding.walk(*_path(seen.args[0])).rounded(self.label, seen.attrs[0])
+            for found in self.inner.match(view, inside.args[0], binding):
+                yield found.rebind(self.name, term)
+        else:
+            yield from self.inner.match(view, term, binding)
+
+
+def _fits(value: float, dtype: torch.dtype) -> bool:
+    return torch.tensor(value, dtype=dtype).item() == value
 
 
 class _Commutative(Pattern):

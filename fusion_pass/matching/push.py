@@ -9,7 +9,7 @@ import torch
 
 from .terms import Term, TermView, broadcast_shape, same_shape, same_size
 
-ARITHMETIC = ("add", "mul", "neg", "round", "rsqrt", "sqrt", "reciprocal", "pow", "double", "from_double")
+ARITHMETIC = ("add", "mul", "neg", "round", "rsqrt", "sqrt", "reciprocal", "pow", "clamp", "double", "from_double")
 NORMS = ("layer_norm", "rms_norm")
 
 

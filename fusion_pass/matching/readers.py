@@ -6,6 +6,8 @@ written with `add`, `mul`, `neg` and `reciprocal`; reductions count only over th
 
 from __future__ import annotations
 
+import functools
+import math
 import operator
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import fx
 from .canonical import make_norm
 from .recombine import RECOMBINE_READERS, argument
 from .simplify import select_term, slice_term
-from .terms import Term, TermView, broadcast_shape, getitem_source, same_shape, same_size
+from .terms import NARROW, Term, TermView, broadcast_shape, getitem_source, same_shape, same_size
 from .views import VIEW_READERS, read_split
 
 aten = torch.ops.aten
@@ -34,6 +36,8 @@ def elementwise(op: str):
             args = [args[1], args[0]]
         if op in ("add", "sub", "rsub") and alpha != 1:
             args[1] = view.make("mul", view.const(alpha), args[1])
+            if node.meta["val"].dtype in NARROW:
+                view.inexact.add(args[1])  # on a CPU torch rounds the factor
         if op in ("sub", "rsub"):
             return view.make("add", args[0], view.make("neg", args[1]))
         if op == "div":
@@ -76,10 +80,23 @@ def read_pow(view: TermView, node: fx.Node) -> Term | None:
 
 
 def read_clamp(view: TermView, node: fx.Node) -> Term | None:
-    x, low = view.operand(node.args[0]), argument(node, 1, "min", None)
-    if x is None or argument(node, 2, "max", None) is not None or not isinstance(low, (int, float)):
+    x, low, high = view.operand(node.args[0]), argument(node, 1, "min", None), argument(node, 2, "max", None)
+    if x is None or not isinstance(low, (int, float)) or not (high is None or isinstance(high, (int, float))):
         return None
-    return view.make("clamp_min", x, attrs=(float(low),))
+    x = view.make("clamp_min", x, attrs=(float(low),))
+    return x if high is None else _clamped(view, x, high)
+
+
+def read_clamp_max(view: TermView, node: fx.Node) -> Term | None:
+    x, high = view.operand(node.args[0]), node.args[1]
+    return _clamped(view, x, high) if x is not None and isinstance(high, (int, float)) else None
+
+
+def _clamped(view: TermView, low: Term, high: float) -> Term | None:
+    """What is not above -high is not above high either: ``clamp(x, -high, high)``, else None."""
+    if low.op != "clamp_min" or low.attrs != (-high,) or not 0 < high < math.inf:
+        return None
+    return view.make("clamp", low.args[0], attrs=(float(high),))
 
 
 def read_repeat(view: TermView, node: fx.Node) -> Term | None:
@@ -118,14 +135,35 @@ def _last_dim_only(node: fx.Node, dims: Any) -> bool:
 
 def _reduction(view: TermView, node: fx.Node, op: str, dims: Any, keepdim: bool, attrs: tuple = ()) -> Term | None:
     x = view.operand(node.args[0])
-    if x is None or not x.shape or not _last_dim_only(node, dims):
+    if x is None or not x.shape:
         return None
+    if not _last_dim_only(node, dims):
+        return _sum_of_stack(view, node, x, dims, keepdim) if op == "sum" else None
     if op == "sum" and same_size(x.shape[-1], 2):  # a 2x2 matrix times a pair
         last = len(x.shape) - 1
         both = view.make("add", *(select_term(view, x, last, i) for i in (0, 1)))
         return view.view(both, ("unsqueeze", last), (*x.shape[:-1], 1)) if keepdim else both
     term = view.make(op, x, attrs=attrs, shape=(*x.shape[:-1], 1))
     return term if keepdim else view.view(term, ("squeeze", len(x.shape) - 1), x.shape[:-1])
+
+
+def _viewed(term: Term) -> Term:
+    while term.op == "view":
+        term = term.args[0]
+    return term
+
+
+def _sum_of_stack(view: TermView, node: fx.Node, x: Term, dims: Any, keepdim: bool) -> Term | None:
+    """``stack([a, b], dim).sum(dim)`` as the sum that it is: like that one, it is added up in fp32 and rounded once."""
+    joined = x.args[0] if x.op == "view" else x
+    if joined.op != "cat" or not isinstance(dims, (list, tuple)) or len(dims) != 1:
+        return None
+    dim, count = dims[0] % len(x.shape), len(joined.args)
+    parts = [select_term(view, x, dim, i) for i in range(count)] if x.shape[dim] == count else []
+    if not parts or any(_viewed(part) is joined for part in parts):
+        return None
+    total = functools.reduce(lambda a, b: view.make("add", a, b), parts)
+    return view.view(total, ("unsqueeze", dim), tuple(node.meta["val"].shape)) if keepdim else total
 
 
 def read_mean(view: TermView, node: fx.Node) -> Term | None:
@@ -211,6 +249,7 @@ READERS = {
     aten.pow.Tensor_Scalar: read_pow,
     aten.clamp.default: read_clamp,
     aten.clamp_min.default: read_clamp,
+    aten.clamp_max.default: read_clamp_max,
     aten.repeat.default: read_repeat,
     prims.convert_element_type.default: read_cast,
     aten._to_copy.default: read_cast,

@@ -5,6 +5,7 @@ reshape of reshape                                     one reshape, and a slice 
 unsqueeze of squeeze, squeeze of unsqueeze             the base
 slice of cat, along its dim                            the part, or a slice of it; also where its dims were exchanged
 slice of a copy (``repeat_interleave`` makes one)      slice of what was copied
+one of several tensors that were stacked               that tensor
 slice of an expanded dim                               the dim of size 1 that was expanded
 """
 
@@ -38,7 +39,7 @@ def simplify(view: TermView, base: Term, attrs: tuple, shape: tuple) -> Term | N
                 rest = (*base.shape[:dim], 1, *base.shape[dim + 1 :])
                 return view.view(inner, ("expand",), rest)
     if kind == "slice" and inner is not None and inner.op == "cat" and base.attrs[0] == "reshape":
-        return _half_of_cat(view, inner, base, attrs, shape)
+        return _part_of_stack(view, inner, base, attrs, shape)
     if kind == "slice" and inner is not None and base.attrs[0] in ("permute", "clone"):
         return _slice_of_moved(view, base, attrs, shape)
     if kind == "slice" and base.op == "cat" and base.attrs[0] == attrs[1] and attrs[4] == 1:
@@ -57,14 +58,16 @@ def _changes_nothing(attrs: tuple, rank: int) -> bool:
     return False
 
 
-def _half_of_cat(view: TermView, cat: Term, halves: Term, attrs: tuple, shape: tuple) -> Term | None:
-    """Half `i` of ``cat([a, b], -1)`` seen as [..., 2, r], where a and b are those halves."""
-    last = len(cat.shape) - 1
-    split = cat.attrs == (last,) and len(cat.args) == 2 and same_shape(halves.shape[:-1], (*cat.shape[:-1], 2))
-    if not split or attrs[1] != last or not same_size(shape[last], 1):
+def _part_of_stack(view: TermView, cat: Term, parts: Term, attrs: tuple, shape: tuple) -> Term | None:
+    """Part `i` of k parts of one size that were joined along `dim` and are seen as [..., k, size, ...]."""
+    dim, i = attrs[1:3]
+    if cat.attrs != (dim,) or not same_size(shape[dim], 1) or not isinstance(i, int):
         return None
-    i = attrs[2]
-    return unsqueeze_term(view, cat.args[i], last) if same_size(cat.args[i].shape[last], halves.shape[-1]) else None
+    size = cat.args[0].shape[dim]
+    apart = (*cat.shape[:dim], len(cat.args), size, *cat.shape[dim + 1 :])
+    if not same_shape(parts.shape, apart) or not all(same_size(part.shape[dim], size) for part in cat.args):
+        return None
+    return unsqueeze_term(view, cat.args[i], dim)
 
 
 def _slice_of_cat(view: TermView, cat: Term, dim: int, start: Any, stop: Any) -> Term | None:

@@ -46,7 +46,7 @@ class Term:
 
     def __init__(self, op: str, args: tuple[Term, ...], attrs: tuple, shape: tuple, precision: torch.dtype, uid: int):
         self.op, self.args, self.attrs, self.shape, self.precision, self.uid = op, args, attrs, shape, precision, uid
-        below = [a.norm_reach for a in args if a.norm_reach is not None and op != "cat"]
+        below = [a.norm_reach for a in args if a.norm_reach is not None and op not in ("cat", "clamp")]
         reach = 0 if op in ("layer_norm", "rms_norm") else (min(below) + 1 if below else None)
         self.norm_reach = reach if reach is not None and reach <= NORM_REACH else None
 

@@ -73,6 +73,10 @@ def test_every_width(width: int) -> None:
     compare("residual_norm_modulate", arguments)
     for bias in (random(width, seed=11), random(seed=11)):
         compare("residual_norm_modulate", {**arguments, "branch_bias": bias})
+    second = {"x2": random(*shape, seed=12)}
+    for gate2 in (None, random(2, 1, width, seed=13), random(seed=13)):
+        compare("residual_norm_modulate", {**arguments, **second, "gate2": gate2})
+    compare("residual_norm_modulate", {**arguments, "limit": 0.5})
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
