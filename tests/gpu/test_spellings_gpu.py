@@ -1,5 +1,5 @@
-"""Spellings whose sites have other shapes than most, through Inductor on a GPU: frames, tables of halves, sums, rows by
-number, streams that are updated in place."""
+"""Spellings whose sites have other shapes or operands than most, through Inductor on a GPU: frames, tables of halves,
+sums, rows by number, two branches, limits, streams that are updated in place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from torch._inductor.utils import run_and_get_code
 
 import dkfuse
 
-from .. import near_misses_around, spellings_frames, spellings_picks, spellings_rope, spellings_tables
+from .. import (
+    near_misses_around,
+    spellings_frames,
+    spellings_limits,
+    spellings_picks,
+    spellings_rope,
+    spellings_tables,
+    spellings_two_branches,
+)
 from .. import spellings_rope_moved as _  # noqa: F401  (its rows are in spellings_rope)
 from ..harness import Spelling, check_numerics, counts, flat, run, spell
 
@@ -18,9 +26,13 @@ NAMES = {
     "frames", "frames_before_an_affine_norm", "frames_in_fp32", "frames_of_the_stream_too", "frames_repeated",
     "matrices_of_moved_halves", "matrices_of_moved_halves_per_sample", "tables_of_moved_halves", "pairs_in_front",
     "matrices_by_einsum", "matrices_by_matmul_of_rows", "indexed_gates_and_modulations", "indexed_parts_of_a_row",
-    "indexed_for_all_samples", "indexed_gate_alone",
+    "indexed_for_all_samples", "indexed_gate_alone", "two_control", "two_fp32", "two_hint_with_a_strength", "two_gates",
+    "two_gates_per_token", "two_before_two_modulations", "two_behind_a_sandwich", "two_added_first", "two_stacked",
+    "limit_that_acts", "limit_in_fp32", "limit_of_two_branches", "limit_before_two_modulations",
+    "limit_behind_a_sandwich",
 }  # fmt: skip
-SOME = (*spellings_frames.ROWS, *spellings_rope.ROWS, *spellings_picks.ROWS)
+TABLES = (spellings_frames, spellings_rope, spellings_picks, spellings_two_branches, spellings_limits)
+SOME = [row for table in TABLES for row in table.ROWS]
 ROWS = [row for row in SOME if row.name in NAMES] + spellings_tables.ROWS
 
 
