@@ -1,6 +1,7 @@
 # make demo    compile a small diffusion transformer with dkfuse, compare it with eager and fp64, show the coverage
 # make test    run the tests (CPU; with a GPU: make test PYTEST_ARGS='-m gpu')
 # make check   ruff, the type checker and a wheel build
+# make triton  compile the kernels for a GPU that need not be there, by the oldest Triton that is supported
 #
 # Each makes .venv first, with a CPU build of torch where there is no NVIDIA GPU. TORCH='torch==2.12.0' and
 # PYTHON=python3.12 choose others.
@@ -28,7 +29,7 @@ INSTALL_TORCH = $(BIN)/python -m pip install --quiet '$(CPU_TORCH)+cpu' 2>/dev/n
 	|| $(BIN)/python -m pip install '$(CPU_TORCH)'
 endif
 
-.PHONY: demo test check lint types wheel clean
+.PHONY: demo test check lint types wheel triton clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -52,6 +53,16 @@ wheel: $(STAMP)
 	rm -rf dist build/lib build/bdist*
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	ls -l dist
+
+# Beside the newest one in .venv: what both compile, those between compile too.
+OLDEST_TRITON = 3.6.0
+triton: $(STAMP)
+	test -d build/triton-$(OLDEST_TRITON) || $(BIN)/python -m pip install --quiet --no-deps \
+		--target build/triton-$(OLDEST_TRITON) 'triton==$(OLDEST_TRITON)'
+	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -c \
+		'import triton; assert triton.__version__ == "$(OLDEST_TRITON)", triton.__file__'
+	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -m pytest -q tests/test_kernels_compiled.py \
+		tests/test_rope_compiled.py
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

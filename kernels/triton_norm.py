@@ -204,7 +204,7 @@ def row_norm(
     gates = load_operand(gate, gate_at, gate_si, D, CHUNK, CHUNKS)
     branch_biases = load_operand(branch_bias, branch_bias_at, branch_bias_si, D, CHUNK, CHUNKS)
     branch_weights = load_operand(branch_weight, branch_weight_at, branch_weight_si, D, CHUNK, CHUNKS)
-    xs2 = load_operand(x2, x2_at, x2_si, D, CHUNK, CHUNKS, "")
+    xs2 = load_operand(x2, x2_at, x2_si, D, CHUNK, CHUNKS, KEEP=False)
     gates2 = load_operand(gate2, gate2_at, gate2_si, D, CHUNK, CHUNKS)
     weights = load_operand(weight, weight_at, weight_si, D, CHUNK, CHUNKS)
     biases = load_operand(bias, bias_at, bias_si, D, CHUNK, CHUNKS)

@@ -94,7 +94,7 @@ def load_operand(
     D: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
-    KEEP: tl.constexpr = "evict_last",
+    KEEP: tl.constexpr = True,
 ):
     """A broadcast operand's row with inner stride `inner` (None: one scalar for the whole row), as `load_row`.
 
@@ -113,9 +113,9 @@ def load_operand(
             columns = i * CHUNK + tl.arange(0, CHUNK)
             places = pointer + offset + columns.to(tl.int64) * inner
             if (i + 1) * CHUNK > D:
-                row = row + (tl.load(places, mask=columns < D, other=0.0, eviction_policy=KEEP),)
+                row = row + (tl.load(places, mask=columns < D, other=0.0, eviction_policy="evict_last" if KEEP else ""),)
             else:
-                row = row + (tl.load(places, eviction_policy=KEEP),)
+                row = row + (tl.load(places, eviction_policy="evict_last" if KEEP else ""),)
     return row
 
 
