@@ -1,9 +1,9 @@
 """Queries and keys between projection and attention (RoPE: Su et al., arXiv:2104.09864; QK norm: arXiv:2010.04245).
 
-    norm_rope   rotate(norm(x) * w + b)      K0-K8 with Q1-Q10
+    norm_rope   rotate(norm(x) * w + b)      FLUX, Qwen-Image, Wan
                 norm(rotate(x)) * w + b      the same, the norm last
-    rope        rotate(x)                    Q1-Q10 alone, or before a norm
-    qk_norm     norm(x) * w + b              K0-K8 alone
+    rope        rotate(x)                    Llama
+    qk_norm     norm(x) * w + b              SD3.5
 
 each of one tensor or of several streams that are joined for attention. What a rotation is, in any spelling, is decided
 in `dkfuse.matching.rotation`; how parts are found, in `dkfuse.matching.heads`.

@@ -1,9 +1,9 @@
 """Norm, affine and modulation: the building blocks of every adaLN family.
 
-    n = norm(x)                         n * w + b                      affine, w and b of shape [D]
-    n * (1 + scale) + shift             A1, A1a, A1r, A4, A5, A6       adaLN of DiT (Peebles & Xie, arXiv:2212.09748)
-    n * scale                           A2, A2L                        the factor computed on the row
-    n * gate + residual                 G3                             sandwich norm: `shift` is a full tensor
+    n = norm(x), or n * w + b           affine, w and b of shape [D]
+    n * (1 + scale) + shift             adaLN of DiT (Peebles & Xie, arXiv:2212.09748): FLUX, SD3, Wan, LTX
+    n * scale                           the factor 1 + scale computed on the row: Z-Image, Lumina2
+    n * gate + residual                 a sandwich norm, whose `shift` is a full tensor: Z-Image, Lumina2
 
 In place of the 1 any number will do; ``1 - scale`` is a factor computed on the row.
 """

@@ -1,8 +1,8 @@
 """Residual streams: a gated, plain or normed branch added to the stream, alone or with the norm that follows.
 
-    r = residual + gate * x             G1, G4, G5, G6      both r and the norm of r are results
-    r = residual + x                    G7
-    r = residual + gate * norm_b(x)     G3, G3m, G3e        sandwich norm: two norms, one after the other
+    r = residual + gate * x             blocks of adaLN-Zero: FLUX, SD3, Wan; both r and the norm of r are results
+    r = residual + x                    without a gate: Wan's cross-attention, a ViT, a Llama
+    r = residual + gate * norm_b(x)     a sandwich norm, two norms one after the other: Z-Image, Lumina2, Mochi
     norm(r) [* w + b] [* (1 + scale) + shift]           r may be clamped, as models in fp16 do: to [-65504, 65504]
 
 x may be ``y + branch_bias``, which nothing but the site reads: a Linear on a slice of a batch is a `bmm` and then a

@@ -96,7 +96,7 @@ class Case:
         return values
 
     def eager(self) -> Callable[[dict[str, Tensor | None]], tuple[Tensor, ...]]:
-        """The same as the model's own code spells it (spellings A1, A1r, A2, A4, G1, G3, G4)."""
+        """The same as the model's own code spells it."""
         return lambda operands: _eager(self, **operands)  # type: ignore[arg-type]
 
     def traffic(self, operands: dict[str, Tensor | None]) -> int:

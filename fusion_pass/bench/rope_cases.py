@@ -23,15 +23,15 @@ CHECKED_ROWS = 256  # of each stream
 class RopeCase:
     """Norm and rotation of `projections` (q, or q and k) of one or several streams, which are joined along the tokens.
 
-    norm: "K1" rounds once, behind the weight, "K0" before it too, "none". across: over all heads. flat: the rotation is
-    over heads * d columns, before the split into heads. tables: of the op; fp32.
+    norm: "once" rounds once, behind the weight, "twice" before it too, "none". across: over all heads. flat: the
+    rotation is over heads * d columns, before the split into heads. tables: of the op; fp32.
     """
 
     name: str
     lengths: tuple[int, ...]
     heads: int
     d: int
-    norm: str = "K1"
+    norm: str = "once"
     across: bool = False
     flat: bool = False
     rotation: str = "interleaved"
@@ -157,7 +157,7 @@ class RopeCase:
         return results
 
     def eager(self) -> Callable[[dict[str, Tensor]], tuple[Tensor, ...]]:
-        """The same as the model's own code spells it (spellings K0 to K2, Q1 to Q4, Q8): norm, cat, rotation."""
+        """The same as the model's own code spells it: norm, cat, rotation."""
         return functools.partial(_eager, self)
 
     def traffic(self, operands: dict[str, Tensor]) -> int:
@@ -174,9 +174,9 @@ def _eager(case: RopeCase, operands: dict[str, Tensor]) -> tuple[Tensor, ...]:
             x, weight = operands[f"x{p}{s}"], operands.get(f"w{p}{s}")
             if not case.across and not case.flat:
                 x = x.unflatten(-1, (case.heads, case.d))
-            if case.norm == "K1":
+            if case.norm == "once":
                 x = F.rms_norm(x, x.shape[-1:], weight, 1e-6)
-            elif case.norm == "K0":
+            elif case.norm == "twice":
                 x = F.rms_norm(x.float(), x.shape[-1:], eps=1e-6).to(BF16) * weight
             parts.append(x.unflatten(-1, (case.heads, case.d)) if case.across else x)
         x = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
@@ -238,7 +238,7 @@ ROPE_CASES: tuple[RopeCase, ...] = (
     RopeCase("Wan-14B across heads", (32760,), 40, 128, across=True, tables="half"),
     RopeCase("Wan-1.3B across heads", (32760,), 12, 128, across=True, tables="half"),
     RopeCase("LTX flat", (8064,), 16, 128, flat=True),
-    RopeCase("Qwen-Image complex", (4096,), 24, 128, norm="K0", tables="complex"),
+    RopeCase("Qwen-Image complex", (4096,), 24, 128, norm="twice", tables="complex"),
     RopeCase("NeoX halves", (4096,), 24, 128, rotation="half"),
-    RopeCase("SD3.5-L norm alone", (4096,), 38, 64, norm="K0", rotation="none", batch=2),
+    RopeCase("SD3.5-L norm alone", (4096,), 38, 64, norm="twice", rotation="none", batch=2),
 )
