@@ -67,8 +67,7 @@ def supports(op: str, arguments: Mapping[str, Any]) -> Unsupported | None:
     """None if the Triton kernels take this call, else the first reason why not.
 
     Codes: "op", "dtype", "device", "rank", "row_too_long", "symbolic_row", "empty", "shape", "broadcast",
-    "inner_stride", "outer_dims", "branch_norm", "limit", "second_branch",
-    "pick", "table".
+    "inner_stride", "outer_dims", "branch_norm", "limit", "second_branch", "pick", "table".
     `arguments` maps the op's argument names to tensor-likes (shape, dtype, device, stride()) or values.
     """
     if op not in OPERANDS:

@@ -61,10 +61,8 @@ def graph_key(gm: fx.GraphModule, inputs: Iterable[Any], settings: Settings, run
     kernels = (registry.fingerprint(), failures.fingerprint(), attention_kernels.versions(), gemm_kernels.fingerprint())
     others = (known_ops.fingerprint(), repr(chosen), repr(runs), _autocast())
     chosen_by = (compat.environment_fingerprint(), *kernels, *others)
-    code = (
-        module.code for module in gm.modules() if isinstance(module, fx.GraphModule)
-    )  # of torch.cond's branches too
-    for part in (source_hash(), *chosen_by, *code):
+    graphs = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]  # torch.cond's branches too
+    for part in (source_hash(), *chosen_by, *(graph.code for graph in graphs)):
         digest.update(part.encode())
     for value in inputs:
         digest.update(_describe(value).encode())
