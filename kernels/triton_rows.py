@@ -177,6 +177,15 @@ def gated(x, i: tl.constexpr, residual, gate, DTYPE: tl.constexpr, ROUNDINGS: tl
 
 
 @triton.jit
+def within(value, i: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr):
+    """Chunk i of a row, with 0 in lanes past D."""
+    if (i + 1) * CHUNK > D:
+        columns = i * CHUNK + tl.arange(0, CHUNK)
+        value = tl.where(columns < D, value, 0.0)
+    return value
+
+
+@triton.jit
 def biased(
     xs, bias, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, DTYPE: tl.constexpr, ROUNDINGS: tl.constexpr
 ):
@@ -185,10 +194,7 @@ def biased(
     for i in tl.static_range(CHUNKS):
         value = xs[i].to(tl.float32)
         if bias is not None:
-            value = rounded(value + bias[i].to(tl.float32), DTYPE, ROUNDINGS & 1024)
-            if (i + 1) * CHUNK > D:
-                columns = i * CHUNK + tl.arange(0, CHUNK)
-                value = tl.where(columns < D, value, 0.0)
+            value = within(rounded(value + bias[i].to(tl.float32), DTYPE, ROUNDINGS & 1024), i, D, CHUNK)
         row = row + (value,)
     return row
 
@@ -216,11 +222,7 @@ def joined(
             value = rounded(value * FACTOR2, DTYPE, (ROUNDINGS >> 12) & 1)
         if gate2 is not None:
             value = rounded(value * gate2[i].to(tl.float32), DTYPE, (ROUNDINGS >> 12) & 1)
-        value = rounded(zs[i] + value, DTYPE, (ROUNDINGS >> 12) & 2)
-        if (i + 1) * CHUNK > D:
-            columns = i * CHUNK + tl.arange(0, CHUNK)
-            value = tl.where(columns < D, value, 0.0)
-        row = row + (value,)
+        row = row + (within(rounded(zs[i] + value, DTYPE, (ROUNDINGS >> 12) & 2), i, D, CHUNK),)
     return row
 
 
