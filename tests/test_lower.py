@@ -178,6 +178,15 @@ def test_the_native_definition_is_traced_once_per_signature():
     assert inline.definition("norm_modulate", {"x": x[:1]}, constants) is not first
 
 
+def test_the_native_definition_has_fake_tensors_of_the_compilation_that_asks():
+    """torch 2.11 refuses to compute with those of two."""
+    constants = {"norm": "rms", "eps": 1e-6, "out_dtype": torch.bfloat16, "roundings": 0}
+    for _compilation in range(2):
+        mode = FakeTensorMode()
+        body = inline.definition("norm_modulate", {"x": mode.from_tensor(torch.randn(3, 5, D))}, constants)
+        assert {node.meta["val"].fake_mode for node in body.nodes if node.op == "call_function"} == {mode}
+
+
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_torch_copies_no_buffer_before_a_kernel_writes_it(dynamic, monkeypatch):
     """The functional kernel nodes must all be made in-place by Inductor, those that share a joint tensor too."""

@@ -36,19 +36,22 @@ def spliced(graph: fx.Graph, call: fx.Node, body: fx.Graph, known: dict[fx.Node,
 def definition(op: str, tensors: dict[str, torch.Tensor], constants: dict[str, Any]) -> fx.Graph:
     """The op's definition on these fake tensors, traced to ATen with Inductor's decompositions.
 
-    Blocks of one model ask for the same definition again and again: with static sizes it is traced once per signature.
+    Blocks of one model ask for the same definition again and again: with static sizes it is traced once per signature,
+    and again for another compilation, whose fake tensors do not mix with those of this one.
     """
     sizes = [s for t in tensors.values() for s in (*t.shape, *t.stride())]
     if not all(isinstance(s, int) for s in sizes):
         return _trace(op, tensors, constants)
     signature = tuple((n, tuple(t.shape), t.stride(), t.dtype, t.device) for n, t in tensors.items())
     key = (op, signature, tuple(sorted((k, str(v)) for k, v in constants.items())))
-    if key not in _definitions:
-        _definitions[key] = _trace(op, tensors, constants)
-    return _definitions[key]
+    mode = next((getattr(t, "fake_mode", None) for t in tensors.values()), None)
+    found = _definitions.get(key)
+    if found is None or found[0] is not mode:
+        found = _definitions[key] = mode, _trace(op, tensors, constants)
+    return found[1]
 
 
-_definitions: dict[tuple, fx.Graph] = {}
+_definitions: dict[tuple, tuple[Any, fx.Graph]] = {}  # with the mode of its fake tensors
 
 
 def _trace(op: str, tensors: dict[str, torch.Tensor], constants: dict[str, Any]) -> fx.Graph:
