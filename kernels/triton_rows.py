@@ -177,15 +177,6 @@ def gated(x, i: tl.constexpr, residual, gate, DTYPE: tl.constexpr, ROUNDINGS: tl
 
 
 @triton.jit
-def within(value, i: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr):
-    """Chunk i of a row, with 0 in lanes past D."""
-    if (i + 1) * CHUNK > D:
-        columns = i * CHUNK + tl.arange(0, CHUNK)
-        value = tl.where(columns < D, value, 0.0)
-    return value
-
-
-@triton.jit
 def biased(
     xs, bias, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, DTYPE: tl.constexpr, ROUNDINGS: tl.constexpr
 ):
@@ -194,7 +185,10 @@ def biased(
     for i in tl.static_range(CHUNKS):
         value = xs[i].to(tl.float32)
         if bias is not None:
-            value = within(rounded(value + bias[i].to(tl.float32), DTYPE, ROUNDINGS & 1024), i, D, CHUNK)
+            value = rounded(value + bias[i].to(tl.float32), DTYPE, ROUNDINGS & 1024)
+            if (i + 1) * CHUNK > D:
+                columns = i * CHUNK + tl.arange(0, CHUNK)
+                value = tl.where(columns < D, value, 0.0)
         row = row + (value,)
     return row
 
@@ -222,7 +216,11 @@ def joined(
             value = rounded(value * FACTOR2, DTYPE, (ROUNDINGS >> 12) & 1)
         if gate2 is not None:
             value = rounded(value * gate2[i].to(tl.float32), DTYPE, (ROUNDINGS >> 12) & 1)
-        row = row + (within(rounded(zs[i] + value, DTYPE, (ROUNDINGS >> 12) & 2), i, D, CHUNK),)
+        value = rounded(zs[i] + value, DTYPE, (ROUNDINGS >> 12) & 2)
+        if (i + 1) * CHUNK > D:
+            columns = i * CHUNK + tl.arange(0, CHUNK)
+            value = tl.where(columns < D, value, 0.0)
+        row = row + (value,)
     return row
 
 

@@ -179,7 +179,7 @@ def test_candidates_are_compiled_together(driver: None, caplog: pytest.LogCaptur
     # Triton 3.8, of torch 2.14, keeps the failed compilation in a kernel's place: it is raised where that is launched.
     compiled = [k for k in good[0].kernel.device_caches[0][0].values() if isinstance(k, CompiledKernel)]
     assert {k.metadata.num_warps for k in compiled} >= {x.num_warps for x in good}
-    assert compiled and all("ld.global" in k.asm["ptx"] for k in compiled)
+    assert len(compiled) >= 2 and all("ld.global" in k.asm["ptx"] for k in compiled)
     assert rope[0].kernel.device_caches[0][0]
     with pytest.raises(CompilationError):
         launch.run(bad, {n: tensors()[n] for n in bad.tensors.values()})
