@@ -18,6 +18,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .axes import Axis, Int
+from .bounded import kept
 from .cuda_compile import cubin
 from .cuda_driver import Kernel
 from .rope_support import NAMES, ROTATIONS, with_defaults
@@ -32,7 +33,6 @@ MAX_ROWS = 4
 THREADS = 128
 MAX_TILES = 2**31
 VECTOR = 16  # bytes
-MAX_PLANS = 4096
 VALUES = ("norm", "eps", "weight_offset", "rotation", "tables", "norm_last")
 
 
@@ -71,7 +71,6 @@ class Plan:
 
 
 _plans: dict[tuple[Any, ...], Plan | None] = {}
-_UNKNOWN: Any = object()
 
 
 def run(arguments: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
@@ -90,12 +89,7 @@ def launch(arguments: Mapping[str, Any], out: Any, config: Config | None = None)
             continue
         key += tensor.shape, tensor.stride(), tensor.dtype
         addresses = 2 * addresses + (tensor.data_ptr() % VECTOR == 0)
-    signature = (*key, addresses)
-    plan = _plans.get(signature, _UNKNOWN)  # read once: another thread may clear them between two looks
-    if plan is _UNKNOWN:
-        if len(_plans) >= MAX_PLANS:
-            _plans.clear()
-        plan = _plans[signature] = _plan(arguments, tensors, config)
+    plan = kept(_plans, (*key, addresses), lambda: _plan(arguments, tensors, config))
     if plan is not None:
         plan(tensors)
 

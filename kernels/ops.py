@@ -48,6 +48,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import failures, reference, rope_reference, rope_support
 from .axes import Int
+from .bounded import kept
 from .launch import Launch, plan, run, supports
 from .picks import first_rows, pick_problem, picked
 from .rounding import ALL_ROUNDINGS
@@ -219,8 +220,6 @@ def _sm_count(device: int) -> int:
 
 
 _plans: dict[tuple[Any, ...], Launch | None] = {}
-_MAX_PLANS = 4096
-MISSING: Any = object()  # read once: between two looks at a dict another thread may have cleared it
 
 
 def _signature(op: str, arguments: dict[str, Any]) -> tuple[Any, ...]:
@@ -232,19 +231,15 @@ def _signature(op: str, arguments: dict[str, Any]) -> tuple[Any, ...]:
 
 def _planned(op: str, arguments: dict[str, Any], outputs: dict[str, Tensor]) -> Launch | None:
     """The launch of this call; None where plain torch must serve it. Made once per signature."""
-    signature = _signature(op, arguments)
-    found = _plans.get(signature, MISSING)
-    if found is MISSING:
-        check(op, arguments)
-        if len(_plans) >= _MAX_PLANS:
-            _plans.clear()
-        if not _has_triton() or arguments["x"].numel() == 0 or supports(op, arguments) is not None:
-            found = None
-        else:
-            written = {k: t for k, t in outputs.items() if k != "sum" or arguments["sum_dtype"] is not None}
-            found = plan(op, arguments, written, sm_count=_sm_count(arguments["x"].device.index))
-        _plans[signature] = found
-    return found
+    return kept(_plans, _signature(op, arguments), lambda: _plan(op, arguments, outputs))
+
+
+def _plan(op: str, arguments: dict[str, Any], outputs: dict[str, Tensor]) -> Launch | None:
+    check(op, arguments)
+    if not _has_triton() or arguments["x"].numel() == 0 or supports(op, arguments) is not None:
+        return None
+    written = {k: t for k, t in outputs.items() if k != "sum" or arguments["sum_dtype"] is not None}
+    return plan(op, arguments, written, sm_count=_sm_count(arguments["x"].device.index))
 
 
 def _triton(op: str, arguments: dict[str, Any]) -> Tensor | tuple[Tensor, ...]:

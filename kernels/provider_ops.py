@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from . import failures, ops, registry
+from .bounded import kept
 from .registry import Implementation
 
-_MAX_CALLS = 4096
 _libraries: dict[str, torch.library.Library] = {}
 _defined: set[Implementation] = set()
 _calls: dict[tuple[Any, ...], Implementation | None] = {}
@@ -70,11 +70,7 @@ def _caller(provider: str, op: str) -> Any:
 
 def _call(provider: str, op: str, arguments: dict[str, Any]) -> Any:
     key = (provider, *ops._signature(op, arguments))
-    implementation = _calls.get(key, ops.MISSING)
-    if implementation is ops.MISSING:
-        if len(_calls) >= _MAX_CALLS:
-            _calls.clear()
-        implementation = _calls[key] = _server(provider, op, arguments)
+    implementation = kept(_calls, key, lambda: _server(provider, op, arguments))
     if implementation is None:
         return ops._plain(op, arguments)
     outputs = ops._empty_outputs(op, arguments)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dkfuse.matching.gain import readers
 from dkfuse.matching.pattern import Add, Binding, Mul, Num, Pattern, R, Reordered, Var, alt
 from dkfuse.matching.rules import Candidate, NotThisRule, Rule
-from dkfuse.matching.terms import bare
+from dkfuse.matching.terms import bare, viewed
 
 from .modulate import affine, check_modulation, modulated
 from .residual import NORMED, OP, X, is_plain, is_stream, limited, total
@@ -45,8 +45,7 @@ def check_first_sum(site: Candidate) -> None:
     view, terms = site.view, dict(site.binding.terms)
     first, whole = terms.pop("first_sum", None), bare(view.expose(terms["sum"]))
     whole = bare(view.expose(whole.args[0])) if whole.op == "clamp" else whole
-    while first is not None and first.op == "view":
-        first = first.args[0]
+    first = viewed(first) if first is not None else None
     for term in (first, bare(first)) if first is not None else ():
         for reader in (reader for node in view.nodes(term) for reader in readers(node)):
             read = view.term(reader)

@@ -17,7 +17,7 @@ from torch import fx
 from .canonical import make_norm
 from .recombine import RECOMBINE_READERS, argument
 from .simplify import select_term, slice_term
-from .terms import NARROW, Term, TermView, broadcast_shape, getitem_source, same_shape, same_size
+from .terms import NARROW, Term, TermView, broadcast_shape, getitem_source, same_shape, same_size, viewed
 from .views import VIEW_READERS, read_split
 
 aten = torch.ops.aten
@@ -147,12 +147,6 @@ def _reduction(view: TermView, node: fx.Node, op: str, dims: Any, keepdim: bool,
     return term if keepdim else view.view(term, ("squeeze", len(x.shape) - 1), x.shape[:-1])
 
 
-def _viewed(term: Term) -> Term:
-    while term.op == "view":
-        term = term.args[0]
-    return term
-
-
 def _sum_of_stack(view: TermView, node: fx.Node, x: Term, dims: Any, keepdim: bool) -> Term | None:
     """``stack([a, b], dim).sum(dim)`` as the sum that it is: like that one, it is added up in fp32 and rounded once."""
     joined = x.args[0] if x.op == "view" else x
@@ -160,7 +154,7 @@ def _sum_of_stack(view: TermView, node: fx.Node, x: Term, dims: Any, keepdim: bo
         return None
     dim, count = dims[0] % len(x.shape), len(joined.args)
     parts = [select_term(view, x, dim, i) for i in range(count)] if x.shape[dim] == count else []
-    if not parts or any(_viewed(part) is joined for part in parts):
+    if not parts or any(viewed(part) is joined for part in parts):
         return None
     total = functools.reduce(lambda a, b: view.make("add", a, b), parts)
     return view.view(total, ("unsqueeze", dim), tuple(node.meta["val"].shape)) if keepdim else total

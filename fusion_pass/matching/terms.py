@@ -66,6 +66,13 @@ def bare(term: Term) -> Term:
     return term
 
 
+def viewed(term: Term) -> Term:
+    """What lies under `term`'s views."""
+    while term.op == "view":
+        term = term.args[0]
+    return term
+
+
 def render(term: Term, depth: int = 6) -> str:
     """A term as text, cut off below `depth`: what coverage prints for a site that no rule explains."""
     if term.op == "const":

@@ -9,14 +9,16 @@ of queries or a gate, then reads the result of a GEMM. Not under ``roundings=eag
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import fx
 
 from ..compat import statically_known_true
 from ..matching.terms import NARROW
-from ..rewriting.replace import copy_origin, emit, emit_like
+from ..rewriting.replace import emit
 from ..settings import Settings
 from .common import aten
-from .linear import row_behind
+from .linear import replace_product, row_behind
 
 
 def into_products(graph: fx.Graph, settings: Settings) -> None:
@@ -34,12 +36,4 @@ def into_products(graph: fx.Graph, settings: Settings) -> None:
             continue
         if not statically_known_true(bias.meta["val"].stride(0) == 1):
             continue  # cuBLAS's epilogue reads a dense one
-        with graph.inserting_before(sum_):
-            found = emit(graph, aten.addmm.default, bias, x, w)
-            copy_origin(product, found)
-            for view in views:
-                found = emit_like(graph, view, found, *view.args[1:])
-        sum_.replace_all_uses_with(found)
-        graph.erase_node(sum_)
-        for node in (*reversed(views), product):
-            graph.erase_node(node)
+        replace_product(product, sum_, views, partial(emit, graph, aten.addmm.default, bias, x, w))

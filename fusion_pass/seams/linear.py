@@ -10,7 +10,7 @@ linear where the product has no other reader; the product is then rounded once m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from torch import fx
 
 from ..matching.gain import is_view
 from ..matching.terms import same_shape, same_size
+from ..rewriting.replace import copy_origin, emit_like
 from ..rewriting.strides import RESHAPES
 
 aten = torch.ops.aten
@@ -98,6 +99,19 @@ def row_behind(product: fx.Node, op: object) -> tuple[fx.Node, fx.Node, tuple[fx
             if _is_row(other, product) and same_shape(reader.meta["val"].shape, node.meta["val"].shape):
                 return reader, other, tuple(views)  # type: ignore[return-value]
     return None
+
+
+def replace_product(product: fx.Node, last: fx.Node, views: tuple[fx.Node, ...], make: Callable[[], fx.Node]) -> None:
+    """Put what `make` emits in the place of `product` and of `last`, which reads it through `views` (`row_behind`)."""
+    graph = product.graph
+    with graph.inserting_before(last):
+        found = make()
+        copy_origin(product, found)
+        for view in views:
+            found = emit_like(graph, view, found, *view.args[1:])
+    last.replace_all_uses_with(found)
+    for node in (last, *reversed(views), product):
+        graph.erase_node(node)
 
 
 def source(node: fx.Node) -> fx.Node:

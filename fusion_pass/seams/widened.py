@@ -20,10 +20,10 @@ from torch import fx
 from ..compat import statically_known_true
 from ..matching.gain import CASTS, is_elementwise, through_views
 from ..matching.terms import NARROW
-from ..rewriting.replace import copy_origin, emit, emit_like
+from ..rewriting.replace import copy_origin, emit
 from ..settings import Settings
 from .common import aten, is_tensor
-from .linear import TRANSPOSES, row_behind
+from .linear import TRANSPOSES, replace_product, row_behind
 
 
 def bring_into_form(graph: fx.Graph, settings: Settings) -> None:
@@ -44,16 +44,13 @@ def _scale_into_weights(graph: fx.Graph, product: fx.Node) -> None:
     multiple, scale, views = behind
     if multiple.meta["val"].dtype != dtype:
         return
-    with graph.inserting_before(multiple):
+
+    def scaled_product() -> fx.Node:
         scaled = emit(graph, aten.mul.Tensor, w, scale)
-        found = emit(graph, aten.mm.default, x, scaled)
         copy_origin(product, scaled)
-        copy_origin(product, found)
-        for view in views:
-            found = emit_like(graph, view, found, *view.args[1:])
-    multiple.replace_all_uses_with(found)
-    for node in (multiple, *reversed(views), product):
-        graph.erase_node(node)
+        return emit(graph, aten.mm.default, x, scaled)
+
+    replace_product(product, multiple, views, scaled_product)
 
 
 def _is_widened(w: Any) -> bool:
