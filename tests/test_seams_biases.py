@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dkfuse.matching.gain import is_elementwise
 from dkfuse.seams import biases, widened
-from dkfuse.seams.linear import linears
+from dkfuse.seams.linear import TRANSPOSES, linears
 from dkfuse.settings import Settings
 
 from .harness import FP32, exact, rms, run, spell, tally
@@ -191,3 +192,42 @@ def test_linears_are_read_of_weights_that_were_transposed_first() -> None:
             torch.testing.assert_close(results[0], function(*given), rtol=0.02, atol=0.02)
     width = args()[1].shape[1]
     assert found == [[(width, 1)], []]
+
+
+def test_weights_are_widened_as_they_lie() -> None:
+    """Not column by column, which is what Inductor makes of weights that are transposed first: it writes rows."""
+
+    def read_by_two(x: Tensor, w: Tensor, s: Tensor, b: Tensor, g: Tensor) -> Tensor:
+        rows, columns = x.flatten(0, 1), w.t().to(x.dtype) * s
+        return rows @ columns + torch.addmm(b, rows.flip(0), columns)
+
+    def with_a_zero(x: Tensor, w: Tensor, s: Tensor, b: Tensor, g: Tensor) -> Tensor:
+        zeros, least = b[None].float().round(), torch.tensor(0.25, dtype=torch.float32)
+        return x.flatten(0, 1) @ ((w.t().float() - zeros) * (s.float() + least)).to(x.dtype)
+
+    def read_elsewhere(x: Tensor, w: Tensor, s: Tensor, b: Tensor, g: Tensor) -> Tensor:
+        columns = w.t().to(x.dtype) * s
+        return x.flatten(0, 1) @ columns + columns.sum(0)
+
+    found = []
+
+    def noted(graph: torch.fx.Graph, settings: Settings) -> None:
+        before(graph, settings)
+        graph.eliminate_dead_code()
+        transposed = [n for n in graph.nodes if n.target in TRANSPOSES and min(n.meta["val"].shape) > 1]
+        found.append(sum(is_elementwise(reader) for n in transposed for reader in n.users))
+
+    before = widened.bring_into_form
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(widened, "bring_into_form", noted)
+        for function in (int8_transposed_first, read_by_two, with_a_zero, read_elsewhere):
+            given = quantized()
+            results, _ = run(function, given, target="sm90")
+            (reference,) = exact(function, given)
+            assert rms(results[0] - reference) <= 1.02 * rms(function(*given) - reference), function.__name__
+    assert found == [0, 0, 0, 1]
+
+
+def int8_transposed_first(x: Tensor, w: Tensor, s: Tensor, b: Tensor, g: Tensor) -> Tensor:
+    """As torchao's int8 weights."""
+    return x.flatten(0, 1) @ w.t().to(x.dtype) * s + b

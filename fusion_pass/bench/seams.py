@@ -1,7 +1,8 @@
 """`python -m dkfuse.bench.seams [--case TEXT]`: what a seam brings by itself: joint tensors, patch embeddings, LoRAs.
 
-Each case is a module with the part of a model that the seam rewrites, at the model's size, bf16, compiled three times:
-by Inductor, by dkfuse without the seam, and by dkfuse. Times are medians of a call in a CUDA graph, cold inputs.
+And what the rules of two branches before a norm bring. Each case is a module with the part of a model that the seam
+rewrites, at the model's size, bf16, compiled three times: by Inductor, by dkfuse without the seam, and by dkfuse. Times
+are medians of a call in a CUDA graph, cold inputs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from . import timing
 from .kernels import NO_GPU
 
 BF16 = torch.bfloat16
+TWO = "residual_two_norm_modulate"
+PAIRS = (TWO, "residual_pair_norm_modulate")  # what the first does not take, the second would
 
 
 class Values(nn.Module):
@@ -84,9 +87,22 @@ class Output(nn.Module):
         return stream, nn.functional.layer_norm(stream, stream.shape[-1:], eps=1e-6) * (1 + scale)
 
 
+class Branches(nn.Module):
+    """Two branches that are added to the stream before a norm, the second with a gate of its own or without."""
+
+    def __init__(self, gated: bool):
+        super().__init__()
+        self.gated = gated
+
+    def forward(self, h: Tensor, y: Tensor, c: Tensor, g: Tensor, k: Tensor, s: Tensor, t: Tensor) -> Any:
+        h = h + g * y
+        h = h + (k * c if self.gated else c)
+        return h, nn.functional.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + s) + t
+
+
 @dataclass(frozen=True)
 class Case:
-    """`seam` in the module that `make` builds, on inputs of `shapes`."""
+    """`seam`, or the rule of this name, in the module that `make` builds, on inputs of `shapes`."""
 
     name: str
     seam: str
@@ -114,6 +130,11 @@ def _output(name: str, tokens: int, width: int, columns: int, rank: int) -> Case
     return Case(name, adapters.FAMILY, lambda: Output(width, columns, rank), shapes)
 
 
+def _branches(name: str, tokens: int, width: int, gated: bool = False) -> Case:
+    shapes = *((1, tokens, width),) * 3, *((1, 1, width),) * 4
+    return Case(name, TWO, lambda: Branches(gated), shapes)
+
+
 CASES = (
     _joint("FLUX.1, packed", 1, 4096, 512, 3072),
     _joint("FLUX.1", 1, 4096, 512, 3072, packed=1),
@@ -131,6 +152,9 @@ CASES = (
     _queries("FLUX.1's queries of text, rank 16", 512, 3072, 16),
     _queries("Wan2.1-14B's queries, rank 64", 32760, 5120, 64),
     _output("FLUX.1's MLP, rank 16", 4096, 12288, 3072, 16),
+    _branches("SD3.5-medium's two attentions", 4096, 1536, gated=True),
+    _branches("a ControlNet's residual, FLUX.1", 4096, 3072),
+    _branches("a hint of VACE, Wan2.1-14B", 32760, 5120),
 )
 
 
@@ -139,10 +163,11 @@ def measured(case: Case) -> dict[str, float]:
     module = case.make().to("cuda", BF16).requires_grad_(False)
     moved = 2 * sum(torch.Size(shape).numel() for shape in case.shapes)
     inputs = [[torch.randn(*s, device="cuda").to(BF16) for s in case.shapes] for _ in range(timing.sets_needed(moved))]
+    left_out = ",".join(f"-{name}" for name in (PAIRS if case.seam == TWO else (case.seam,)))
     plain = {"dkfuse.attention": "torch", "dkfuse.gemm": "cublas"}
     programs: dict[str, dict[str, Any]] = {
         "Inductor": {"backend": "inductor"},
-        "without": {"backend": "dkfuse", "options": {**plain, "dkfuse.rules": f"-{case.seam}"}},
+        "without": {"backend": "dkfuse", "options": {**plain, "dkfuse.rules": left_out}},
         "with": {"backend": "dkfuse", "options": plain},
     }
     found = {}

@@ -13,8 +13,8 @@ import logging
 import math
 import os
 import statistics
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -119,13 +119,27 @@ def _series(launches: Sequence[Launch], sets: Sequence[Tensors]) -> list[tuple[f
     return [(statistics.median(own[:ROUNDS]), statistics.median(own[ROUNDS:])) for own in found]
 
 
+class _Compilers(ThreadPoolExecutor):
+    """Threads that log what Triton's mode drops: why a kernel was not compiled."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        def logged() -> Any:
+            try:
+                return fn(*args, **kwargs)
+            except Exception:
+                log.debug("dkfuse: a configuration is not compiled", exc_info=True)
+                raise
+
+        return super().submit(logged)
+
+
 def compile_together(launches: Sequence[Launch], tensors: Tensors) -> None:
     """Compile the kernels of `launches` in threads. One that cannot be compiled says so when it is launched."""
     from triton import AsyncCompileMode
 
     workers = max(1, min(THREADS, os.cpu_count() or 1, len(launches)))
     try:
-        with ThreadPoolExecutor(workers) as pool, AsyncCompileMode(pool, ignore_errors=True):
+        with _Compilers(workers) as pool, AsyncCompileMode(pool, ignore_errors=True):
             for launch in launches:
                 launch.kernel.warmup(grid=launch.grid, **keywords(launch, tensors))
     except Exception as error:  # each is compiled when it is launched, and fails alone
