@@ -36,7 +36,7 @@ def lora(layers: int = 2, size: str = "full", rank: int = 16, adapters: int = 1)
         config = LoraConfig(r=rank, target_modules=LINEARS, init_lora_weights=False)
         module.add_adapter(config, name)  # type: ignore[operator]
     module.set_adapters(names)  # type: ignore[operator]
-    return module.to(torch.bfloat16), kwargs
+    return module, kwargs
 
 
 def two_loras(layers: int = 2, size: str = "full") -> Built:

@@ -186,6 +186,25 @@ def test_candidates_are_compiled_together(driver: None, caplog: pytest.LogCaptur
         launch.run(bad, {n: tensors()[n] for n in bad.tensors.values()})
 
 
+@pytest.mark.parametrize(
+    "failures, cause, compiled", [(2, SystemError, True), (3, SystemError, False), (1, OSError, False)]
+)
+def test_what_the_parser_fails_at_beside_others_is_tried_again(
+    failures: int, cause: type[Exception], compiled: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = [cause("AST constructor recursion depth mismatch")] * failures
+
+    def compile_it() -> str:
+        if left:
+            raise ValueError("at 4:4") from left.pop()
+        return "kernel"
+
+    with caplog.at_level(logging.DEBUG, "dkfuse"), tuning_clock._Compilers(1) as pool:
+        future = pool.submit(compile_it)
+    assert (future.exception() is None) == compiled
+    assert ("recursion depth" in caplog.text) != compiled
+
+
 def test_the_bench_says_which_entries_could_be_mended() -> None:
     from dkfuse.bench.tune import line
 

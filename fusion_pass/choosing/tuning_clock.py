@@ -33,6 +33,7 @@ SHARE = 0.5  # of the free memory
 BUSY_CYCLES = 60_000  # of the GPU, for each launch that is queued meanwhile: about 30 us
 ACCESS = 16  # bytes; Triton compiles for addresses that are multiples of it, or not
 THREADS = 8
+RETRIES = 2  # of a compilation in which Python's parser failed
 Tensors = dict[str, torch.Tensor]
 
 
@@ -120,17 +121,29 @@ def _series(launches: Sequence[Launch], sets: Sequence[Tensors]) -> list[tuple[f
 
 
 class _Compilers(ThreadPoolExecutor):
-    """Threads that log what Triton's mode drops: why a kernel was not compiled."""
+    """Threads that say why a kernel was not compiled, which Triton's mode drops, and try again where that may help.
+
+    Python 3.10, and 3.11.7 and 3.12.1 at most, count the depth of syntax trees for all threads together, so that one
+    that is parsed beside another may fail with a SystemError (CPython's gh-106905).
+    """
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        def logged() -> Any:
+        def compiled(left: int = RETRIES) -> Any:
             try:
                 return fn(*args, **kwargs)
-            except Exception:
+            except Exception as error:
+                if left and _of_the_parser(error):
+                    return compiled(left - 1)
                 log.debug("dkfuse: a configuration is not compiled", exc_info=True)
                 raise
 
-        return super().submit(logged)
+        return super().submit(compiled)
+
+
+def _of_the_parser(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, SystemError):
+        error = error.__cause__
+    return error is not None
 
 
 def compile_together(launches: Sequence[Launch], tensors: Tensors) -> None:
