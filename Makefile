@@ -1,6 +1,7 @@
 # make demo    compile a small diffusion transformer with dkfuse, compare it with eager and fp64, show the coverage
 # make test    run the tests (CPU; with a GPU: make test PYTEST_ARGS='-m gpu')
 # make check   ruff, the type checker and a wheel build
+# make torchao test models with torchao's quantised weights, without torchao in .venv, where it prints as it is imported
 # make triton  compile the kernels for a GPU that need not be there, by the oldest Triton that is supported
 #
 # Each makes .venv first, with a CPU build of torch where there is no NVIDIA GPU. TORCH='torch==2.12.0' and
@@ -29,7 +30,7 @@ INSTALL_TORCH = $(BIN)/python -m pip install --quiet '$(CPU_TORCH)+cpu' 2>/dev/n
 	|| $(BIN)/python -m pip install '$(CPU_TORCH)'
 endif
 
-.PHONY: demo test check lint types wheel triton clean
+.PHONY: demo test check lint types wheel triton torchao clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -63,6 +64,13 @@ triton: $(STAMP)
 		'import triton; assert triton.__version__ == "$(OLDEST_TRITON)", triton.__file__'
 	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -m pytest -q tests/test_kernels_compiled.py \
 		tests/test_rope_compiled.py
+
+TORCHAO = 0.18.0
+torchao: $(STAMP)
+	test -d build/torchao-$(TORCHAO) || $(BIN)/python -m pip install --quiet --no-deps \
+		--target build/torchao-$(TORCHAO) 'torchao==$(TORCHAO)'
+	PYTHONPATH=build/torchao-$(TORCHAO) $(BIN)/python -m pytest -q -k "quantized or int8 or fp8" \
+		tests/test_scenarios.py tests/test_as_served.py
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -36,7 +36,7 @@ def lora(layers: int = 2, size: str = "full", rank: int = 16, adapters: int = 1)
         config = LoraConfig(r=rank, target_modules=LINEARS, init_lora_weights=False)
         module.add_adapter(config, name)  # type: ignore[operator]
     module.set_adapters(names)  # type: ignore[operator]
-    return module, kwargs
+    return module.to(DEVICE, torch.bfloat16), kwargs  # peft adds a second one in fp32; loaded ones are in bf16
 
 
 def two_loras(layers: int = 2, size: str = "full") -> Built:

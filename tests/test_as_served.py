@@ -26,7 +26,7 @@ def served(root: Path) -> Any:
 
 @pytest.mark.parametrize("name", NEEDS)
 def test_full_size_keeps_what_the_plain_model_has(served: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many sites are fused, what a ControlNet adds with them, and as many GELUs go into GEMMs, but for LoRAs' sums."""
+    """As many sites are fused, with what a ControlNet adds, and as many GELUs go into GEMMs, but for LoRAs' sums."""
     pytest.importorskip(NEEDS[name])
     monkeypatch.setattr(served, "DEVICE", "meta")
     plain = fused(*dkfuse.zoo.build("qwen-image" if name == "controlnet" else "flux", "full", "meta", layers=1))
