@@ -79,10 +79,11 @@ def settled(graph: fx.Graph, settings: Settings, spent: int = 0) -> Plan:
     if settings.roundings == "fused":
         first = gained(first, unit_vectors.weighted(graph, first.view))
     first = gained(first, [*segments.as_picks(graph), *picked.side_by_side(graph)])
+    before = layouts.copies_of_rows(graph)
     if not (copies := layouts.settle(graph, first.refused)):
         return first
     again = plan(graph, settings, spent)
-    if _fused(again) - _fused(first) >= layouts.worth(copies):
+    if _fused(again) - _fused(first) >= layouts.worth(graph, copies, before):
         return again
     layouts.undo(graph, copies)
     return first

@@ -3,7 +3,7 @@
 Eager's pointwise ops keep that layout from block to block, and kernels that read rows cannot take it. One copy where
 the stream begins makes it dense for good; it is made only if sites were refused for it. A stream may also begin as an
 input, where a graph breaks behind the embedding or each block is compiled by itself: such a copy is made at each
-call of each graph, and is to gain `GAINED` sites.
+call of each graph, and is to gain `GAINED` sites, or one and the place of several copies in front of norms.
 """
 
 from __future__ import annotations
@@ -37,8 +37,16 @@ def settle(graph: fx.Graph, nodes: list[fx.Node]) -> list[fx.Node]:
     return copies
 
 
-def worth(copies: list[fx.Node]) -> int:
-    """How many sites `copies` must gain to be kept."""
+def copies_of_rows(graph: fx.Graph) -> int:
+    """How many copies `graph` makes of streams whose rows are not dense, as a norm's decomposition does."""
+    copies = graph.find_nodes(op="call_function", target=aten.clone.default)
+    return sum(_dense(copy) and not _dense(copy.args[0]) for copy in copies)
+
+
+def worth(graph: fx.Graph, copies: list[fx.Node], before: int) -> int:
+    """How many sites `copies` must gain to be kept; before: `copies_of_rows` that were made without them."""
+    if copies_of_rows(graph) < before:
+        return 1
     return sum(GAINED for copy in copies if copy.args[0].op == "placeholder") or 1  # type: ignore[union-attr]
 
 
