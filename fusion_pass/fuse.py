@@ -24,7 +24,7 @@ from .choosing import building
 from .planner import Plan, plan
 from .reporting import records
 from .reporting.report import Graph, Status
-from .rewriting import known_ops, layouts, padded, picked, segments, unit_vectors
+from .rewriting import known_ops, layouts, padded, picked, repeats, segments, unit_vectors
 from .settings import Settings
 
 __all__ = ["Plan", "decided", "plan", "run", "settled"]
@@ -38,9 +38,11 @@ def decided(graph: fx.Graph, settings: Settings, built: bool = False) -> Plan:
     started = time.perf_counter()
     without_assertions(graph)
     known_ops.expand(graph)
+    repeats.drop_repeats_of_one(graph)
     products = padded.without_padding(graph)
     picked.functions_of_rows(graph)
     taken = seams.run(graph, settings)
+    repeats.repeat_last(graph)
     spent = sum(site.status is Status.FUSED for site in taken)
     result = settled(graph, settings, spent)
     while built and building.failed(result.taken):  # remembered: the next plan chooses another kernel

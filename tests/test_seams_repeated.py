@@ -95,8 +95,8 @@ def test_kernels_read_one_row(fused_graphs: list[fx.Graph]) -> None:
     run(built(Modulated), inputs(), target="sm90")
     (graph,) = fused_graphs
     (call,) = graph.find_nodes(op="call_function", target=torch.ops.dkfuse.residual_norm_modulate.default)
-    rows = [n.meta["val"] for n in call.all_input_nodes if n.meta["val"].stride()[1:] == (0, 1)]
-    assert [tuple(row.shape) for row in rows] == [(2, TOKENS, D)] * 3, "shift, scale and gate"
+    shapes = [tuple(n.meta["val"].shape) for n in call.all_input_nodes]
+    assert shapes.count((2, 1, D)) == 3, "shift, scale and gate"
 
 
 def test_any_number_of_tokens() -> None:

@@ -164,6 +164,13 @@ def is_cut(term: Term, shape: tuple) -> bool:
     return term.op == "leaf" and term.attrs[0].target in PICKING
 
 
+def is_repeated(term: Term) -> bool:
+    """Rows that were repeated for the tokens: conditioning, and no stream."""
+    while term.op == "view" and term.attrs[0] != "expand":
+        term = term.args[0]
+    return term.op == "view" and same_size(term.shape[-1], term.args[0].shape[-1])
+
+
 def _is_one_of_many(whole: Any, part: Any) -> bool:
     """Whether `whole` columns are so many times `part` columns that they are modulations."""
     return isinstance(whole, int) and isinstance(part, int) and part > 0 == whole % part and whole // part >= PARTS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from .checks import is_cut, is_row_parameter
+from .checks import is_cut, is_repeated, is_row_parameter
 from .frames import product_in_frames
 from .terms import Term, TermView, bare, same_shape, same_size
 
@@ -21,7 +21,7 @@ def find(view: TermView, node: fx.Node) -> tuple[str, Term] | None:
     for stream, product in (total.args, total.args[::-1]):
         framed = product_in_frames(view, product)
         gated = framed is not None and same_shape(stream.shape, shape) and stream.op != "const"
-        if gated or is_gated_residual(view.expose(stream), product, shape):
+        if not is_repeated(stream) and (gated or is_gated_residual(view.expose(stream), product, shape)):
             return "gated_residual", total
         if is_modulation(stream, product, shape):
             return "scale_shift", total
