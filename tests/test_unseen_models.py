@@ -17,9 +17,29 @@ import dkfuse
 from dkfuse import Settings, Status
 from dkfuse.zoo.build import Model, Request
 
+from .test_zoo_fusions import compared
+
 diffusers = pytest.importorskip("diffusers")
 BF16 = torch.bfloat16
 Inputs = Callable[[Callable[..., torch.Tensor]], dict[str, Any]]
+
+
+def any_flow(randn: Callable[..., torch.Tensor]) -> dict[str, Any]:
+    return {
+        "hidden_states": randn(1, 2, 16, 16, 16),
+        "timestep": torch.full((1, 2), 500.0),
+        "r_timestep": torch.full((1, 2), 400.0),
+        "encoder_hidden_states": randn(1, 16, 64),
+    }
+
+
+def cosmos(randn: Callable[..., torch.Tensor]) -> dict[str, Any]:
+    return {
+        "hidden_states": randn(1, 16, 2, 16, 16),
+        "timestep": randn(1, 1, 2, 1, 1),
+        "encoder_hidden_states": randn(1, 16, 96),
+        "fps": 24,
+    }
 
 
 def easy_animate(randn: Callable[..., torch.Tensor]) -> dict[str, Any]:
@@ -124,6 +144,42 @@ def stable_audio(randn: Callable[..., torch.Tensor]) -> dict[str, Any]:
 
 HEADS = {"num_layers": 2, "num_attention_heads": 2}
 CASES: dict[str, tuple[dict[str, Any], Inputs, dict[str, int]]] = {
+    "AnyFlowTransformer3DModel": (  # a timestep for each frame
+        {
+            **HEADS,
+            "attention_head_dim": 128,
+            "text_dim": 64,
+            "freq_dim": 64,
+            "ffn_dim": 512,
+            "rope_max_seq_len": 64,
+        },
+        any_flow,
+        {
+            "gated_residual": 4,
+            "norm_modulate": 1,
+            "qk_norm": 8,
+            "residual_norm": 2,
+            "residual_norm_modulate": 4,
+            "rotation": 4,
+        },
+    ),
+    "CosmosTransformer3DModel": (  # Predict2.5: a timestep for each frame, projected for each norm
+        {
+            **HEADS,
+            "attention_head_dim": 128,
+            "in_channels": 16,
+            "text_embed_dim": 64,
+            "adaln_lora_dim": 64,
+            "max_size": (8, 32, 32),
+            "concat_padding_mask": False,
+            "extra_pos_embed_type": None,
+            "use_crossattn_projection": True,
+            "crossattn_proj_in_channels": 96,
+            "encoder_hidden_states_channels": 64,
+        },
+        cosmos,
+        {"gated_residual": 6, "norm_modulate": 1, "qk_norm": 8, "residual_norm_modulate": 6, "rotation": 4},
+    ),
     "EasyAnimateTransformer3DModel": (
         {**HEADS, "mmdit_layers": 2, "in_channels": 4, "out_channels": 4, "patch_size": 2, "text_embed_dim": 64},
         easy_animate,
@@ -278,3 +334,24 @@ def test_fused(name: str) -> None:
     assert dict(fused) == pinned, "\n" + str(coverage)
     others = {site.reason.code for site in coverage.sites if site.reason is not None}
     assert others <= {"pointwise", "feeds_pointwise"}, "\n" + str(coverage)
+
+
+@pytest.mark.parametrize("name", ["AnyFlowTransformer3DModel", "CosmosTransformer3DModel"])
+def test_kernels_read_rows_of_frames(name: str, fused_graphs: list[torch.fx.Graph]) -> None:
+    """And so do linears of the frames' timesteps; the result is as near as eager's."""
+    if not hasattr(diffusers, name):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
+    config, inputs, pinned = CASES[name]
+    model = Model(name, name, "", (2,), lambda request: (request.build(getattr(diffusers, name), **config), {}))
+    request = Request(model, full=False, device=torch.device("cpu"), dtype=BF16, layers=None, batch=1)
+    module, _ = model.factory(request)
+    _, found, bound = compared(module, inputs(request.randn), **{"dkfuse.target": "sm90"})
+    assert found <= bound
+    (graph,) = fused_graphs
+    ops = (torch.ops.dkfuse.norm_modulate.default, torch.ops.dkfuse.residual_norm_modulate.default)
+    calls = [node for op in ops for node in graph.find_nodes(op="call_function", target=op)]
+    modulated = [node for node in calls if node.args[ops.index(node.target) * 3 + 3] is not None]
+    assert len(modulated) >= pinned["norm_modulate"] + pinned["residual_norm_modulate"]
+    for node in modulated:
+        streams = [i for i in node.all_input_nodes if i.meta["val"].numel() >= 128 * 256]
+        assert len(streams) == 1 + (node.target is ops[1]), node.format_node()

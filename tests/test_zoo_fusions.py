@@ -179,13 +179,14 @@ def with_like_experts(module: torch.nn.Module) -> None:
                 expert.load_state_dict(experts[0].state_dict())
 
 
-def compared(module: torch.nn.Module, kwargs: dict[str, Any]) -> tuple[dkfuse.Coverage, float, float]:
+def compared(module: torch.nn.Module, kwargs: dict[str, Any], **options: Any) -> tuple[dkfuse.Coverage, float, float]:
     """What is fused, the error against fp64 and eager's, with some tolerance. `module` is in fp64 afterwards."""
     torch.compiler.reset()
     with torch.no_grad():
         eager = tensors(module(**kwargs))
         with dkfuse.record() as coverage:
-            compiled = torch.compile(module, backend="dkfuse", dynamic=False, options={"dkfuse.remainder": "eager"})
+            options = {"dkfuse.remainder": "eager", **options}
+            compiled = torch.compile(module, backend="dkfuse", dynamic=False, options=options)
             ours = tensors(compiled(**kwargs))
         torch.compiler.reset()
         exact = tensors(module.double()(**in_double(kwargs)))
