@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .harness import BF16, check_numerics, run, tally
+from .harness import BF16, check_numerics, exact, rms, run, tally
 from .test_seams_repeated import FAMILY, seams
 
 FRAMES, HEIGHT, WIDTH, D = 3, 2, 4, 64
@@ -163,3 +163,26 @@ def test_a_repeat_that_is_returned_is_a_copy() -> None:
     x = torch.randn(2, 3, 4)
     results, _ = run(once, [x], target="sm90")
     assert torch.equal(results[0], x) and results[0].data_ptr() != x.data_ptr()
+
+
+def test_any_number_of_frames_and_tokens() -> None:
+    """Sizes that are symbols, also those that a model computes (a stream of every other row)."""
+
+    def block(video: Tensor, e: Tensor, down: Tensor, up: Tensor, w: Tensor) -> Tensor:
+        batch, frames, height, width, _ = video.shape
+        h = video[:, :, ::2].flatten(1, 3)
+        framed = e.view(batch, frames, 1, 1, D).expand(-1, -1, (height + 1) // 2, width, -1)
+        shift, scale, gate = F.linear(F.linear(F.silu(framed.flatten(1, 3)), down), up).chunk(3, dim=-1)
+        h = h + gate * (h @ w)
+        return (F.layer_norm(h, (D,)) * (1 + scale) + shift) @ w
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, FRAMES, 4, 6, D), (2, FRAMES, D), (D // 2, D), (3 * D, D // 2), (D, D))
+    args = [(torch.randn(shape, generator=generator) / 8).to(BF16) for shape in shapes]
+    for tensor, dims in ((args[0], 4), (args[1], 2)):
+        torch._dynamo.mark_dynamic(tensor, list(range(dims)))
+    results, coverage = run(block, args, target="sm90", dynamic=None)
+    assert tally(seams(coverage)) == {FAMILY: 2}
+    assert tally(coverage.sites) == {"residual_gate_norm_modulate": 1, "absorbed": 1}, str(coverage)
+    (reference,) = exact(block, args)
+    assert rms(results[0] - reference) <= 1.05 * rms(block(*args) - reference)
