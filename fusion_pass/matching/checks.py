@@ -165,10 +165,13 @@ def is_cut(term: Term, shape: tuple) -> bool:
 
 
 def is_repeated(term: Term) -> bool:
-    """Rows that were repeated for the tokens: conditioning, and no stream."""
+    """Rows that were repeated for the tokens: conditioning, and no stream. Not what is repeated for samples only."""
     while term.op == "view" and term.attrs[0] != "expand":
         term = term.args[0]
-    return term.op == "view" and same_size(term.shape[-1], term.args[0].shape[-1])
+    if term.op != "view" or len(term.shape) != len(term.args[0].shape):
+        return False
+    *sizes, width = zip(term.shape, term.args[0].shape, strict=True)
+    return same_size(*width) and not all(same_size(*size) for size in sizes[1:])
 
 
 def _is_one_of_many(whole: Any, part: Any) -> bool:
