@@ -321,17 +321,21 @@ CASES: dict[str, tuple[dict[str, Any], Inputs, dict[str, int]]] = {
 }
 
 
-@pytest.mark.parametrize("name", list(CASES))
-def test_fused(name: str) -> None:
+def built(name: str) -> tuple[torch.nn.Module, dict[str, Any]]:
     if not hasattr(diffusers, name):
         pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
-    config, inputs, pinned = CASES[name]
+    config, inputs, _ = CASES[name]
     model = Model(name, name, "", (2,), lambda request: (request.build(getattr(diffusers, name), **config), {}))
     request = Request(model, full=False, device=torch.device("cpu"), dtype=BF16, layers=None, batch=1)
-    module, _ = model.factory(request)
-    coverage = dkfuse.coverage(module, settings=Settings(target="sm90"), **inputs(request.randn))
+    return model.factory(request)[0], inputs(request.randn)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_fused(name: str) -> None:
+    module, inputs = built(name)
+    coverage = dkfuse.coverage(module, settings=Settings(target="sm90"), **inputs)
     fused = Counter(site.family for site in coverage.sites if site.status is Status.FUSED)
-    assert dict(fused) == pinned, "\n" + str(coverage)
+    assert dict(fused) == CASES[name][2], "\n" + str(coverage)
     others = {site.reason.code for site in coverage.sites if site.reason is not None}
     assert others <= {"pointwise", "feeds_pointwise"}, "\n" + str(coverage)
 
@@ -339,19 +343,13 @@ def test_fused(name: str) -> None:
 @pytest.mark.parametrize("name", ["AnyFlowTransformer3DModel", "CosmosTransformer3DModel"])
 def test_kernels_read_rows_of_frames(name: str, fused_graphs: list[torch.fx.Graph]) -> None:
     """And so do linears of the frames' timesteps; the result is as near as eager's."""
-    if not hasattr(diffusers, name):
-        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
-    config, inputs, pinned = CASES[name]
-    model = Model(name, name, "", (2,), lambda request: (request.build(getattr(diffusers, name), **config), {}))
-    request = Request(model, full=False, device=torch.device("cpu"), dtype=BF16, layers=None, batch=1)
-    module, _ = model.factory(request)
-    _, found, bound = compared(module, inputs(request.randn), **{"dkfuse.target": "sm90"})
+    _, found, bound = compared(*built(name), **{"dkfuse.target": "sm90"})
     assert found <= bound
     (graph,) = fused_graphs
     ops = (torch.ops.dkfuse.norm_modulate.default, torch.ops.dkfuse.residual_norm_modulate.default)
     calls = [node for op in ops for node in graph.find_nodes(op="call_function", target=op)]
     modulated = [node for node in calls if node.args[ops.index(node.target) * 3 + 3] is not None]
-    assert len(modulated) >= pinned["norm_modulate"] + pinned["residual_norm_modulate"]
+    assert len(modulated) >= CASES[name][2]["norm_modulate"] + CASES[name][2]["residual_norm_modulate"]
     for node in modulated:
         streams = [i for i in node.all_input_nodes if i.meta["val"].numel() >= 128 * 256]
         assert len(streams) == 1 + (node.target is ops[1]), node.format_node()
