@@ -44,34 +44,29 @@ def two_loras(layers: int = 2, size: str = "full") -> Built:
     return lora(layers, size, adapters=2)
 
 
-def int8(layers: int = 2, size: str = "full") -> Built:
-    """FLUX.1 with torchao's int8 weights; activations stay bf16.
-
-    Its settings for Inductor are left out: kernels tuned one by one take minutes to compile, whatever the backend.
-    """
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+def _quantized(config: str, layers: int, size: str) -> Built:
+    """Without torchao's settings for Inductor: kernels tuned one by one take minutes to compile, with any backend."""
+    from torchao import quantization
 
     module, kwargs = _zoo("flux", layers, size)
-    quantize_(module, Int8WeightOnlyConfig(set_inductor_config=False))
+    quantization.quantize_(module, getattr(quantization, config)(set_inductor_config=False))
     return module, kwargs
+
+
+def int8(layers: int = 2, size: str = "full") -> Built:
+    """FLUX.1 with torchao's int8 weights; activations stay bf16."""
+    return _quantized("Int8WeightOnlyConfig", layers, size)
 
 
 def fp8(layers: int = 2, size: str = "full") -> Built:
     """FLUX.1 with torchao's fp8 weights; activations stay bf16."""
-    from torchao.quantization import Float8WeightOnlyConfig, quantize_
-
-    module, kwargs = _zoo("flux", layers, size)
-    quantize_(module, Float8WeightOnlyConfig(set_inductor_config=False))
-    return module, kwargs
+    return _quantized("Float8WeightOnlyConfig", layers, size)
 
 
 def controlnet(layers: int = 2, size: str = "full") -> Built:
     """Qwen-Image with what a ControlNet adds behind each block."""
     module, kwargs = _zoo("qwen-image", layers, size)
-    hidden = kwargs["hidden_states"]
-    width, generator = module.inner_dim, torch.Generator(device="cpu").manual_seed(0)  # type: ignore[union-attr]
-    samples = [torch.empty(*hidden.shape[:-1], width, device=DEVICE, dtype=hidden.dtype) for _ in range(layers)]
-    if DEVICE != "meta":
-        for sample in samples:
-            sample.copy_(torch.randn(sample.shape, generator=generator))
+    hidden, width = kwargs["hidden_states"], module.inner_dim
+    shape = (*hidden.shape[:-1], width)
+    samples = [torch.randn(shape, device=DEVICE, dtype=hidden.dtype) for _ in range(layers)]  # type: ignore[arg-type]
     return module, {**kwargs, "controlnet_block_samples": samples}

@@ -123,8 +123,8 @@ def _series(launches: Sequence[Launch], sets: Sequence[Tensors]) -> list[tuple[f
 class _Compilers(ThreadPoolExecutor):
     """Threads that say why a kernel was not compiled, which Triton's mode drops, and try again where that may help.
 
-    Python 3.10, and 3.11.7 and 3.12.1 at most, count the depth of syntax trees for all threads together, so that one
-    that is parsed beside another may fail with a SystemError (CPython's gh-106905).
+    Python 3.11.7, for one, counts the depth of syntax trees for all threads together, so that one that is parsed beside
+    another may fail with a SystemError (CPython's gh-106905).
     """
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:

@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from ..matching.gain import is_elementwise
+from ..matching.recombine import argument
 from ..matching.terms import getitem_source, same_shape, same_size
 from . import symbols
 from .replace import copy_origin, emit, emit_like
@@ -204,8 +205,7 @@ def _shape(node: Any) -> Sizes | None:
 def _dim(node: fx.Node) -> int:
     """The dim of a slice, a select, a split or an unbind."""
     at = 2 if node.target in SPLITS else 1
-    dim = node.args[at] if len(node.args) > at else node.kwargs.get("dim", 0)
-    return dim % node.args[0].meta["val"].dim()  # type: ignore[operator, union-attr, no-any-return]
+    return argument(node, at, "dim", 0) % node.args[0].meta["val"].dim()  # type: ignore[union-attr, no-any-return]
 
 
 def _is_of_features(node: fx.Node, lead: int) -> bool:
